@@ -1,3 +1,3 @@
-"""From records and MLflow stores to tables, figures and a page of both. Imports torch only where a figure needs a
-model.
+"""Make tables, figures and HTML pages from records or an MLflow store. Only figures that need a trained model import
+torch.
 """

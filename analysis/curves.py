@@ -1,4 +1,4 @@
-"""Figures from results alone: curves over training, accuracy over the bank's size and over compute."""
+"""Figures that need only results: curves over training, accuracy over the size of the bank, accuracy over compute."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -16,22 +16,22 @@ from caco.errors import UserError
 from experiments.tables import Scale, Table
 
 Data = list[dict[str, Any]]
-BANK = {  # panel -> (metric, axis)
-    "rows chosen as a positive in the epoch": ("bank/rows_used", "rows, %"),
-    "entropy of the choices, of even use": ("bank/use_entropy", "rows, %"),
-    "rows with another within a cosine of 0.99": ("bank/near_duplicates", "rows, %"),
-    "mean norm of the stored rows": ("bank/row_norm_mean", "norm"),
-    "images whose row stands for their class": ("purity/positives", "test images, %"),  # of runs with eval=[purity]
+BANK = {  # title of the panel -> (metric, label of the y axis)
+    "bank rows chosen as a positive": ("bank/rows_used", "rows, %"),
+    "evenness of row use (entropy / maximum)": ("bank/use_entropy", "rows, %"),
+    "rows that nearly equal another (cosine > 0.99)": ("bank/near_duplicates", "rows, %"),
+    "mean norm of the bank rows": ("bank/row_norm_mean", "norm"),
+    "images whose positive has their class": ("purity/positives", "test images, %"),  # only runs with eval=[purity]
 }
 COMPUTE = {
-    "flops": "arithmetic, 10$^{15}$ operations",  # counted by caco.plan
-    "images": "images seen, millions",
-    "hours": "hours of training at the measured rate",  # of runs on one machine that did nothing else
+    "flops": "compute, 10$^{15}$ floating-point operations",  # as caco.plan counts them
+    "images": "training images seen, millions",
+    "hours": "hours of training at the measured rate",  # comparable only between runs on one idle machine
 }
 
 
 def series(found: Found, metric: str) -> dict[float, dict[int, float]]:
-    """Epochs that are over -> seed -> value, of a row's curves."""
+    """The values of a metric over training: {number of finished epochs: {seed: value}}."""
     points: dict[float, dict[int, float]] = {}
     for seed, result in sorted(found.by_seed.items()):
         for row in result.curve:
@@ -42,7 +42,7 @@ def series(found: Found, metric: str) -> dict[float, dict[int, float]]:
 
 
 def steps(found: Found, metric: str) -> dict[float, float]:
-    """Epochs that are over -> steps that were made, the bank's filling among them."""
+    """{number of finished epochs: number of steps so far, warm start included} for each evaluation of a metric."""
     return {
         float(row["epochs"]): row["step"]
         for result in found.by_seed.values()
@@ -54,7 +54,7 @@ def steps(found: Found, metric: str) -> dict[float, float]:
 def line(
     axes: Axes, number: int, label: str, points: dict[float, dict[int, float]], xs: Sequence[float] | None = None
 ) -> None:
-    """The mean over seeds, and the range over them as a band."""
+    """Draw a line through the means over seeds, with a band from the smallest to the largest value."""
     xs = list(points) if xs is None else list(xs)
     spreads = [Spread.of_some(by_seed.values()) for by_seed in points.values()]
     look = style.look(number)
@@ -87,23 +87,24 @@ def _need(found: Sequence[Found], what: str, holds: Callable[[Found], Any]) -> l
     chosen = [row for row in found if holds(row)]
     if not chosen:
         commands = [f"  {row.experiment.command()}" for row in found if row.experiment.why_not is None]
-        raise UserError("\n".join([f"no results with {what}; these make them:", *commands]))
+        raise UserError("\n".join([f"no results with {what}; these commands make them:", *commands]))
     return chosen
 
 
 def _footnote(figure: Figure, scale: Scale, found: Sequence[Found]) -> None:
-    """Of what this is, below the axes."""
+    """Write below the axes which scale the figure shows, and how many seeds each line averages."""
     counts = {len(row.by_seed) for row in found}
     n = str(counts.pop()) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    band = "; bands: range over them" if n != "1" else ""
-    style.footnote(figure, f"{scale.title}. {n} seed{'' if n == '1' else 's'} a line{band}.")
+    band = "; lines are means over seeds, bands their range" if n != "1" else ""
+    style.footnote(figure, f"{scale.title}. {n} seed{'' if n == '1' else 's'} per line{band}.")
 
 
 def figure_4(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) -> tuple[Figure, Data]:
-    """The paper's Figure 4: the mean maximum positive probability over epochs, and k-NN accuracy beside it.
+    """The paper's Figure 4: the mean maximum positive probability over epochs, with the k-NN accuracy below it.
 
     Args:
-        chosen: the user named the rows; else only those whose positives are rows of the bank.
+        chosen: whether the user named the table rows to show; if not, only those are shown whose positives are bank
+            rows.
     """
 
     def fits(row: Found) -> bool:
@@ -137,14 +138,15 @@ def figure_4(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool
 
 
 def bank(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) -> tuple[Figure, Data]:
-    """How the bank's rows are used and how they lie, over training, beside what is learned; there also of rows of the
-    table without a bank.
+    """Statistics of the bank's rows over training, with the k-NN accuracy and the maximum probability.
+
+    The latter two are also shown for runs without a bank.
     """
     rows = [row for row in found if row.experiment.why_not is None and row.by_seed]
     _need(rows or list(found), "a bank", lambda row: any(series(row, metric) for metric, _ in BANK.values()))
     accuracy = _knn(rows)
     shown = {
-        f"{heading(accuracy)} accuracy": (accuracy, "test images, %"),
+        f"{heading(accuracy)} accuracy": (accuracy, "accuracy, %"),
         "mean probability of the most probable row": ("max_probability", "probability"),
         **BANK,
     }
@@ -168,7 +170,7 @@ def bank(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
             axes.set_yscale("log")
         elif ylabel == "norm":
             low, high = axes.get_ylim()
-            axes.set_ylim(min(low, 0.9), max(high, 1.1))  # rounding is no motion
+            axes.set_ylim(min(low, 0.9), max(high, 1.1))  # so that rounding errors do not look like changes
     for axes in panels.flat[max(0, len(shown) - 2) : len(shown)]:
         epochs_axis(axes)
         axes.tick_params(labelbottom=True)
@@ -183,7 +185,7 @@ def bank(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
 
 
 def size(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) -> tuple[Figure, Data]:
-    """Accuracy over the rows of the bank: the paper's numbers, and ours."""
+    """Accuracy over the number of bank rows: the paper's numbers on the left, ours on the right."""
     column = next(iter(table.columns))
     metric = _metric(scale, column)
     methods: dict[str, list[Found]] = {}
@@ -223,17 +225,17 @@ def size(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
             for row in rows
             for seed, value in row.values(metric).items()
         ]
-    for axes, title, ylabel in ((left, "the paper's: ImageNet", "top-1, %"), (right, "ours", f"{heading(metric)}, %")):
+    for axes, title, ylabel in ((left, "paper: ImageNet", "top-1, %"), (right, "ours", f"{heading(metric)}, %")):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xticks(sorted({x for drawn in axes.lines for x in drawn.get_xdata()}), minor=False)
         axes.tick_params(axis="x", rotation=30)
-        axes.set_xlabel("rows of the bank")
+        axes.set_xlabel("number of bank rows")
         axes.set_ylabel(ylabel)
         axes.set_title(title, loc="left")
         axes.legend()
     counts = [len(row.values(metric)) for rows in methods.values() for row in rows if row.values(metric)]
-    what = "one seed" if max(counts) == 1 else "means, with bars of a standard deviation where there are several seeds"
+    what = "one seed" if max(counts) == 1 else "mean over seeds; bars show one standard deviation"
     style.footnote(figure, f"{scale.title}. Ours: {what}.")
     return figure, data
 
@@ -241,7 +243,11 @@ def size(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
 def compute(
     table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool, x: str | None = None
 ) -> tuple[Figure, Data]:
-    """k-NN accuracy over what the training has cost so far."""
+    """k-NN accuracy over the cost of the training so far.
+
+    Args:
+        x: the unit of cost, a key of COMPUTE; None for "flops", or "images" if caco.plan is missing.
+    """
     if x is None:
         x = "images" if importlib.util.find_spec("caco.plan") is None else "flops"
     able = [row for row in found if row.experiment.why_not is None]
@@ -255,7 +261,7 @@ def compute(
     drawn = set()
     for row in rows:
         if row.experiment.hash(row.experiment.seeds[0]) in drawn:
-            continue  # another row's run at this scale
+            continue  # at this scale another table row has the same run
         drawn.add(row.experiment.hash(row.experiment.seeds[0]))
         points, at = series(row, metric), steps(row, metric)
         per_step = _cost_of_a_step(row, x)
@@ -284,12 +290,12 @@ def _cost_of_a_step(row: Found, x: str) -> float:
 
 
 def _knn(rows: Sequence[Found]) -> str:
-    """What the rows of a scale call their k-NN accuracy: a scale evaluates all of them alike."""
+    """The name of the k-NN metric; the same for all rows, because a scale evaluates them alike."""
     name = metrics.knn_metric(rows[0].experiment.cfg.eval) if rows else None
     if name is None:
         raise UserError(
-            "no k-NN accuracy over training: this scale evaluates none; expected eval=[knn] or eval=[knn_all] among its"
-            " overrides"
+            "no k-NN accuracy over training: this scale does not measure it; expected eval=[knn] or eval=[knn_all]"
+            " among its overrides"
         )
     return name
 

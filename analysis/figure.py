@@ -1,14 +1,15 @@
-"""`python -m analysis.figure 3|4|5|bank|size|compute`: a figure as PNG and PDF, and the data behind it as CSV.
+"""`python -m analysis.figure 3|4|5|bank|size|compute`: draw a figure as PNG and PDF, and write its data as CSV.
 
     python -m analysis.figure 4 --scale mini                   mean maximum positive probability and k-NN over epochs
-    python -m analysis.figure bank --scale mini                how the bank's rows are used and how they lie
+    python -m analysis.figure bank --scale mini                statistics of the bank's rows over training
     python -m analysis.figure size --scale mini                accuracy over the size of the bank (Table VI)
-    python -m analysis.figure compute --scale mini --table 1   accuracy over what training has cost
-    python -m analysis.figure 3 --run runs/mini/NAME           real images in place of learned positives and negatives
+    python -m analysis.figure compute --scale mini --table 1   accuracy over the compute of training
+    python -m analysis.figure 3 --run runs/mini/NAME           the images nearest to learned positives and negatives
     python -m analysis.figure 5 --run runs/mini/NAME           t-SNE of features
 
-3 and 5 read a run's checkpoint and its images, all others only results, as python -m analysis.table does. Files go into
-figures/; MLflow runs that are shown get them as artifacts.
+Figures 3 and 5 read a run's checkpoint and images; all others read only results, as python -m analysis.table does.
+Files are written to figures/. If a figure shows runs that are in MLflow, the files are also logged to them as
+artifacts.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from caco.installed import command_to_install
 from caco.runs.files import read_json
 from experiments.tables import load_scale, load_table
 
-OF_RESULTS = {"4": "7", "bank": "7", "size": "6", "compute": "7"}  # and the table whose rows they show
+OF_RESULTS = {"4": "7", "bank": "7", "size": "6", "compute": "7"}  # figure -> the table whose rows it shows by default
 OF_A_RUN = ("3", "5")
 FIGURES = ("3", "4", "5", "bank", "size", "compute")
 
@@ -35,22 +36,23 @@ FIGURES = ("3", "4", "5", "bank", "size", "compute")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", help=", ".join(FIGURES))
-    parser.add_argument("--scale", help="whose results")
+    parser.add_argument("--scale", help="the scale whose results are shown")
     parser.add_argument(
-        "--table", help=f"whose rows; by default {', '.join(f'{k}: {v}' for k, v in OF_RESULTS.items())}"
+        "--table",
+        help=f"the table whose rows are shown; defaults: {', '.join(f'{k}: {v}' for k, v in OF_RESULTS.items())}",
     )
-    parser.add_argument("--rows", help="these rows alone, as none,both")
+    parser.add_argument("--rows", help="show only these table rows, as none,both")
     parser.add_argument(
-        "--x", choices=("flops", "images", "hours"), help="of the figure compute; flops where caco.plan is"
+        "--x", choices=("flops", "images", "hours"), help="unit of the x axis of figure compute; default: flops"
     )
     add_sources(parser)
-    parser.add_argument("--run", type=Path, metavar="DIR", help="of the figures 3 and 5")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="the run that figures 3 and 5 show")
     parser.add_argument("--data-root", metavar="PATH", help="where that run's images are now")
-    parser.add_argument("--queries", type=int, default=6, help="rows of figure 3")
-    parser.add_argument("--images", type=int, default=2000, help="points of figure 5, at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the images that are drawn, and of t-SNE")
+    parser.add_argument("--queries", type=int, default=6, help="number of query images in figure 3")
+    parser.add_argument("--images", type=int, default=2000, help="largest number of points in figure 5")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the choice of images and for t-SNE")
     parser.add_argument("--out", type=Path, default=Path("figures"))
-    parser.add_argument("--no-mlflow", action="store_true", help="do not log it to the MLflow runs that it shows")
+    parser.add_argument("--no-mlflow", action="store_true", help="do not log the files to the MLflow runs shown")
     with errors.shown():
         arguments = parser.parse_args(folders.take(sys.argv[1:]))
         paths, places = make(arguments)
@@ -65,10 +67,10 @@ def main() -> None:
 
 
 def make(arguments: argparse.Namespace) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Draw a figure; returns its files and the MLflow runs that it shows.
+    """Draw the figure that the command line asks for; returns its files and the MLflow runs that it shows.
 
     Raises:
-        UserError: no such figure; no results, no run to draw it from.
+        UserError: there is no such figure, or no results or run to draw it from.
     """
     name = arguments.figure
     if name not in FIGURES:
@@ -92,7 +94,7 @@ def make(arguments: argparse.Namespace) -> tuple[list[Path], list[tuple[str, str
 def draw(
     name: str, found: Sequence[Found], out: Path, *, chosen: bool = False, x: str | None = None
 ) -> tuple[list[Path], list]:
-    """A figure of results, into out/SCALE-TABLE-figure-NAME.*."""
+    """Draw a figure from results into out/SCALE-TABLE-figure-NAME.*; returns as `make` does."""
     from analysis import curves, style
 
     table, scale = found[0].experiment.table, found[0].experiment.scale
@@ -112,7 +114,7 @@ def draw(
 
 
 def of_a_run(arguments: argparse.Namespace) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Figures 3 and 5, into out/RUN-figure-N.*."""
+    """Draw figure 3 or 5 of a run into out/RUN-figure-N.*; returns as `make` does."""
     if arguments.run is None:
         raise UserError(f"figure {arguments.figure}: expected --run DIR, a run's directory, as runs/SCALE/NAME")
     from analysis import model, style

@@ -1,4 +1,4 @@
-"""Figures of what a trained model has learned; these read a checkpoint and the images, and import torch."""
+"""Figures that show what a trained model has learned. They read its checkpoint and images, and import torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +31,12 @@ from caco.runs.renamed import read_config
 
 Data = list[dict[str, Any]]
 SAME, OTHER = "#0072B2", "#D55E00"
-MOST_PIXELS = 60_000  # images: k-NN of raw pixels takes seconds for a small set, and hours for ImageNet
+MOST_PIXELS = 60_000  # largest number of images for k-NN on raw pixels, which would take hours on ImageNet
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's method as its newest checkpoint has it, and the images that it saw."""
+    """A run's method with the weights of its newest checkpoint, and the run's images."""
 
     cfg: DictConfig
     method: Method
@@ -46,28 +46,30 @@ class Trained:
 
     @property
     def bank(self) -> Bank | None:
-        """None where the method has none."""
+        """The method's bank, or None if it has none."""
         return getattr(self.method, "bank", None)
 
     @property
     def key_encoder(self) -> torch.nn.Module:
-        """What embeds the keys, which choose rows (Eq. 11): the momentum twin, or the encoder where there is none."""
+        """The network that embeds the keys, which choose the positive rows (Eq. 11): the momentum twin, or the encoder
+        of a method without a twin.
+        """
         parts = dict(self.method.named_children())
         return parts["twin"].get_submodule("encoder") if "twin" in parts else parts["encoder"]
 
     def outputs(self, network: torch.nn.Module, source: Source) -> torch.Tensor:
-        """What a network makes of every image's plain view, [N, D] float32."""
+        """A network's outputs for the plain (not augmented) views of all images, [N, D] float32."""
         return extract(network, plain_batches(source, self.views, batch=256), device="cpu", precision="fp32")[0]
 
 
 def load(run_dir: Path, data_root: str | None = None) -> Trained:
-    """A run's method and images.
+    """Load a run's method and images.
 
     Args:
-        data_root: where the images are now; None is where the run read them.
+        data_root: where the images are now; None if they are where the run read them.
     Raises:
-        UserError: no run there, or none that has a checkpoint.
-        ValueError: the images are not those that the run was trained on.
+        UserError: there is no run in this directory, it has no checkpoint, or the images are not those that it was
+            trained on.
     """
     if not (run_dir / "config.yaml").is_file():
         made = sorted(str(path.parent.parent) for path in Path("runs").glob("*/*/checkpoints/step_*.pt"))
@@ -79,7 +81,7 @@ def load(run_dir: Path, data_root: str | None = None) -> Trained:
         cfg.data.root = data_root
     newest = Checkpoints(run_dir / "checkpoints").load_newest()
     if newest is None:
-        raise UserError(f"{run_dir}: has no checkpoint; start its command again to train it")
+        raise UserError(f"{run_dir}: this run has no checkpoint; start its command again to train it")
     splits = instantiate(cfg.data)
     digest = splits.pretrain.digest()
     if digest != newest[0]["data_digest"]:
@@ -92,17 +94,18 @@ def load(run_dir: Path, data_root: str | None = None) -> Trained:
 
 
 def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -> tuple[Figure, Data]:
-    """The paper's Figure 3: for some test images, the training images nearest to their positive and negatives.
+    """The paper's Figure 3: for some test images, the training images nearest to their positive and negative rows.
 
-    A row of the bank is no image; in its place stands the training image whose embedding is nearest to it. The momentum
-    encoder embeds, as it does when it picks positives (Eq. 11). Negatives: the rows that come next, which are the
-    hardest, and some drawn from all rows.
+    A row of the bank is not an image, so the figure shows the training image whose embedding is nearest to it. The
+    momentum encoder computes all embeddings, as it does when positives are chosen (Eq. 11). The negatives shown are the
+    next most probable rows, which are the hardest, and some rows drawn at random.
     """
     trained = load(run_dir, data_root)
     method, bank = trained.method, trained.bank
     if bank is None:
         raise UserError(
-            f"{run_dir}: has no bank, so no learned positives and negatives; expected a run with pn=both or pn=negative"
+            f"{run_dir}: this run has no bank, and so no learned positives and negatives; expected a run with pn=both"
+            " or pn=negative"
         )
     train, test = trained.splits.labelled("Figure 3")
     train_labels, test_labels = labels_of(train), labels_of(test)
@@ -123,9 +126,9 @@ def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -
 
     columns = [
         "query",
-        "most probable:\npositive",
-        *(f"negative,\nnext {i}" for i in range(1, hard + 1)),
-        *["negative,\ndrawn"] * drawn,
+        "positive:\nmost probable",
+        *(f"hard\nnegative {i}" for i in range(1, hard + 1)),
+        *["random\nnegative"] * drawn,
     ]
     figure = Figure(figsize=(style.PAGE, 0.93 * len(chosen) + 0.55))
     axes = figure.subplots(len(chosen), len(columns), squeeze=False)
@@ -139,7 +142,7 @@ def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -
             p, same = float(p_QK[q, rows_QR[q, r]]), int(train_labels[found]) == label
             caption = f"{names[int(train_labels[found])]}\np {_small(p)}"
             _show(axes[q, r + 1], train.image(found), caption, SAME if same else OTHER, solid=same)
-            kind = "positive" if r == 0 else "negative, next" if r <= hard else "negative, drawn"
+            kind = "positive" if r == 0 else "hard negative" if r <= hard else "random negative"
             data.append(
                 {"query": int(image), "query_class": names[label], "kind": kind, "row": int(rows_QR[q, r]),
                 "probability": p,
@@ -147,22 +150,23 @@ def figure_3(run_dir: Path, *, data_root: str | None, queries: int, seed: int) -
             )  # fmt: skip
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=6)
-    # Of every test image, not only of those shown.
+    # The footnote's shares are over all test images, not only those shown.
     label_K = train_labels[image_K1[:, 0].numpy()]
     share = np.mean(label_K[positive_T.numpy()] == test_labels)
     chance = (np.bincount(label_K, minlength=len(names)) / bank.size)[test_labels].mean()
     style.footnote(
         figure,
-        "Rows of the bank, shown as the training image nearest to them. Solid blue: of the query's class; dashed"
-        f" orange: of another. p: of {bank.size:,} rows. Step {trained.step:,}. Of all {len(test):,} test images,"
-        f" {share:.0%} have a positive of their class (a row drawn at random: {chance:.0%}); they share"
-        f" {len(positive_T.unique()):,} rows.",
+        "Each bank row is shown as the training image nearest to it, with a solid blue frame if that image has the"
+        " query's class and a dashed orange frame if not. p: the row's probability in the softmax over all"
+        f" {bank.size:,} rows. Step {trained.step:,}. Of all {len(test):,} test images,"
+        f" {share:.0%} have a positive of their class (a row drawn at random: {chance:.0%}). Together the test images"
+        f" choose {len(positive_T.unique()):,} different rows.",
     )
     return figure, data
 
 
 def _one_of_each_class(labels: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
-    """`count` images, of as many classes as there are."""
+    """Indices of up to `count` images, drawn from the classes in turn."""
     classes = generator.permutation(np.unique(labels))
     turns = [classes[i % len(classes)] for i in range(count)]
     chosen: list[int] = []
@@ -187,7 +191,7 @@ def _show(axes: Any, image: Any, caption: str, colour: str, *, solid: bool) -> N
 
 def figure_5(run_dir: Path, *, data_root: str | None, images: int, seed: int) -> tuple[Figure, Data]:
     """The paper's Figure 5: t-SNE of the backbone's features of test images, by class."""
-    from sklearn.manifold import TSNE  # here and not above: a second that the other figures do not need
+    from sklearn.manifold import TSNE  # not at the top: the import takes a second, and only this figure needs it
 
     trained = load(run_dir, data_root)
     _, test = trained.splits.labelled("Figure 5")
@@ -210,8 +214,8 @@ def figure_5(run_dir: Path, *, data_root: str | None, images: int, seed: int) ->
         figure.legend(loc="outside right upper", markerscale=2)
     style.footnote(
         figure,
-        f"{len(chosen):,} images of {test.name}, features at step {trained.step:,}, perplexity {perplexity:g}."
-        " Distances between groups, and their sizes, mean little in t-SNE.",
+        f"{len(chosen):,} images of {test.name}; features of the backbone at step {trained.step:,}; t-SNE with"
+        f" perplexity {perplexity:g}. Distances between groups, and the sizes of groups, mean little in t-SNE.",
     )
     data = [
         {"image": int(image), "class": names[int(label)], "x": float(x), "y": float(y)}
@@ -222,16 +226,21 @@ def figure_5(run_dir: Path, *, data_root: str | None, images: int, seed: int) ->
 
 @dataclass(frozen=True)
 class BankRows:
-    """Some rows of a bank, R of them, each with the N training images nearest to it.
+    """R rows of a bank, each with the N training images nearest to it. An image chooses the row most probable for it.
 
-    images: those that were embedded; `image_RN` are their positions, `label_RN` their labels, None where there are
-    none. row_R, uses_R: which rows, and how many of the images choose each.
-    image_RN, cosine_RN: nearest first.
-    num_used: rows of the whole bank that some image chooses.
-    num_frequent, share_frequent: rows among which those shown were picked, the most chosen ones, and how much of the
-        images they take.
-    agreement, chance: over all rows that are used, the mean share of the N nearest images that have the most common
-        label among them, and the same of N images drawn at random; None without labels.
+    Args:
+        images: the images that were embedded.
+        row_R: the index of each row in the bank.
+        uses_R: how many of the images choose each row.
+        image_RN: positions of the nearest images in `images`, the nearest first.
+        cosine_RN: cosines between row and image.
+        label_RN: the labels of these images; None if the images have no labels.
+        num_used: how many rows of the whole bank are chosen by some image.
+        num_frequent: from how many of the most chosen rows the R rows were picked.
+        share_frequent: the share of the images that choose one of those rows.
+        agreement: how many of a row's N nearest images have the most common label among them, as a share, averaged over
+            all rows that are chosen; None without labels.
+        chance: the same for N images drawn at random.
     """
 
     images: Source
@@ -248,16 +257,17 @@ class BankRows:
 
 
 def bank_rows(trained: Trained, *, count: int = 8, num_nearest: int = 8, num_images: int = 10_000) -> BankRows:
-    """Rows that are often chosen and far from one another, and what lies nearest to them.
+    """Pick rows that are often chosen and far from one another, and find the training images nearest to them.
 
-    As in training the images' keys choose; here those of their plain views.
+    As in training, the key of an image chooses its row, but here the key is that of the plain view.
 
     Args:
-        count: rows, at most: of near-duplicates one is taken.
-        num_images: embedded, at most: of a larger set so many are drawn, equally from the classes.
+        count: the largest number of rows; there are fewer if the rest are near-duplicates of rows already taken.
+        num_nearest: how many images to find for each row.
+        num_images: the largest number of images to embed; from a larger set this many are drawn, balanced over classes.
     """
     images, bank = trained.splits.pretrain, trained.bank
-    assert bank is not None, "whoever asks for its rows has looked"
+    assert bank is not None, "the caller has checked that there is a bank"
     if num_images < len(images):
         images = images.part(choose(images.labels, num_images, len(images), seed=0, balanced=True), images.name)
     num_nearest = min(num_nearest, len(images))
@@ -271,7 +281,7 @@ def bank_rows(trained: Trained, *, count: int = 8, num_nearest: int = 8, num_ima
         label_RN = agreement = chance = None
         if images.labels is not None:
             label_RN = images.labels[image_RN.numpy()]
-            alike = most_common(label_RN)[0].argsort(kind="stable")  # rows of one label stand together
+            alike = most_common(label_RN)[0].argsort(kind="stable")  # show rows with the same label side by side
             row_R, cosine_RN, image_RN, label_RN = row_R[alike], cosine_RN[alike], image_RN[alike], label_RN[alike]
             of_used = images.labels[nearest(m_KD[used], k_ND, k=num_nearest)[1].numpy()]
             drawn = np.random.default_rng(0).choice(images.labels, (1000, num_nearest))
@@ -283,8 +293,9 @@ def bank_rows(trained: Trained, *, count: int = 8, num_nearest: int = 8, num_ima
 
 
 def most_chosen(uses_K: torch.Tensor, *, least: int) -> torch.Tensor:
-    """As few rows as together have half of the uses, but `least` where so many are used; the most used first, then the
-    lower index.
+    """The most used rows, as few as have half of all uses together, but at least `least` (or all that are used).
+
+    They are sorted by use, the most used first, and then by index.
     """
     order = uses_K.argsort(descending=True, stable=True)
     half = int((uses_K[order].cumsum(0) * 2 < uses_K.sum()).sum()) + 1
@@ -292,10 +303,9 @@ def most_chosen(uses_K: torch.Tensor, *, least: int) -> torch.Tensor:
 
 
 def far_apart(m_RD: torch.Tensor, count: int) -> torch.Tensor:
-    """Positions of at most `count` unit rows: the first, then in turn the one whose nearest among those taken is
-    farthest.
+    """Positions of at most `count` unit rows that are far apart, by farthest-point sampling from the first row on.
 
-    It ends early where all that are left are near-duplicates of one taken.
+    Stops early when all remaining rows are near-duplicates of a row already taken.
     """
     taken = [0]
     closest_R = m_RD @ m_RD[0]
@@ -306,7 +316,7 @@ def far_apart(m_RD: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def most_common(label_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row the label that it has most of, the smallest of equals, and how often; [R] each."""
+    """The most common label of each row (the smallest if several are), and how often it occurs; both [R]."""
     found = [np.unique(labels, return_counts=True) for labels in label_RN]
     return np.array([values[counts.argmax()] for values, counts in found]), np.array(
         [counts.max() for _, counts in found]
@@ -314,15 +324,15 @@ def most_common(label_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pixels_knn(trained: Trained) -> float | None:
-    """Raw pixels' k-NN accuracy in percent, by the run's own k-NN on the same images; None where it would take too
-    long.
+    """The accuracy in percent of the run's k-NN evaluator on raw pixels, with the same images; None for sets that would
+    take too long.
     """
     (name, node), *_ = ((name, node) for name, node in trained.cfg.eval.items() if metrics.knn_metric({name: node}))
     splits = trained.splits
     train, test = splits.labelled("k-NN of raw pixels")
     if node.fraction * len(train) + len(test) > MOST_PIXELS:
         return None
-    # Nothing is multiplied to make these features, so no precision and no device changes them.
+    # The features are the pixels themselves, so precision and device do not matter.
     evaluation = Evaluation(
         {name: instantiate(node)},
         splits,

@@ -1,12 +1,12 @@
-"""`python -m analysis.picture RUN`: what a run has learned, as one picture in its directory.
+"""`python -m analysis.picture RUN`: show what a run has learned, as one picture in its directory.
 
-    python -m analysis.picture runs/caco/NAME              of the run in this directory
-    python -m analysis.picture preset=demo seed=1          of the run that caco.train makes with these overrides
-    python -m analysis.picture runs/caco/NAME --to FILE    elsewhere
+    python -m analysis.picture runs/caco/NAME              draw the run in this directory
+    python -m analysis.picture preset=demo seed=1          draw the run that caco.train makes with these overrides
+    python -m analysis.picture runs/caco/NAME --to FILE    write the picture to another file
 
-At the left k-NN accuracy over training, beside that of the untrained network and of raw pixels; at the right rows of
-the bank, each as the training images nearest to it. It reads the run's ledger, its newest checkpoint and its images.
-The last line that it prints is the picture's path.
+On the left is the k-NN accuracy over training, compared with the untrained network and with raw pixels. On the right
+are rows of the bank, each shown as the training images nearest to it. The command reads the run's ledger, newest
+checkpoint and images. The last line that it prints is the path of the picture.
 """
 
 import argparse
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from caco.data.sets.sources import Source
     from caco.data.views.augmentation import Views
 
-# Inches. A tile has 80 dots: a whole number for each pixel of images of 8, 16, 20, 40 or 80.
+# Lengths in inches. A tile is 80 dots wide, so that images of 8, 16, 20, 40 or 80 pixels grow by a whole number.
 TILE, GAP, DOTS_PER_INCH = 0.4, 0.04, 200
 MARGIN, HEAD, NOTE_LINE = 0.25, 0.74, 0.155
-BEFORE, AFTER = 0.98, 1.2  # a row's words, before and after its images
+BEFORE, AFTER = 0.98, 1.2  # space for the text before and after the images of a bank row
 CURVE, CURVE_ALONE, LEAST_HEIGHT = 3.6, 7.0, 3.0
-TICKS, LABELS, ABOVE, BELOW = 0.4, 0.95, 0.25, 0.42  # around the curve
+TICKS, LABELS, ABOVE, BELOW = 0.4, 0.95, 0.25, 0.42  # margins around the curve: left, right, top, bottom
 INK, FAINT, SHADE = "#222222", "#606060", "#E8EEF4"
 TRAINED, PIXELS, UNTRAINED, ODD = "#0072B2", "#C25400", "#707070", "#E0569B"
 
@@ -48,10 +48,12 @@ TRAINED, PIXELS, UNTRAINED, ODD = "#0072B2", "#C25400", "#707070", "#E0569B"
 class Curve:
     """k-NN accuracy over training, in percent.
 
-    metric: its name, which says how many neighbours of how many images.
-    epochs: of each point; below 0 before epoch 0, as if the steps there were epochs too.
-    steps_before: epoch 0, of a warm start or of filling the bank.
-    starts_at_0: whether the first point is from before the first step.
+    Args:
+        metric: its name, which includes the number of neighbours and the share of images that vote.
+        epochs: the x position of each point in epochs; negative during the warm start.
+        accuracy: the value of each point.
+        steps_before: how many steps were made before epoch 0, to warm up or to fill the bank.
+        starts_at_0: whether the first point was measured before the first step.
     """
 
     metric: str
@@ -68,20 +70,20 @@ def main() -> None:
     parser.add_argument(
         "run", nargs="+", metavar="RUN", help="a run's directory, or the overrides of caco.train that made it"
     )
-    parser.add_argument("--to", type=Path, metavar="FILE", help="by default picture.png in the run's directory")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="default: picture.png in the run's directory")
     parser.add_argument("--data-root", metavar="PATH", help="where the run's images are now")
     parser.add_argument(
-        "--images", type=int, default=10_000, help="training images that are embedded, at most (10,000)"
+        "--images", type=int, default=10_000, help="largest number of training images to embed (default: 10,000)"
     )
     with errors.shown():
         print(make(parser.parse_args(folders.take(sys.argv[1:]))))
 
 
 def make(arguments: argparse.Namespace) -> Path:
-    """Draw a run's picture; returns its file.
+    """Draw a run's picture; returns its path.
 
     Raises:
-        UserError: no run there, or one that has nothing to show.
+        UserError: matplotlib is not installed, there is no run, or the run has neither a bank nor a k-NN evaluation.
     """
     run_dir = directory(arguments.run)
     try:
@@ -90,7 +92,7 @@ def make(arguments: argparse.Namespace) -> Path:
         raise UserError(
             f"the picture needs matplotlib, which is not installed; to have it: {command_to_install('analysis')}"
         ) from error
-    from analysis import model  # here and not above: it imports torch
+    from analysis import model  # not at the top: it imports torch, and mistakes are to be reported at once
 
     trained = model.load(run_dir, arguments.data_root)
     accuracy = metrics.knn_metric(trained.cfg.eval)
@@ -106,10 +108,10 @@ def make(arguments: argparse.Namespace) -> Path:
 
 
 def directory(run: Sequence[str]) -> Path:
-    """A run's directory, from itself or from the overrides that made it.
+    """The directory of a run, given as itself or by the overrides of caco.train that made the run.
 
     Raises:
-        UserError: there is no run, or the overrides do not compose.
+        UserError: there is no such run, or the overrides do not compose.
     """
     if len(run) == 1 and ("=" not in run[0] or Path(run[0]).is_dir()):
         path = Path(run[0])
@@ -128,11 +130,11 @@ def directory(run: Sequence[str]) -> Path:
 
 
 def curve_of(ledger: Sequence[dict[str, Any]], metric: str | None, steps_per_epoch: int) -> Curve | None:
-    """What training wrote into its ledger; None where nothing was evaluated by k-NN.
+    """The k-NN curve that training wrote into its ledger; None if the run was never evaluated by k-NN.
 
-    A row's "step" counts from the run's first step, its "epochs" from epoch 0.
+    "step" in a ledger row counts from the first step of the run, "epochs" from the start of epoch 0.
     """
-    # caco.evaluate, which adds rows after training, gives them no "epochs".
+    # Rows without "epochs" were added by caco.evaluate after the training; they are no part of the curve.
     rows = [row for row in ledger if row["kind"] == "eval" and metric in row and "epochs" in row]
     if metric is None or not rows:
         return None
@@ -153,7 +155,12 @@ def curve_of(ledger: Sequence[dict[str, Any]], metric: str | None, steps_per_epo
 def draw(
     trained: "Trained", curve: Curve | None, pixels: float | None, rows: "BankRows | None", *, name: str
 ) -> "Figure":
-    """The curve at the left, the rows at the right; one of them alone where there is no other."""
+    """Draw the curve on the left and the bank rows on the right; if one of them is None, only the other.
+
+    Args:
+        pixels: the k-NN accuracy of raw pixels, in percent; None leaves it out.
+        name: the run's name, for the note at the bottom.
+    """
     from analysis.style import Figure
 
     lines, tiles = (0, 0) if rows is None else rows.image_RN.shape
@@ -182,18 +189,20 @@ def draw(
         draw_curve(axes, curve, pixels, start="at the start" if trained.cfg.get("weights") else "untrained")
     if rows is not None:
         words(rows_left, 0.18, "Rows of the bank", fontsize=13, weight="bold", color=INK)
-        framed = "" if rows.label_RN is None else "; framed: of another label"
-        words(rows_left, 0.44, f"each as the {tiles} training images nearest to it{framed}", fontsize=9, color=FAINT)
+        framed = "" if rows.label_RN is None else "; a frame marks another label"
+        words(rows_left, 0.44, f"the {tiles} training images nearest to each row{framed}", fontsize=9, color=FAINT)
         draw_rows(panel(rows_left, foot, rows_width, body), trained, rows, size=(rows_width, body))
     figure.text(MARGIN / width, 0.13 / height, "\n".join(note), fontsize=8, color=FAINT, va="bottom", linespacing=1.3)
     return figure
 
 
 def draw_curve(axes: "Axes", curve: Curve, pixels: float | None, *, start: str) -> None:
-    """The curve, and a level for what it started from and for raw pixels; their values stand at the right.
+    """Draw the curve, and horizontal lines for the accuracy at its start and of raw pixels, with the values at the
+    right.
 
     Args:
-        start: what the network was before its first step, in a word.
+        pixels: the k-NN accuracy of raw pixels, in percent; None leaves it out.
+        start: the label of the accuracy before the first step, as "untrained".
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -236,7 +245,7 @@ def draw_curve(axes: "Axes", curve: Curve, pixels: float | None, *, start: str) 
 
 
 def _plain(views: "Views", images: "Source", index: int) -> np.ndarray:
-    """An image's plain view for the eye, uint8 [H, W, 3]."""
+    """An image's plain view as RGB pixels to show, uint8 [H, W, 3]."""
     if views.channels is None:
         return views.plain_pixels(images.image(index))
     from caco.data.sets.stored import shown
@@ -249,8 +258,9 @@ def _inches(axes: "Axes") -> float:
 
 
 def spread(levels: Sequence[float], apart: float) -> list[float]:
-    """Ascending levels, moved so that neighbours are at least `apart`; those that would touch stand around their
-    mean.
+    """Move ascending values so that neighbours are at least `apart`, to keep their labels from overlapping.
+
+    A group of values that are too close is spread evenly around its mean.
     """
     groups: list[list[float]] = []
     for level in levels:
@@ -264,7 +274,10 @@ def spread(levels: Sequence[float], apart: float) -> list[float]:
 
 
 def draw_rows(axes: "Axes", trained: "Trained", rows: "BankRows", *, size: tuple[float, float]) -> None:
-    """A line a row: which it is, its images, and what they have in common; those of another label are framed."""
+    """Draw one line per bank row: its index and use, its nearest images, and their most common label.
+
+    Images with another label than the most common one are framed.
+    """
     from matplotlib.patches import Rectangle
 
     from analysis.model import most_common
@@ -281,7 +294,7 @@ def draw_rows(axes: "Axes", trained: "Trained", rows: "BankRows", *, size: tuple
         for n in range(tiles):
             left = BEFORE + n * (TILE + GAP)
             pixels = _plain(trained.views, rows.images, int(rows.image_RN[r, n]))
-            smooth = len(pixels) > TILE * DOTS_PER_INCH  # larger than its tile
+            smooth = len(pixels) > TILE * DOTS_PER_INCH  # the image is larger than its tile
             position = (left, left + TILE, top + TILE, top)
             axes.imshow(pixels, extent=position, interpolation="antialiased" if smooth else "nearest")
             if label_RN is not None and common_R is not None and label_RN[r, n] != common_R[r]:
@@ -294,23 +307,25 @@ def draw_rows(axes: "Axes", trained: "Trained", rows: "BankRows", *, size: tuple
         share = f"{count_R[r]} of {tiles}: {name if len(name) <= 12 else name[:10] + '...'}"
         axes.text(right, middle - 0.01, share, fontsize=10, color=INK, va="bottom")
         axes.text(right, middle + 0.02, cosines, fontsize=8, color=FAINT, va="top")
-    axes.set(xlim=(0, size[0]), ylim=(size[1], 0), aspect="auto")  # inches, downwards; imshow has changed them
+    # Coordinates are inches, downwards from the top; imshow has changed the limits.
+    axes.set(xlim=(0, size[0]), ylim=(size[1], 0), aspect="auto")
     axes.axis("off")
 
 
 def rows_note(trained: "Trained", rows: "BankRows") -> str:
-    """How the rows were found, and how well they stand for the others."""
+    """The note below the rows: how they were chosen, and how well labels agree over all rows in use."""
     every = "all " if len(rows.images) == len(trained.splits.pretrain) else ""
-    size = trained.cfg.bank.size or len(trained.splits.pretrain)  # null: a row for each image
+    size = trained.cfg.bank.size or len(trained.splits.pretrain)  # null: the bank has one row for each image
     note = (
-        f"The keys of {every}{len(rows.images):,} training images choose {rows.num_used:,} of the {size:,} rows. Shown:"
-        f" of the {rows.num_frequent:,} most chosen, which take {rows.share_frequent:.0%} of the images, the first, and"
-        " in turn the one farthest from those taken."
+        f"The keys of {every}{len(rows.images):,} training images choose {rows.num_used:,} of the {size:,} rows as"
+        f" positives. The {rows.num_frequent:,} most chosen rows are the choice of {rows.share_frequent:.0%} of the"
+        " images; shown are the most chosen one and others of them that lie far apart."
     )
     if rows.agreement is not None:
         note += (
-            f" Over all {rows.num_used:,} chosen rows, on average {rows.agreement:.0%} of the {rows.image_RN.shape[1]}"
-            f" nearest images share a label (drawn at random: {rows.chance:.0%}); training saw none."
+            f" Averaged over all {rows.num_used:,} chosen rows, {rows.agreement:.0%} of the"
+            f" {rows.image_RN.shape[1]} images nearest to a row share one label (images drawn at random:"
+            f" {rows.chance:.0%}); training saw no labels."
         )
     return note
 

@@ -1,10 +1,9 @@
-"""`python -m analysis.report --scale mini`: one HTML page of everything at a scale, or of a sweep: it needs no other
-file.
+"""`python -m analysis.report --scale mini`: write one self-contained HTML page with all results of a scale or a sweep.
 
-    python -m analysis.report --scale mini                          tables and figures that have results, records,
-                                                                    configurations
-    python -m analysis.report --scale mini --run runs/mini/NAME     and the figures 3 and 5 of that run
-    python -m analysis.report --sweep runs/NAME                     of a sweep that python -m caco.train -m has made
+python -m analysis.report --scale mini                          all tables and figures with results, the records,
+                                                                and the configurations
+python -m analysis.report --scale mini --run runs/mini/NAME     the same with figures 3 and 5 of that run
+python -m analysis.report --sweep runs/NAME                     the runs of a sweep made by python -m caco.train -m
 """
 
 import argparse
@@ -29,30 +28,30 @@ from experiments.tables import load_scale, load_table, tables
 
 CAPTIONS = {
     "3": (
-        "The paper's Figure 3 here: for test images, the training images nearest to their learned positive and"
+        "The paper's Figure 3 for our run: test images, and the training images nearest to their learned positive and"
         " negatives"
     ),
-    "4": "The paper's Figure 4 here: mean maximum positive probability, and k-NN accuracy, over epochs",
-    "5": "The paper's Figure 5 here: t-SNE of features, by class",
-    "bank": "The bank over training",
+    "4": "The paper's Figure 4 for our runs: mean maximum positive probability and k-NN accuracy over epochs",
+    "5": "The paper's Figure 5 for our run: t-SNE of features, coloured by class",
+    "bank": "Statistics of the bank's rows over training",
     "size": "Accuracy over the size of the bank",
-    "compute": "Accuracy over what training has cost",
+    "compute": "k-NN accuracy over the compute of training",
 }
-SUMMARY = ("loss", "steps", "images_per_second")  # after the accuracies
+SUMMARY = ("loss", "steps", "images_per_second")  # shown after the accuracies
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--scale", help="everything at this scale")
-    what.add_argument("--sweep", type=Path, metavar="DIR", help="the runs in this folder")
-    parser.add_argument("--tables", help="these alone, as 6,7,rivals")
+    what.add_argument("--scale", help="show all results at this scale")
+    what.add_argument("--sweep", type=Path, metavar="DIR", help="show the runs in this folder")
+    parser.add_argument("--tables", help="show only these tables, as 6,7,rivals")
     parser.add_argument(
-        "--run", type=Path, nargs="*", default=[], metavar="DIR", help="with figures 3 and 5 of these runs"
+        "--run", type=Path, nargs="*", default=[], metavar="DIR", help="add figures 3 and 5 of these runs"
     )
-    parser.add_argument("--data-root", metavar="PATH", help="where those runs' images are now")
+    parser.add_argument("--data-root", metavar="PATH", help="where the images of those runs are now")
     add_sources(parser)
-    parser.add_argument("--out", type=Path, help="the page; by default SCALE.html or SWEEP.html")
+    parser.add_argument("--out", type=Path, help="the file to write; default: SCALE.html or SWEEP.html")
     with errors.shown():
         arguments = parser.parse_args(folders.take(sys.argv[1:]))
         page = of_sweep(arguments) if arguments.sweep else of_scale(arguments)
@@ -63,16 +62,16 @@ def main() -> None:
 
 
 def of_scale(arguments: argparse.Namespace) -> str:
-    """The page of a scale.
+    """Make the page of a scale.
 
     Raises:
-        UserError: nothing has been run at it.
+        UserError: there are no results at this scale.
     """
     scale = load_scale(arguments.scale)
     runs, messages = read_results(arguments, scale.id, curves=True)
     needed = (
-        f"scale {scale.id}: no results among {len(runs)}; this makes some: python -m experiments.run table7"
-        f" scale={scale.id}"
+        f"scale {scale.id}: no results for its tables among {len(runs)} runs; this command makes some: python -m"
+        f" experiments.run table7 scale={scale.id}"
     )
     if not runs:
         raise UserError(needed)
@@ -101,21 +100,23 @@ def of_scale(arguments: argparse.Namespace) -> str:
     title = f"Scale {scale.id}: {scale.title}"
     sources = sorted({result.source for result in runs})
     about = (
-        f"{len(used)} runs, from {', '.join(sources)}. Published numbers are the paper's (arXiv 2203.14370) where no"
-        " column says otherwise."
+        f"{len(used)} runs, read from {', '.join(sources)}. Published results are those of the paper (arXiv 2203.14370)"
+        " unless the column's heading says otherwise."
     )
     return render(title, about, sheets, figures, without, list(used.values()))
 
 
 def of_sweep(arguments: argparse.Namespace) -> str:
-    """The page of a folder of runs.
+    """Make the page of a folder of runs.
 
     Raises:
-        UserError: none of them has finished.
+        UserError: no run in it has finished.
     """
     finished = sorted(path.parent for path in arguments.sweep.glob("*/summary.json"))
     if not finished:
-        raise UserError(f"{arguments.sweep}: expected a sweep's folder, of runs with summary.json; got none")
+        raise UserError(
+            f"{arguments.sweep}: expected a sweep's folder with finished runs, each with summary.json; got none"
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "record.json"
         record.write_json(path, record.gather(finished))
@@ -135,7 +136,7 @@ def of_sweep(arguments: argparse.Namespace) -> str:
 
 
 def _runs_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """A line a run: the settings in which they differ, then the main metrics."""
+    """Headers and rows of a table with one line per run: the settings in which runs differ, then the main metrics."""
     keys = sorted({key for r in results for key in r.config if len({str(q.config.get(key, "-")) for q in results}) > 1})
     shown = [key for key in keys if not key.endswith(("._target_", ".seed"))]
     measured = _measured(results)
@@ -147,7 +148,7 @@ def _runs_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 
 
 def _measured(results: Sequence[Result]) -> list[str]:
-    """The main metrics of these runs: top-1 accuracies by their names, and what is told of every run."""
+    """The main metrics of these runs: all accuracies, then those of SUMMARY."""
     found = {metric for result in results for metric in result.summary}
     return metrics.accuracies(found) + [metric for metric in SUMMARY if metric in found]
 
@@ -160,13 +161,13 @@ def _values(result: Result, measured: Sequence[str]) -> list[str]:
 
 
 def _figure(figures: list[dict[str, Any]], without: list[str], name: str, make: Any) -> None:
-    """Add a figure, or the reason why it is not there."""
+    """Draw a figure and add it to `figures`; if it cannot be drawn, add the reason to `without`."""
     try:
         (png,) = [path for path in make() if path.suffix == ".png"]
     except UserError as error:
         without.append(f"{CAPTIONS[name]}: {str(error).splitlines()[0].rstrip(':')}")
         return
-    # A page's width holds two of the others beside each other.
+    # The page has two columns of figures; these are too wide for one column.
     wide = name in ("3", "bank", "size")
     figures.append({"wide": wide, "caption": CAPTIONS[name], "png": base64.b64encode(png.read_bytes()).decode()})
 
@@ -183,7 +184,7 @@ def _of_runs(figures: list[dict[str, Any]], without: list[str], arguments: argpa
 def render(
     title: str, about: str, sheets: list[dict], figures: list[dict], without: list[str], runs: Sequence[Result]
 ) -> str:
-    """The page; every text is escaped."""
+    """Fill the page's template, which escapes every text."""
     runs = sorted(runs, key=lambda result: (result.name, result.seed))
     measured = _measured(runs)
     keys = sorted({key for result in runs for key in result.config})

@@ -1,7 +1,7 @@
-"""What has come out: results from records or an MLflow store, which of them are a table's, and what is missing.
+"""Read results from records or an MLflow store, assign them to the rows of a table, and find what is missing.
 
-A result belongs to a row by the hash of its configuration alone. One that was run for the row but has another hash is
-of another version of the table, the scale or the code's defaults, and is refused.
+A result belongs to a row only if the hashes of their configurations agree. A result that was run for a row but has
+another hash comes from another version of the table, the scale or the code's defaults; it is refused.
 """
 
 import json
@@ -24,7 +24,8 @@ from experiments import record
 from experiments.run import RECORDS
 from experiments.tables import Experiment, Scale, Table, experiments
 
-HEADINGS = {"train_hours": "hours", "device_hours_per_epoch": "device hours an epoch"}  # of what follows from results
+# The column headings of metrics in DERIVED.
+HEADINGS = {"train_hours": "hours", "device_hours_per_epoch": "device hours per epoch"}
 
 
 def heading(metric: str) -> str:
@@ -36,11 +37,11 @@ class Result:
     """One finished run.
 
     Args:
-        config: its identity (caco/runs/py), empty where only the hash is known.
-        curve: rows of kind epoch and eval.
+        config: the settings of its identity (caco/runs/identity.py).
+        curve: the ledger's rows of kind epoch and eval.
         label: the table, row and scale that it was run for, or {}.
-        source: where it was read.
-        place: (tracking URI, run id) in MLflow, or None.
+        source: the record file or MLflow store that it was read from.
+        mlflow_run: (tracking URI, run id) in MLflow, or None.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Result:
     mlflow_run: tuple[str, str] | None = None
 
     def value(self, metric: str) -> float | None:
-        """A final metric, or one that follows from several; None if it was not measured."""
+        """A final metric, or one of DERIVED that is computed from several; None if it was not measured."""
         if metric in DERIVED:
             try:
                 return DERIVED[metric](self)
@@ -67,10 +68,11 @@ class Result:
 
 
 def images_per_second(result: Result) -> float:
-    """The mean over the run, without evaluations.
+    """The mean training rate of the run; time spent in evaluations is not counted.
 
     Raises:
-        KeyError: unknown: not measured, or 0, as runs had it whose last process found no step left to make.
+        KeyError: the rate is unknown: it was not measured, or it is 0, as older versions of caco recorded for a run
+            that was resumed when no step was left.
     """
     if not result.summary["images_per_second"] > 0:
         raise KeyError("images_per_second")
@@ -78,19 +80,19 @@ def images_per_second(result: Result) -> float:
 
 
 def train_hours(result: Result) -> float:
-    """Hours of training at the rate that was measured, without evaluations; raises KeyError where it is unknown."""
+    """Hours of training without evaluations, from the measured rate. Raises: KeyError: the rate is unknown."""
     return result.summary["steps"] * result.config["batch"] / images_per_second(result) / 3600
 
 
 def device_hours_per_epoch(result: Result) -> float:
-    """Hours of an epoch times the processes that shared it; the steps of the warm start are not counted."""
+    """Hours per epoch times the number of processes that trained together; the warm start is not counted."""
     steps = result.summary["steps"] - warm_start_steps(result.config)
     hours = train_hours(result) * steps / result.summary["steps"]
     return hours * result.summary["processes"] / result.summary["epochs"]
 
 
 def warm_start_steps(config: Mapping[str, Any]) -> int:
-    """Steps before epoch 0 of a run with this flat configuration."""
+    """How many steps a run with this flat configuration makes before epoch 0."""
     if (steps := config.get("method.warm_start_steps")) is not None:
         return steps
     passes = config.get("method.warm_start_passes")
@@ -107,10 +109,10 @@ DERIVED: dict[str, Callable[[Result], float]] = {
 
 
 def from_records(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
-    """The results of record files, each run once, and what was said about those that came twice.
+    """Read the results of record files, each run once, and messages about runs that several files report differently.
 
     Raises:
-        UserError: a file is no record.
+        UserError: a file is not a record.
     """
     parts = [[run | {"source": str(path)} for run in record.read(path)] for path in paths]
     runs, messages = record.merge(parts)
@@ -133,24 +135,25 @@ def from_records(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
 
 
 def _place(name: str, label: dict[str, str]) -> tuple[str, str] | None:
-    """The MLflow run of a run directory that still lies here."""
+    """The MLflow run of a run whose directory is on this machine, else None."""
     mark = Path("runs") / label.get("scale", "") / name / "mlflow.json"
     known = json.loads(mark.read_text()) if label and mark.is_file() else {}
     return (known["uri"], known["run_id"]) if known.get("run_id") else None
 
 
 def default_records(scale: str) -> list[Path]:
-    """The scale's committed record, and the one of what has run here, as far as they are there."""
+    """The scale's committed record, and the record of the runs in this folder; only those that exist."""
     return [path for path in (RECORDS / f"{scale}.json", Path("runs") / scale / "record.json") if path.is_file()]
 
 
 def from_mlflow(uri: str, experiment: str, *, curves: bool = False) -> list[Result]:
-    """The finished runs of an MLflow experiment, which is named as the scale.
+    """The finished runs of an MLflow experiment.
 
     Args:
-        curves: read every metric's history too, a request each.
+        experiment: its name, by default that of the scale.
+        curves: also read the history of every metric, which takes one request per metric and run.
     Raises:
-        UserError: no store that answers, or no such experiment in it.
+        UserError: the store does not answer, or has no such experiment.
     """
     require_mlflow()
     uri = resolve_uri(uri)
@@ -189,8 +192,8 @@ def _of_mlflow(client: Any, run: Any, uri: str, curves: bool) -> Result:
                 row = rows.setdefault((kind, point.step), {"kind": kind, "step": point.step})
                 row[value_name] = point.value
     curve = [rows[key] for key in sorted(rows, key=lambda key: (key[1], key[0]))]
-    # Among the parameters are the options that were chosen: of a component by its name, of pn and preset by a root of
-    # their own.
+    # Besides the settings, MLflow's parameters name the option that was chosen for each group. Those of groups that are
+    # no setting of the configuration, as pn and preset, are dropped here, the others by renamed.nested.
     params = {
         key: _typed(value)
         for key, value in run.data.params.items()
@@ -201,7 +204,7 @@ def _of_mlflow(client: Any, run: Any, uri: str, curves: bool) -> Result:
     hash = tags["config_hash"]
     return Result(
         name=run.info.run_name,
-        # Only of a configuration that arrived whole: MLflow cuts long values.
+        # Recompute the hash only if the configuration is complete; MLflow truncates long values.
         hash=run_hash(names.config) if names.is_old and run_hash(recorded) == hash else hash,
         seed=int(params["seed"]),
         command=tags.get("command", ""),
@@ -216,7 +219,7 @@ def _of_mlflow(client: Any, run: Any, uri: str, curves: bool) -> Result:
 
 
 def _typed(text: str) -> Any:
-    """A parameter as it was before MLflow made text of it."""
+    """The value of a parameter, which MLflow stores as text."""
     try:
         return json.loads(text)
     except ValueError:
@@ -225,12 +228,12 @@ def _typed(text: str) -> Any:
 
 @dataclass
 class Found:
-    """A row's results at a scale.
+    """The results of a table row at a scale.
 
     Args:
-        by_seed: those of the row's configuration, whatever seed.
-        refused: a line for each that was run for it in another configuration.
-        missing: seeds that the table or the scale asks for and nobody has run.
+        by_seed: results with the row's configuration, by seed; also seeds that the table does not ask for.
+        refused: a message for each result that was run for the row with another configuration.
+        missing: seeds that the table or the scale asks for and that have no result.
     """
 
     experiment: Experiment
@@ -239,17 +242,17 @@ class Found:
     missing: list[int] = field(default_factory=list)
 
     def has(self, column: str) -> bool:
-        """Whether its runs are evaluated for a column of the table."""
+        """Whether the row's runs are evaluated for a column of the table."""
         return column in (self.experiment.row.columns or self.experiment.table.columns)
 
     def values(self, metric: str) -> dict[int, float]:
-        """Seed -> value, in the order of seeds."""
+        """{seed: value of the metric}, sorted by seed, without seeds that have no such value."""
         values = {seed: result.value(metric) for seed, result in sorted(self.by_seed.items())}
         return {seed: value for seed, value in values.items() if value is not None}
 
 
 def find(table: Table, scale: Scale, results: Sequence[Result], rows: Sequence[str] | None = None) -> list[Found]:
-    """What there is for each row of a table at a scale, in the table's order."""
+    """Assign results to the rows of a table at a scale, in the table's order. `rows`: only these; None for all."""
     by_hash = {result.hash: result for result in results}
     found = []
     for experiment in experiments(table, scale, rows=rows):
@@ -271,18 +274,21 @@ def find(table: Table, scale: Scale, results: Sequence[Result], rows: Sequence[s
                 changed = differences(result.config, identity(experiment.with_seed(result.seed)))
                 more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
                 row.refused.append(
-                    f"{result.source}: {experiment.name} seed {result.seed} is of another configuration ({result.hash},"
-                    f" here {experiment.hash(result.seed)}) and is not counted: {'; '.join(changed[:3])}{more}"
+                    f"{result.source}: {experiment.name} seed {result.seed} was run with another configuration"
+                    f" ({result.hash}, here {experiment.hash(result.seed)}) and is not counted:"
+                    f" {'; '.join(changed[:3])}{more}"
                 )
     return found
 
 
 @dataclass(frozen=True)
 class Gain:
-    """A row against the reference row, seed by seed.
+    """The gain of a row over the reference row, paired by seed.
 
     Args:
-        p: two-sided, of Student's paired t test; None with fewer than two common seeds or no spread at all.
+        spread: mean and standard deviation of the gains.
+        p: p value of Student's paired t test, two-sided; None for ratios, for fewer than two common seeds, and if all
+            gains are equal.
     """
 
     spread: Spread
@@ -290,7 +296,12 @@ class Gain:
 
     @classmethod
     def of(cls, ours: dict[int, float], reference: dict[int, float], *, ratio: bool = False) -> "Gain | None":
-        """Over the seeds that both have; None where they share none. As a ratio there is no test."""
+        """Compute the gain over the seeds that both rows have; None if they have none in common.
+
+        Args:
+            ours, reference: {seed: value}.
+            ratio: whether a gain is ours / reference instead of ours - reference.
+        """
         common = [seed for seed in ours if seed in reference]
         pairs = [(ours[seed], reference[seed]) for seed in common]
         spread = Spread.of(a / b if ratio else a - b for a, b in pairs)

@@ -1,9 +1,10 @@
-"""`python -m analysis.table 7 --scale mini`: the paper's numbers, ours beside them, and what is missing.
+"""`python -m analysis.table 7 --scale mini`: show a table with the paper's results, our results, and what is missing.
 
-Ours are means over seeds, +- one sample standard deviation. A gain is counted against the table's reference row: of
-ours seed by seed, over the seeds that both rows have, p by Student's paired t test (two-sided, not corrected for
-several rows). Differences between ours and the paper's are shown only where data, recipe and metric are the same.
-Results are read from experiments/records/SCALE.json and runs/SCALE/record.json, or from --records or --mlflow.
+Our results are means over seeds +- one sample standard deviation. Gains are relative to the table's reference row. For
+our results they are computed seed by seed, over the seeds that both rows have; p is that of Student's paired t test
+(two-sided, not corrected for several rows). The difference between our result and the paper's is shown only at scales
+with the paper's data, recipe and metric. Results are read from experiments/records/SCALE.json and
+runs/SCALE/record.json, or from --records or --mlflow.
 """
 
 import argparse
@@ -26,7 +27,7 @@ REFERENCE, CITED, ELSEWHERE, MISSING, UNMEASURED = "ref.", "cited", "not at this
 
 
 def state(found: Found, metric: str, column: str) -> str | None:
-    """Why there is no number of ours, or None if there is one."""
+    """What a cell shows instead of our result; None if there is a result."""
     if not found.has(column):
         return "-"
     if found.experiment.row.run is None:
@@ -39,14 +40,14 @@ def state(found: Found, metric: str, column: str) -> str | None:
 
 
 def sheet(table: Table, scale: Scale, found: Sequence[Found]) -> Sheet:
-    """The table at a scale."""
+    """Lay out a table at a scale as a sheet of text."""
     reference = next((row for row in found if row.experiment.row_id == table.reference), None)
     sized = [key for key in ("epochs", "batch", "bank") if len({getattr(row, key) for row in table.rows.values()}) > 1]
     ratio = table.compare == "ratio"
     gain_name = "ratio" if ratio else "gain"
     measured = {column: scale.metrics.get(column, []) for column in table.columns}
-    with_gains = len(table.columns) <= 2  # the paper's transfer table is wide enough without
-    headers = ["setting", *({"bank": "rows"}.get(key, key) for key in sized)]
+    with_gains = len(table.columns) <= 2  # tables with more columns would become too wide
+    headers = ["setting", *({"bank": "bank rows"}.get(key, key) for key in sized)]
     published = {
         column: title
         for column, title in table.columns.items()
@@ -54,10 +55,10 @@ def sheet(table: Table, scale: Scale, found: Sequence[Found]) -> Sheet:
     }
     for title in published.values():
         headers += [title, gain_name] if with_gains else [title]
-    groups = [("", 1), ("recipe", len(sized)), ("the paper's", len(headers) - 1 - len(sized))]
+    groups = [("", 1), ("recipe at scale paper", len(sized)), ("paper's results", len(headers) - 1 - len(sized))]
     of_others = [column for column in table.columns if any(row.experiment.theirs(column) is not None for row in found)]
     headers += [scale.theirs_are] * len(of_others)
-    groups.append(("theirs", len(of_others)))
+    groups.append(("published by others", len(of_others)))
     for ours in measured.values():
         for metric in ours:
             headers += [
@@ -67,7 +68,7 @@ def sheet(table: Table, scale: Scale, found: Sequence[Found]) -> Sheet:
             ]
             headers += ["ours - paper's"] if scale.same_as_paper and published else []
     if any(measured.values()):
-        groups.append((f"ours, scale {scale.id}", len(headers) + 1 - sum(size for _, size in groups)))
+        groups.append((f"our results, scale {scale.id}", len(headers) + 1 - sum(size for _, size in groups)))
         headers.append("n")
     rows = []
     for row in found:
@@ -93,7 +94,7 @@ def _published(table: Table, row: Found, column: str, ratio: bool, with_gains: b
     if value is None:
         return ["-"] * (1 + with_gains)
     if not with_gains:
-        return [max(f"{value:.1f}", f"{value:g}", key=len)]  # with as many digits as are published
+        return [max(f"{value:.1f}", f"{value:g}", key=len)]  # with as many digits as were published
     shown = f"{value:.2f}" if ratio or column.endswith("epoch") else f"{value:.1f}"
     if row.experiment.row_id == table.reference or base is None:
         return [shown, REFERENCE if base is not None else "-"]
@@ -139,17 +140,22 @@ def _notes(table: Table, scale: Scale, found: Sequence[Found], measured: dict[st
     results = [result for row in found for result in row.by_seed.values()]
     if not scale.same_as_paper and any(row.published for row in table.rows.values()):
         notes.append(
-            "Data, recipe and metric are not the paper's: compare ours with ours, and the paper's with the paper's."
+            "Our data, recipe and metric are not the paper's, so our results must not be compared with the paper's"
+            " results; compare the rows of one column with each other."
         )
     if any(row.experiment.theirs(column) is not None for row in found for column in table.columns):
-        notes.append(f"Theirs: {scale.theirs_are}, as they published it for this recipe.")
+        notes.append(f"Published by others: {scale.theirs_are}, for the same recipe as this scale's.")
     if any(any(measured.values()) and row.by_seed for row in found):
         one = all(len(row.by_seed) <= 1 for row in found)
-        notes.append("One seed: no spread was measured." if one else "Ours: mean ± standard deviation over n seeds.")
+        notes.append(
+            "Our results are from one seed each, so their spread is not known."
+            if one
+            else "Our results are mean ± standard deviation over n seeds."
+        )
         if not one and len(table.columns) <= 2 and table.compare != "ratio":
             notes.append(
-                f"Gains against {table.rows[table.reference].label}, paired by seed; p of the paired t test,"
-                " uncorrected."
+                f'Gains are differences to row "{table.rows[table.reference].label}", paired by seed; p is that of the'
+                " paired t test, two-sided, not corrected for the number of rows."
             )
     same: dict[str, list[str]] = {}
     for row in found:
@@ -157,7 +163,7 @@ def _notes(table: Table, scale: Scale, found: Sequence[Found], measured: dict[st
             same.setdefault(row.experiment.hash(row.experiment.seeds[0]), []).append(row.experiment.row_id)
         elif row.experiment.row.run is not None:
             notes.append(f"{row.experiment.row_id} is {ELSEWHERE}: {row.experiment.why_not}.")
-    notes += [f"{', '.join(ids)} are one and the same run at this scale." for ids in same.values() if len(ids) > 1]
+    notes += [f"{', '.join(ids)} have the same configuration at this scale." for ids in same.values() if len(ids) > 1]
     notes += [f"{table.note}."] if table.note else []
     notes += [f"{row.experiment.row.label}: {row.experiment.row.note}." for row in found if row.experiment.row.note]
     for row in found:
@@ -165,12 +171,12 @@ def _notes(table: Table, scale: Scale, found: Sequence[Found], measured: dict[st
             notes.append(f"{row.experiment.row.label}: {scale.controls[row.experiment.name]}.")
     unmeasured = [heading for column, heading in table.columns.items() if not measured[column]]
     if unmeasured:
-        notes.append(f"Scale {scale.id} measures nothing for: {', '.join(unmeasured)}.")
+        notes.append(f"Scale {scale.id} does not measure: {', '.join(unmeasured)}.")
     return notes + provenance(results)
 
 
 def provenance(results: Sequence[Result]) -> list[str]:
-    """On what, with what and by which code; more than one of any is worth a reader's notice."""
+    """Lines that name all images, machines and code versions of these results, so that readers see if they differ."""
     lines = []
     digests = sorted({f"{r.summary.get('data', '?')} ({r.summary.get('data_digest', '?')})" for r in results})
     machines = sorted({machine(r.environment) for r in results})
@@ -179,7 +185,7 @@ def provenance(results: Sequence[Result]) -> list[str]:
         if values:
             lines.append(f"{name}: {'; '.join(values)}.")
     if len(digests) > 1:
-        lines.append("These runs used different images: do not compare their gains.")
+        lines.append("These runs used different images, so do not compare their results with each other.")
     return lines
 
 
@@ -211,7 +217,7 @@ def _missing(scale: Scale, found: Sequence[Found], measured: dict[str, list[str]
 
 
 def _evaluation(scale: Scale, metric: str, result: Result) -> str:
-    """The command that measures it after the training."""
+    """The command that measures a metric of a finished run."""
     return (
         f"python -m caco.evaluate run=runs/{scale.id}/{result.name}"
         f" {scale.evaluator_of(metric) or f'(no eval= gives {metric})'}"
@@ -222,7 +228,7 @@ def _evaluation(scale: Scale, metric: str, result: Result) -> str:
 
 
 def as_latex(of: Sheet) -> str:
-    """For the package booktabs; notes and what is missing as comments."""
+    """The sheet in LaTeX, for the package booktabs; notes and missing results are comments."""
     columns = "l" + "r" * (len(of.headers) - 1)
     over = " & ".join(rf"\multicolumn{{{size}}}{{c}}{{{_tex(name)}}}" for name, size in of.groups if size)
     body = [" & ".join(map(_tex, row)) + r" \\" for row in of.rows]
@@ -250,7 +256,7 @@ def _tex(text: str) -> str:
 
 
 def as_csv(table: Table, scale: Scale, found: Sequence[Found]) -> str:
-    """A line for each row, column of the paper and metric of ours; numbers in full."""
+    """A line for each combination of row, table column and metric; numbers are not rounded."""
     reference = next((row for row in found if row.experiment.row_id == table.reference), None)
     out = io.StringIO()
     names = [
@@ -304,14 +310,14 @@ def as_csv(table: Table, scale: Scale, found: Sequence[Found]) -> str:
 
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
-    """Where results are read; the same for tables, figures and reports."""
-    parser.add_argument("--records", nargs="+", type=Path, metavar="FILE", help="these records and no others")
-    parser.add_argument("--mlflow", metavar="URI", help="an MLflow store, as sqlite:///mlflow.db, in place of records")
-    parser.add_argument("--experiment", help="in MLflow; by default the scale's name")
+    """Add the options that say where results are read, which tables, figures and reports share."""
+    parser.add_argument("--records", nargs="+", type=Path, metavar="FILE", help="read only these record files")
+    parser.add_argument("--mlflow", metavar="URI", help="read an MLflow store, as sqlite:///mlflow.db, not records")
+    parser.add_argument("--experiment", help="the experiment in MLflow; default: the name of the scale")
 
 
 def read_results(arguments: argparse.Namespace, scale: str, *, curves: bool = False) -> tuple[list[Result], list[str]]:
-    """The results of a command line's sources for a scale, and what was said about them."""
+    """Read the results of a scale from the sources on the command line; returns them, and messages about them."""
     if arguments.mlflow:
         return results.from_mlflow(arguments.mlflow, arguments.experiment or scale, curves=curves), []
     return results.from_records(arguments.records or results.default_records(scale))
@@ -320,10 +326,11 @@ def read_results(arguments: argparse.Namespace, scale: str, *, curves: bool = Fa
 def found_for(
     table: Table, scale: Scale, runs: Sequence[Result], arguments: argparse.Namespace, rows: Sequence[str] | None = None
 ) -> list[Found]:
-    """As results.find, where somebody named a source that must hold something.
+    """results.find, with an error if the user named a source that has no result for this table.
 
     Raises:
-        UserError: it holds nothing of this table at this scale; says what would make it.
+        UserError: --mlflow or --records has no result for this table and scale; the message says which command makes
+            them.
     """
     found = results.find(table, scale, runs, rows)
     if (arguments.mlflow or arguments.records) and not any(row.by_seed for row in found):
@@ -333,7 +340,8 @@ def found_for(
         raise UserError(
             "\n  ".join(
                 [
-                    f"{source}: no run of {table.id} at scale {scale.id} among its {len(runs)}; this makes them:",
+                    f"{source}: no run of {table.id} at scale {scale.id} among its {len(runs)} runs; this command makes"
+                    " them:",
                     f"python -m experiments.run {table.id} scale={scale.id}{tracking}",
                     *refused,
                 ]
@@ -344,9 +352,9 @@ def found_for(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", help="1 ... 7, or another one's name, as rivals or negatives")
-    parser.add_argument("--scale", help=f"one of {', '.join(scales())}; by default every one that has results")
-    parser.add_argument("--rows", help="these rows of the table alone, as none,both")
+    parser.add_argument("table", help="1 ... 7, or the name of another table, as rivals or negatives")
+    parser.add_argument("--scale", help=f"one of {', '.join(scales())}; default: every scale that has results")
+    parser.add_argument("--rows", help="show only these rows of the table, as none,both")
     parser.add_argument("--format", choices=FORMATS, default="text")
     add_sources(parser)
     with errors.shown():

@@ -1,19 +1,22 @@
-"""The bank's step against an honest rewrite of the published one: time, memory, and how both grow.
+"""The bank's step compared with a fair rewrite of the published one: time, memory, and how they grow with the sizes.
 
-One direction of one step: the key chooses its row, loss and query gradient, gradient of the rows, velocity, rows. The
-published way is benchmarks/published.py. Ours is caco/banks: fused in the precision of a bf16 run and of an fp32 run,
-and streamed by PyTorch alone (what serves where no kernel was built). Beside them what PyTorch has for parts of such a
-step, benchmarks/contenders.py. They take turns in one process, so that a
-drifting machine hits all. What has no unit here is left out: without AMX tiles a bf16 run's bank is an fp32 run's.
+One direction of one step is timed: choosing the key's row, loss and gradient of the queries, gradient of the rows,
+update of velocity and rows. The published implementation is rewritten in benchmarks/published.py. Ours is caco/banks in
+three ways: the compiled kernel in bf16, the same in fp32, and "streamed", which is PyTorch code in blocks and is used
+where no kernel was built. benchmarks/contenders.py adds functions of PyTorch that compute parts of such a step. All
+take turns in one process, so that changes in the machine's speed affect all of them. Ways that this machine has no
+hardware for are left out; without AMX tiles the bf16 kernel is the fp32 one.
 
-    python benchmarks/bank.py --json bank.json    all parts; minutes
-    python benchmarks/bank.py --full              as the published figures: 15 turns, and the curve to a million rows
-    python benchmarks/bank.py speed               time and share of the matrix peak, D 128 and 256
-    python benchmarks/bank.py memory              beyond the bank itself, of processes of their own
-    python benchmarks/bank.py step                a whole step of a small ResNet (benchmarks/step.py)
-    python benchmarks/bank.py curve               cost over K, and over N
-    python benchmarks/bank.py speed memory --device cuda --queries 4096 --rows 98304    on a GPU, both ways under bf16
+    python benchmarks/bank.py --json bank.json    all parts; takes minutes
+    python benchmarks/bank.py --full              as for the published figures: 15 turns, curve up to a million rows
+    python benchmarks/bank.py speed               time, and share of the matrix product's peak, for D 128 and 256
+    python benchmarks/bank.py memory              memory beyond the bank itself, one process for each way
+    python benchmarks/bank.py step                a whole training step of a small ResNet (benchmarks/step.py)
+    python benchmarks/bank.py curve               time over K and over N
+    python benchmarks/bank.py speed memory --device cuda --queries 4096 --rows 98304    on a GPU; all ways under bf16
                                                                                         autocast
+
+N is the number of queries, K the number of rows, D their width.
 """
 
 import argparse
@@ -25,12 +28,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-if (
-    not __package__
-):  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.bank has them
+if not __package__:  # run as a file: import caco and benchmarks from this checkout, as python -m benchmarks.bank does
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
+import caco  # noqa: F401, I001 - before torch, because it sets torch's instruction set
 import torch
 from torch.nn import functional as F
 
@@ -67,7 +68,7 @@ FULL_CURVE = [(256, K, 128) for K in (8192, 32768, 131072, 524288, 1 << 20)] + [
 
 @contextlib.contextmanager
 def streamed() -> Iterator[None]:
-    """The path of PyTorch alone."""
+    """Use the PyTorch code of the bank, not its compiled kernel."""
     supports, fused.supports = fused.supports, lambda *tensors: False
     try:
         yield
@@ -77,16 +78,16 @@ def streamed() -> Iterator[None]:
 
 class How(NamedTuple):
     device: torch.device
-    clock: str
+    clock: str  # a key of CLOCKS
     runs: int
-    peak_size: int  # of the matrix product
+    peak_size: int  # width and height of the matrices whose product gives the peak rate
 
     def seconds(self, work: Callable) -> float:
         return seconds(work, clock=self.clock, device=self.device)
 
 
 Way = tuple[torch.dtype, Callable[[], contextlib.AbstractContextManager[None]]]
-WAYS: dict[str, Way] = {  # each one's precision, and what it runs in
+WAYS: dict[str, Way] = {  # name -> (precision, context manager to run the step in)
     "bf16": (torch.bfloat16, contextlib.nullcontext),
     "fp32": (torch.float32, contextlib.nullcontext),
     "streamed": (torch.float32, streamed),
@@ -94,7 +95,7 @@ WAYS: dict[str, Way] = {  # each one's precision, and what it runs in
 
 
 def ours(way: str, bank: LearnableBank, q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
-    """One step. On a GPU every way, the published one too, runs under autocast."""
+    """One step of the bank. On a GPU all ways, the published one too, run under autocast."""
     precision, serving = WAYS[way]
     with serving():
         with torch.autocast(q_ND.device.type, torch.bfloat16, enabled=precision == torch.bfloat16 or q_ND.is_cuda):
@@ -104,7 +105,7 @@ def ours(way: str, bank: LearnableBank, q_ND: torch.Tensor, k_ND: torch.Tensor) 
 
 
 def ways_that_serve(report: Report, device: torch.device) -> list[str]:
-    """The best first; what cannot serve is left out."""
+    """The ways that this machine can run, the fastest first."""
     if device.type == "cuda":
         return list(WAYS)
     lacking = {"bf16": lacks_tiles(), "fp32": lacks_kernel(), "streamed": None}
@@ -118,7 +119,7 @@ def problem(N: int, K: int, D: int, device: torch.device) -> tuple[LearnableBank
 
 
 def matrix_peak(dtype: torch.dtype, how: How) -> float:
-    """Best of PyTorch's matrix products here, GFLOP/s."""
+    """The best rate of PyTorch's matrix product in six tries, in GFLOP/s."""
     a, b = (torch.randn(how.peak_size, how.peak_size, device=how.device).to(dtype) for _ in range(2))
     return 2 * how.peak_size**3 / min(how.seconds(lambda: a @ b) for _ in range(6)) / 1e9
 
@@ -135,7 +136,7 @@ def speed(report: Report, N: int, K: int, D: int, how: How) -> dict:
     difference = (bank.rows.weight - published.w_KD).abs().max().item()
     if how.device.type == "cpu":
         assert difference < 1e-5, f"the two disagree by {difference}"
-    else:  # seen for the first time there: a number to be read, and the times all the same
+    else:  # the first run on a GPU: report the difference, and measure the times whatever it is
         report.row(f"after a step of both, D {D}", f"rows apart by {difference:.1e}", "expected below 1e-3")
     others = contenders_that_serve(report, published, q, k, how)
     works = {"published": partial(how.seconds, partial(published.step, q, k))}
@@ -152,16 +153,16 @@ def speed(report: Report, N: int, K: int, D: int, how: How) -> dict:
         figures[way] = {"seconds": taken, **named(ratio, "ratio"), "gflops": gflops}
         report.row(
             f"step of {way}, N {N}, K {K:,}, D {D}", f"{formatted(ratio, digits=1)} times as fast as the published",
-            f"{taken:.3f} s to {figures['published_seconds']:.2f} s; {gflops:.0f} GFLOP/s, "
-            f"{100 * gflops / figures['fp32_peak_gflops']:.0f} % of the fp32 product's",
+            f"{taken:.3f} s, published {figures['published_seconds']:.2f} s; {gflops:.0f} GFLOP/s, "
+            f"{100 * gflops / figures['fp32_peak_gflops']:.0f} % of the fp32 matrix product",
         )  # fmt: skip
     if isinstance(fused_loss := others.get("linear_cross_entropy"), LinearCrossEntropy):
         over = ratios(times["linear_cross_entropy"], times["streamed"])
         figures["streamed"] |= named(over, "vs_linear_cross_entropy")
         report.row(
-            f"streamed to linear_cross_entropy, D {D}",
+            f"streamed compared with linear_cross_entropy, D {D}",
             f"{formatted(over, digits=1)} times as fast",
-            f"its best chunk: {fused_loss.chunk}",
+            f"linear_cross_entropy with its fastest chunk size: {fused_loss.chunk}",
         )
     report.row(
         "the best matrix product",
@@ -172,7 +173,7 @@ def speed(report: Report, N: int, K: int, D: int, how: How) -> dict:
     if best in ways:
         figures["share_of_peak"] = figures[best]["gflops"] / figures[f"{best}_peak_gflops"]
         report.row(
-            f"the {best} bank's share of the {best} product's rate", f"{100 * figures['share_of_peak']:.0f} %", ""
+            f"the {best} bank's rate / the {best} matrix product's", f"{100 * figures['share_of_peak']:.0f} %", ""
         )
     return figures | {"best": ways[0], "turns": times}
 
@@ -180,7 +181,10 @@ def speed(report: Report, N: int, K: int, D: int, how: How) -> dict:
 def contenders_that_serve(
     report: Report, published: Published, q: torch.Tensor, k: torch.Tensor, how: How
 ) -> dict[str, Published]:
-    """Held to the published step; linear_cross_entropy, whose rows move otherwise, to its loss."""
+    """The contenders that this machine can run, each checked to compute the same step as the published code.
+
+    linear_cross_entropy moves the rows in another way, so only its loss is compared.
+    """
     report.leave_out(PYPI, lacks(PYPI, how.device))
     others: dict[str, Published] = {}
     for name, made in contenders(how.device).items():
@@ -189,7 +193,7 @@ def contenders_that_serve(
         other = made(published.w_KD)
         try:
             difference = distance(other, Published(published.w_KD), q, k, how)
-        except Exception as error:  # of any kind: it is another's, and this machine may be the first it meets
+        except Exception as error:  # any kind: the code is not ours, and may run on such a machine for the first time
             if how.device.type == "cpu":
                 raise
             report.leave_out(name, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
@@ -204,7 +208,7 @@ def contenders_that_serve(
 
 
 def distance(other: Published, again: Published, q: torch.Tensor, k: torch.Tensor, how: How) -> float:
-    """Between what the two compute."""
+    """Returns the largest difference between what the two compute."""
     if not isinstance(other, LinearCrossEntropy):
         other.step(q, k)
         again.step(q, k)
@@ -216,9 +220,9 @@ def distance(other: Published, again: Published, q: torch.Tensor, k: torch.Tenso
 
 
 def extra_memory(way: str, N: int, K: int, D: int, device: torch.device) -> float:
-    """Bytes that one step takes beyond bank, queries and keys: the peak of a process of its own."""
+    """Bytes of memory that one step needs beyond bank, queries and keys: the peak of a new process."""
     say(f"    {way}")
-    if device.type == "cuda":  # which counts what PyTorch takes: no process of its own is needed
+    if device.type == "cuda":  # PyTorch counts its memory on a GPU, so no new process is needed
         return extra_of_step(way, N, K, D, device)
     command = [sys.executable, __file__, "--device", str(device), "--child", way, str(N), str(K), str(D)]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
@@ -228,13 +232,13 @@ def extra_of_step(way: str, N: int, K: int, D: int, device: torch.device) -> flo
     bank, q, k = problem(N, K, D, device)
     published = Published(bank.rows.weight.detach()) if way == "published" else None
     small = problem(64, 512, D, device)
-    ours("fp32", *small)  # libraries and thread pools are there before we look
+    ours("fp32", *small)  # load libraries and start thread pools before memory is measured
     Published(small[0].rows.weight.detach()).step(*small[1:])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before: float = torch.cuda.memory_allocated(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak, forgotten
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
         before = status("VmRSS")
     published.step(q, k) if published else ours(way, bank, q, k)
     return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status("VmHWM")) - before
@@ -253,7 +257,7 @@ def memory(report: Report, N: int, K: int, D: int, device: torch.device) -> dict
     for way in ways:
         report.row(
             f"memory of {way}, N {N}, K {K:,}, D {D}", f"{less[way]:.0f} times less than the published",
-            f"{extra[way] / 2**20:,.1f} MiB to {extra['published'] / 2**20:,.1f} MiB beyond the bank",
+            f"{extra[way] / 2**20:,.1f} MiB beyond the bank, published {extra['published'] / 2**20:,.1f} MiB",
         )  # fmt: skip
     return {"extra_bytes": extra, "memory_vs_published": less[ways[0]]}
 
@@ -274,20 +278,20 @@ def curve(report: Report, shapes: list[tuple[int, int, int]], how: How) -> list[
 
 def main() -> None:
     counted = "turns that count: 3 (step: after two that warm up)"
-    options = parser(__doc__, runs=counted, full="15 turns, and the curve to a million rows")
-    options.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; without any: all")
-    options.add_argument("--queries", type=int, default=1024, help="of the speed")
+    options = parser(__doc__, runs=counted, full="15 turns, and the curve up to a million rows")
+    options.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}; default: all")
+    options.add_argument("--queries", type=int, default=1024, help="number of queries of the part speed")
     options.add_argument("--rows", type=int, default=65_536)
     options.add_argument("--memory-queries", type=int, default=4096)
     options.add_argument(
-        "--precision", choices=("bf16", "fp32"), help="of the step's model; bf16 where there are units for it"
+        "--precision", choices=("bf16", "fp32"), help="precision of the part step; default: bf16 if supported"
     )
     options.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: with --threads 1, on a machine that others use too"
+        "--clock", choices=CLOCKS, default="wall", help="use cpu with --threads 1 on a machine that others use, too"
     )
-    options.add_argument("--threads", type=int, help="PyTorch's number; its own choice without")
+    options.add_argument("--threads", type=int, help="number of PyTorch threads; default: PyTorch's choice")
     options.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
-    options.add_argument("--device", type=torch.device, default="cpu", help="cpu, or cuda; the parts but step")
+    options.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda; step always uses the CPU")
     arguments = options.parse_args()
     device = arguments.device
     if arguments.child:
@@ -307,11 +311,11 @@ def main() -> None:
 
     N, K, memory_N = arguments.queries, arguments.rows, arguments.memory_queries
     shapes, overrides = FULL_CURVE if arguments.full else CURVE, step.DEFAULT
-    peak_size = 8192 if device.type == "cuda" else 2048  # a smaller one is over too soon on a GPU
+    peak_size = 8192 if device.type == "cuda" else 2048  # on a GPU a smaller product is too short to time
     if arguments.tiny:
         N, K, memory_N, shapes, overrides, peak_size = 32, 512, 64, [(16, 512, 32)], step.TINY, 64
     how = How(device, arguments.clock, runs, peak_size)
-    report = Report(["what", "figure", "beside it"], arguments.json)
+    report = Report(["what", "figure", "details"], arguments.json)
     figures = report.figures
     figures |= {"runs": runs, "threads": torch.get_num_threads(), "clock": arguments.clock}
     if device.type == "cuda":

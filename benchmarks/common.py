@@ -1,8 +1,8 @@
-"""What the benchmarks share: turns, ratios, what has no unit on this machine, and the table that each prints last.
+"""What the benchmarks share: timing in turns, ratios, checks for missing hardware, and the table printed at the end.
 
-Each of them runs without an argument, makes what it needs, leaves out what this machine has no unit for, saying so
-before it would run, and ends within five minutes on two AVX2 cores. Those whose published figures take longer have
---full for them.
+Every benchmark runs without arguments, makes the data that it needs, and ends within five minutes on two AVX2 cores. If
+the machine lacks hardware or software for some measurement, the benchmark says so before it would start that
+measurement, and leaves it out. Published figures that take longer to measure need --full.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import caco  # noqa: F401  # isort: skip  # before torch, which it tells which instructions to use
+import caco  # noqa: F401  # isort: skip  # before torch, because it sets torch's instruction set
 import numpy as np
 import torch
 from PIL import Image
@@ -32,59 +32,62 @@ _started = time.perf_counter()
 
 
 def say(line: str) -> None:
-    """Progress: what is done now, and since when this runs."""
+    """Print a line of progress, with the seconds since the benchmark started."""
     print(f"[{time.perf_counter() - _started:4.0f} s] {line}", flush=True)
 
 
 def parser(description: str, *, runs: str | None = None, full: str | None = None) -> argparse.ArgumentParser:
-    """With the options that all have. runs, full: what --runs counts, and what --full takes instead, where there are
-    these.
+    """An argument parser with the options that all benchmarks share.
+
+    Args:
+        runs, full: the help texts of --runs and --full; None for a benchmark without that option.
     """
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if runs:
         made.add_argument("--runs", type=int, help=runs)
-    made.add_argument("--json", type=Path, help="file for the figures")
-    made.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # of the tests: no figure means anything
+    made.add_argument("--json", type=Path, help="also write the figures to this file")
+    made.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # for tests; its figures mean nothing
     if full:
         made.add_argument("--full", action="store_true", help=full)
     return made
 
 
-# What has no unit on this machine
+# What this machine lacks
 
 
 def lacks_bf16() -> str | None:
-    """Why a matrix product of bfloat16 has no unit to run on, or None. Asked, not tried: without one it takes
-    minutes.
+    """Why this machine has no hardware for bfloat16 matrix products, or None if it has.
+
+    This reads the processor's flags instead of trying a product, which would take minutes without such hardware.
     """
     if not instructions.flags() & {"avx512_bf16", "amx_bf16"}:
         return "this processor has no unit that is known for products of bfloat16 (AVX512_BF16, AMX)"
-    held = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # which CACO_INSTRUCTIONS sets, too
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()  # CACO_INSTRUCTIONS sets this variable, too
     if held.startswith(("SSE", "AVX2")) or held in ("AVX", "AVX512_CORE", "AVX512_CORE_VNNI"):
-        return f"ONEDNN_MAX_CPU_ISA={held} keeps PyTorch from the units for products of bfloat16"
+        return f"ONEDNN_MAX_CPU_ISA={held} keeps PyTorch from using the units for products of bfloat16"
     return None
 
 
 def lacks_kernel() -> str | None:
-    """Why the bank's compiled kernel does not serve, or None."""
+    """Why the bank's compiled kernel is not used, or None if it is."""
     return (
         None if fused.library() is not None else f"the bank's compiled kernel is {instructions.used(instructions.BANK)}"
     )
 
 
 def lacks_tiles() -> str | None:
-    """Why the bank's kernel has no bfloat16 of its own, or None."""
+    """Why the bank's kernel does not compute in bfloat16, or None if it does."""
     if instructions.used(instructions.BANK) == "amx":
         return None
-    return lacks_kernel() or "no AMX tiles; without them the bank's kernel counts in float32, whatever the precision"
+    return lacks_kernel() or "no AMX tiles; without them the bank's kernel computes in float32 at any precision"
 
 
 def lacks_gpu() -> str | None:
-    return None if torch.cuda.is_available() else "PyTorch sees none here"
+    return None if torch.cuda.is_available() else "PyTorch sees no GPU"
 
 
 def machine() -> dict[str, str]:
-    """What a figure has to name."""
+    """The facts about the machine that every published figure must name."""
     return {
         "processor": environment()["cpu"],
         "instructions": instructions.summary().partition(": ")[2],
@@ -97,8 +100,11 @@ def machine() -> dict[str, str]:
 
 
 def seconds(work: Callable[[], Any], *, clock: str = "wall", device: torch.device | None = None) -> float:
-    """Of one call. cpu: on a machine that others use too, with one thread, the processor's time says more than the
-    wall's.
+    """Seconds of one call of `work`.
+
+    Args:
+        clock: "wall", or "cpu" for processor time, which is more reliable for one thread on a machine with other users.
+        device: the device to wait for.
     """
     done = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
     done()
@@ -109,8 +115,9 @@ def seconds(work: Callable[[], Any], *, clock: str = "wall", device: torch.devic
 
 
 def turns(works: Mapping[str, Callable[[], float]], runs: int, *, warm: int = 1) -> dict[str, list[float]]:
-    """What each returned in each turn that counts, after `warm` that do not. In turn, so that a drifting machine hits
-    all.
+    """Call all works in turn, `warm` + `runs` times; returns {name: values of the last `runs` turns}.
+
+    The works alternate so that changes in the machine's speed affect all of them.
     """
     values: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(warm + runs):
@@ -123,7 +130,7 @@ def turns(works: Mapping[str, Callable[[], float]], runs: int, *, warm: int = 1)
 
 
 def ratios(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
-    """Of the same turn each, since only they compare."""
+    """The spread of a / b, dividing only values of the same turn, which were measured under like conditions."""
     return spread([x / y for x, y in zip(a, b, strict=True)])
 
 
@@ -132,12 +139,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def named(values: dict[str, float], name: str) -> dict[str, float]:
-    """A spread as `name`, `name`_min and `name`_max."""
+    """A spread as a dictionary with the keys `name` (the median), `name`_min and `name`_max."""
     return {name: values["median"], f"{name}_min": values["min"], f"{name}_max": values["max"]}
 
 
 def formatted(values: dict[str, float], unit: str = "", *, scale: float = 1, digits: int = 2) -> str:
-    """A spread in words."""
+    """A spread as text: "median (min to max)", multiplied by `scale`."""
     median, least, most = (f"{scale * values[key]:.{digits}f}" for key in ("median", "min", "max"))
     return f"{median}{unit} ({least} to {most})"
 
@@ -146,7 +153,10 @@ def formatted(values: dict[str, float], unit: str = "", *, scale: float = 1, dig
 
 
 def make_photos(out: Path, count: int, width: int) -> None:
-    """JPEGs with the texture of photographs, see above."""
+    """Write `count` JPEGs of noise that look to a decoder like photographs.
+
+    Their power falls with the square of the frequency, and they have blots with edges (see benchmarks/loader.md).
+    """
     out.mkdir()
     height = width * 3 // 4
     rng = np.random.default_rng(0)
@@ -168,7 +178,10 @@ def make_photos(out: Path, count: int, width: int) -> None:
 
 
 def photos_at(given: Path | None, top: Path, count: int, width: int) -> Source:
-    """Those of --photos, a zip or a folder, or `count` that we make, so many pixels wide; unpacked or made in `top`."""
+    """The photographs given by --photos (a zip or a folder), or else `count` made ones, `width` pixels wide.
+
+    A zip is unpacked into `top`, and made photographs are written there.
+    """
     if given is None:
         say(f"no --photos: making {count} JPEGs of noise with the texture of photographs")
         make_photos(top, count, width)
@@ -181,10 +194,12 @@ def photos_at(given: Path | None, top: Path, count: int, width: int) -> Source:
 
 
 class Report:
-    """Figures for --json, rows for the table that is printed last, and what was left out.
+    """Collects the figures for --json, the rows of the table printed at the end, what was left out and why, and notes
+    on in what contenders differ.
 
     Args:
-        file: for the figures as they come, each row as it is made: of a run that is ended before its end.
+        file: the figures and rows so far are written to it with every row, so that a run that is stopped early leaves
+            them.
     """
 
     def __init__(self, columns: Sequence[str], file: Path | None = None):
@@ -192,10 +207,11 @@ class Report:
         self.figures: dict[str, Any] = {}
         self.rows: list[Sequence[Any]] = []
         self.left_out: dict[str, str] = {}
+        self.notes: list[str] = []
         self._on: dict[str, dict[str, str]] = {}
 
     def leave_out(self, what: str, why: str | None) -> bool:
-        """Whether `what` is left out, which it is where there is a reason; said before it would have run."""
+        """Return whether `why` gives a reason to leave out `what`; if so, print it at once and remember it."""
         if why is not None and what not in self.left_out:
             self.left_out[what] = why
             say(f"left out: {what}: {why}")
@@ -212,13 +228,15 @@ class Report:
         write_text(file, json.dumps(figures, indent=1) + "\n")
 
     def end(self, file: Path | None) -> None:
-        """Print all of it, and write the figures where asked to."""
+        """Print the table, what was left out, and the machine; write the figures to `file` if one is given."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         print("\n" + "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines))
         for what, why in self.left_out.items():
             print(f"left out: {what}: {why}")
+        for note in self.notes:
+            print(f"not the same: {note}")
         on = machine()
         facts = [f"{name}: {value}" for name, value in on.items()]
-        print("; ".join([*facts, f"{time.perf_counter() - _started:.0f} s in all"]), flush=True)
+        print("; ".join([*facts, f"{time.perf_counter() - _started:.0f} s in total"]), flush=True)
         if file is not None:
             self._write(file, {})

@@ -1,9 +1,9 @@
-"""What PyTorch and others have for such a step, set beside the bank by bank.py: published.py's, with its two heaviest
-parts served by fused functions. Those of others are Triton's, for GPUs, where they are installed; nobody has run them
-here.
+"""Variants of the published step in which fused functions of PyTorch or of other packages compute the heaviest parts;
+bank.py compares the bank with them. The functions of other packages are Triton kernels for GPUs and run only if their
+packages are installed; nobody has run them for this comparison yet.
 
-Loss and gradients are the bank's own or, where a function cannot give them, what it gives at the same cost: its
-docstring says so.
+They compute the bank's loss and gradients or, if a function cannot, something of the same cost; their docstrings say
+which.
 """
 
 import importlib.util
@@ -14,12 +14,14 @@ from torch.nn import functional as F
 
 from benchmarks.published import TAU, Published
 
-CHUNKS = (None, "auto", 128, 512)  # queries at a time, of linear_cross_entropy
+CHUNKS = (None, "auto", 128, 512)  # how many queries linear_cross_entropy handles at a time
 
 
 class LinearCrossEntropy(Published):
-    """torch.nn.functional.linear_cross_entropy. The rows take the gradient of the loss: where they are positives it is
-    not CaCo's, which needs each query's probability, and the function with chunks gives only the mean of the losses.
+    """The step with torch.nn.functional.linear_cross_entropy.
+
+    The rows follow the gradient of the loss. For positive rows this is not CaCo's gradient, which needs the probability
+    of each query; the function, when it works in chunks, returns only the mean of the losses.
     """
 
     chunk: int | str | None = None
@@ -47,7 +49,7 @@ class LinearCrossEntropy(Published):
         self.update(self.loss(q_ND, k_ND)[1])
 
     def choose(self, seconds: Callable[[Callable], float], q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
-        """The chunk with which a step takes least."""
+        """Set `chunk` to the one of CHUNKS with which a step takes the least time."""
         taken = {}
         for self.chunk in CHUNKS:
             taken[self.chunk] = seconds(lambda: self.step(q_ND, k_ND))
@@ -55,7 +57,9 @@ class LinearCrossEntropy(Published):
 
 
 class Liger(LinearCrossEntropy):
-    """LigerFusedLinearCrossEntropyLoss of liger-kernel, which makes logits of a part of the queries at a time."""
+    """The step with LigerFusedLinearCrossEntropyLoss of liger-kernel, which computes the logits of a part of the
+    queries at a time.
+    """
 
     def fused(self, scaled_ND: torch.Tensor, m_KD: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -63,11 +67,14 @@ class Liger(LinearCrossEntropy):
         return LigerFusedLinearCrossEntropyLoss()(m_KD, scaled_ND, label_N)
 
     def choose(self, seconds: Callable[[Callable], float], q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
-        """It chooses its parts itself."""
+        """Does nothing: the function chooses the size of its parts itself."""
 
 
 class CutCrossEntropy(Liger):
-    """linear_cross_entropy of cut-cross-entropy, in bfloat16; it leaves out gradients that bfloat16 cannot hold."""
+    """The step with linear_cross_entropy of cut-cross-entropy, in bfloat16.
+
+    The function leaves out gradients that are too small for bfloat16.
+    """
 
     def fused(self, scaled_ND: torch.Tensor, m_KD: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
         from cut_cross_entropy import linear_cross_entropy
@@ -76,13 +83,15 @@ class CutCrossEntropy(Liger):
 
 
 class Attention(Published):
-    """What torch.nn.functional.scaled_dot_product_attention calls on a CPU: the queries attend to the rows, which are
-    their values too. Its output is a part of the query's gradient, its logarithm of sums of the loss, and the gradient
-    of its values is that of the rows. The step is the bank's.
+    """The step with the flash attention that torch.nn.functional.scaled_dot_product_attention calls on a CPU.
+
+    The queries attend to the rows, which serve as keys and values. The output gives the main part of the gradient of
+    the queries, the log-sum-exp gives the loss, and the gradient of the values gives that of the rows. The result is
+    the bank's step.
     """
 
     def step(self, q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
-        N, parts = len(q_ND), torch.get_num_threads()  # its backward pass has no more threads than heads
+        N, parts = len(q_ND), torch.get_num_threads()  # as many heads as threads: the backward pass runs heads parallel
         parts = parts if N % parts == 0 else 1
         with torch.no_grad():
             norm_K1 = self.w_KD.norm(dim=1, keepdim=True)
@@ -105,7 +114,7 @@ attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class AttentionOnGPU(Published):
-    """The same of a GPU, by the function there that takes float32 (memory-efficient attention)."""
+    """The same step on a GPU, with the function that takes float32 there (memory-efficient attention)."""
 
     def step(self, q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
         N = len(q_ND)
@@ -126,11 +135,11 @@ class AttentionOnGPU(Published):
             self.update(-(toward_KD - along_K1 * m_KD) / (norm_K1 * TAU))
 
 
-PACKAGES = {"Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}  # what each is imported as
+PACKAGES = {"Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}  # the name under which each is imported
 
 
 def contenders(device: torch.device) -> dict[str, type[Published]]:
-    """Those that run on such a device."""
+    """The contenders for a device of this kind."""
     if device.type == "cpu":
         return {"linear_cross_entropy": LinearCrossEntropy, "attention": Attention}
     return {
@@ -140,13 +149,16 @@ def contenders(device: torch.device) -> dict[str, type[Published]]:
 
 
 def lacks(name: str, device: torch.device) -> str | None:
-    """Why a contender is left out, or None."""
+    """Why a contender cannot run on this machine, or None if it can."""
     if name == "linear_cross_entropy" and not hasattr(F, name):
-        return f"PyTorch {torch.__version__} has none"
+        return f"PyTorch {torch.__version__} has no such function"
     if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
-        return f"{PACKAGES[name]} is not installed here"
+        return f"{PACKAGES[name]} is not installed"
     if name == "memory-efficient InfoNCE from PyPI":
         if device.type != "cpu":
-            return "of memeff nobody has tried how it is called; cut-cross-entropy and Liger stand for it"
-        return "memeff and cut-cross-entropy are Triton kernels, for GPUs; info-nce-pytorch and infonce hold the matrix"
+            return "nobody has tried how memeff is called; cut-cross-entropy and Liger are run instead"
+        return (
+            "memeff and cut-cross-entropy are Triton kernels, for GPUs; info-nce-pytorch and infonce store the whole"
+            " matrix"
+        )
     return None

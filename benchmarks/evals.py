@@ -1,15 +1,17 @@
-"""Evaluation's costs as ratios, both sides timed in turn in one process.
+"""How long evaluations take compared with a standard way to compute the same, both timed in turns in one process.
 
-    python benchmarks/evals.py --json evals.json    all three; minutes
+    python benchmarks/evals.py --json evals.json    all three measurements; takes minutes
 
-1. Logistic regression along 45 strengths (caco/evals/logistic.py) against scikit-learn's LogisticRegression, solver
-   lbfgs, warm-started along the same path; the same float64 features, penalty and tolerance of the mean loss's
-   gradient. Shown with it: the largest gradient entry that each leaves, and on how many test images they differ.
-2. k-NN of all test features (caco/evals/knn.py) against the whole similarity matrix at once, and against float64.
-3. A second evaluator's features: from the file on disk against computing them again.
+1. Logistic regression for 45 regularisation strengths (caco/evals/logistic.py), compared with scikit-learn's
+   LogisticRegression (solver lbfgs, warm-started along the same path). Both get the same float64 features, penalty and
+   tolerance on the gradient of the mean loss. The table also shows the largest gradient entry that each leaves, and
+   for how many test images their predictions differ.
+2. k-NN of all test features (caco/evals/knn.py), compared in time with computing the whole similarity matrix at once,
+   and in predictions with float64.
+3. Features for a second evaluator: reading them from the file on disk, compared with computing them again.
 
-Features: of scikit-learn's digits at 16 px by the untrained small ResNet (seed 0), so that nothing need be downloaded;
-for 1, as many of noise around class means, correlated, as --images says.
+No data is downloaded. Measurement 3 uses scikit-learn's digits at 16 pixels with the untrained small ResNet (seed 0);
+1 and 2 use synthetic correlated features around class means, for 1 as many as --images says.
 """
 
 import sys
@@ -20,12 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-if (
-    not __package__
-):  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.evals has them
+if not __package__:  # run as a file: import caco and benchmarks from this checkout, as python -m benchmarks.evals does
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
+import caco  # noqa: F401, I001 - before torch, because it sets torch's instruction set
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
@@ -46,7 +46,7 @@ def with_seconds(function):
 
 
 def features(images: int, width: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positive and correlated, as those behind a ReLU: float32 [images, width], labels."""
+    """Synthetic features, non-negative and correlated as after a ReLU, float32 [images, width], and their labels."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, images)
     hidden = rng.normal(size=(images, width // 4)) + rng.normal(size=(classes, width // 4))[labels]
@@ -80,7 +80,7 @@ def scikit_learns_path(x, y):
     fitted = LogisticRegression(warm_start=True, tol=TOLERANCE, max_iter=MAX_ITERATIONS)
     ends = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of iterations that did not suffice: the gradient tells
+        warnings.simplefilter("ignore")  # too few iterations: the gradient in the table shows how far it came
         for strength in strengths():
             fitted.set_params(C=1 / strength).fit(x, y)
             ends.append((torch.from_numpy(fitted.coef_.T.copy()), torch.from_numpy(fitted.intercept_.copy())))
@@ -155,30 +155,30 @@ def cached(runs: int) -> dict:
 
 def main() -> None:
     options = parser(__doc__, runs="turns: 3")
-    options.add_argument("--images", type=int, default=4000, help="of the regression")
+    options.add_argument("--images", type=int, default=4000, help="number of features for the regression")
     options.add_argument("--width", type=int, default=256)
     options.add_argument("--classes", type=int, default=20)
     arguments = options.parse_args()
     images, width, classes, runs = arguments.images, arguments.width, arguments.classes, arguments.runs or 3
     if arguments.tiny:
         images, width, classes, runs = 100, 4, 3, 1
-    report = Report(["what", "ratio", "beside it"])
-    say(f"regression: {runs} turns of ours and scikit-learn's along {len(strengths())} strengths, {images} x {width}")
+    report = Report(["what", "ratio", "details"])
+    say(f"regression: {runs} turns of ours and scikit-learn's for {len(strengths())} strengths, {images} x {width}")
     fit = regression(images, width, classes, runs)
     report.row(
         "logistic regression: scikit-learn's time / ours",
         _ratio(fit),
-        f"{fit['seconds']:.1f} s to {fit['scikit_learn_seconds']:.1f} s; largest gradient entry"
+        f"{fit['seconds']:.1f} s, scikit-learn's {fit['scikit_learn_seconds']:.1f} s; largest gradient entry"
         f" {fit['largest_gradient']:.1e} and {fit['scikit_learn_largest_gradient']:.1e}; at most"
         f" {fit['most_predictions_that_differ']} of {fit['test_images']} predictions differ",
     )
-    say("k-NN: the whole similarity matrix at once, and in blocks")
+    say("k-NN: in blocks, and with the whole similarity matrix at once")
     near = neighbours(*((500, 20) if arguments.tiny else (50_000, 2000)), 256, runs)
     differ = f"{near['predictions_that_differ_from_float64']} of {near['queries']} predictions differ from float64's"
-    report.row("k-NN: the whole matrix's time / ours", _ratio(near), differ)
+    report.row("k-NN: time with the whole matrix / ours", _ratio(near), differ)
     say("features: computed, and read from their file")
     again = cached(runs)
-    report.row("features: computing them / reading them", _ratio(again), f"{again['images']} images")
+    report.row("features: time to compute / time to read", _ratio(again), f"{again['images']} images")
     report.figures |= {
         "regression": fit,
         "neighbours": near,

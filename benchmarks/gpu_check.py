@@ -1,18 +1,20 @@
-"""The first quarter of an hour on a GPU: stages one after another, each with a time limit and a result file of its own.
+"""Check caco on a GPU within a quarter of an hour: stages that run one after another, each with a time limit and its
+own result file.
 
-    python benchmarks/gpu_check.py                           every stage, at a tiny size where there is no GPU; results
-                                                             in gpu-check/
-    python benchmarks/gpu_check.py pack data/cifar10         before, where the images are: 20,000 of them into
-                                                             gpu-data/images.zip (at most 25 MB)
-    python benchmarks/gpu_check.py A --to out                kernels, waits, bank, model: at most four minutes on one
+    python benchmarks/gpu_check.py                           run all stages (at a tiny size if there is no GPU); the
+                                                             results are in gpu-check/
+    python benchmarks/gpu_check.py pack data/cifar10         first, on the machine with the images: pack 20,000 of them
+                                                             into gpu-data/images.zip (at most 25 MB)
+    python benchmarks/gpu_check.py A --to out                kernels, waits, bank and model: at most four minutes on one
                                                              H200
-    python benchmarks/gpu_check.py B --to out                80 seconds of training and a k-NN for each method: at most
-                                                             six; with gpu-data/ carried along
+    python benchmarks/gpu_check.py B --to out                for each of some methods, 80 seconds of training and a
+                                                             k-NN evaluation: at most six minutes; needs gpu-data/
 
-Nothing is fetched, and nothing but torch and what caco needs has to be there. A stage writes its figures as they come
-and is ended, with all that it has started, when its time is over; what it printed last is in its file too. What is in
-the way, such as images, is taken to a folder of its own and removed: the results are a small file for each stage and
-stages.json. Nobody has run it on a GPU yet: the limits are estimates."""
+Nothing is downloaded, and only torch and caco's other requirements must be installed. A stage writes its figures as
+soon as it has them. A stage that fails or exceeds its limit is stopped, with everything that it started, and recorded
+with the end of what it printed; then the next one starts. Large files, such as images, are kept in a temporary folder
+and removed: the results are one small file for each stage and stages.json. Nobody has run this on a GPU yet; the limits
+are estimates."""
 
 import argparse
 import contextlib
@@ -34,10 +36,10 @@ from pathlib import Path
 
 if (
     not __package__
-):  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.gpu_check has them
+):  # run as a file: import caco and benchmarks from this checkout, as python -m benchmarks.gpu_check does
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
+import caco  # noqa: F401, I001 - before torch, because it sets torch's instruction set
 import torch
 from torch.nn import functional as F
 
@@ -54,13 +56,14 @@ from caco.tracking.ledger import read_rows
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "gpu-data" / "images.zip"
 PACKED_IMAGES, PACKED_BYTES = 20_000, 25_000_000
-LOG_CHARACTERS = 6000  # of what a stage printed, the last ones
+LOG_CHARACTERS = 6000  # so many of the last characters that a stage printed are kept
 SHAPES = [
     (256, 4096, 128),
     (1000, 65_537, 128),
     (512, 8192, 256),
-]  # queries, rows, width; also numbers that no block divides
-BOUND = {"fp32": 2e-4, "bf16": 3e-2}  # of a loss at temperature 0.1, and of a row's step as a share of the largest
+]  # (queries, rows, width); among them numbers that no block size divides
+# Largest allowed error of the loss at temperature 0.1, and of the rows' steps relative to the largest step.
+BOUND = {"fp32": 2e-4, "bf16": 3e-2}
 LEARNING = {
     "caco": ["method=caco_small", "pn=both", "bank.size=1024", "warm_start.passes=32", "bank_learning.final_lr=0",
     "bank_learning.reading=paper",
@@ -75,7 +78,7 @@ TRAINING = [
     "schedule.warmup_epochs=1", "schedule.final_fraction=0", "eval=[knn_all]", "tracking=ledger",
 ]  # fmt: skip
 SMALL = ["data=digits", "augmentation=digits", "backbone=small_resnet", "backbone.width=8", "batch=64"]
-WAITING = ["caco", "mocov2", "adco", "swav", "dino", "byol", "instdisc"]  # methods of which it is seen where they wait
+WAITING = ["caco", "mocov2", "adco", "swav", "dino", "byol", "instdisc"]  # methods of the stage `waits`
 NEEDED = ["hydra", "omegaconf", "timm", "torchvision", "numpy", "PIL", "safetensors", "psutil", "sklearn", "scipy",
           "threadpoolctl", "tqdm"]  # fmt: skip
 
@@ -85,10 +88,11 @@ class Stage:
     """A program with a time limit.
 
     Args:
-        set: A or B.
-        limit_s: after which it is ended.
-        arguments: of Python; "{to}" is its result file, "{data}" the folder of the images, "{run}" one of its own.
-        tiny: instead of them where there is no GPU.
+        set: "A" or "B".
+        limit_s: the program is stopped after this many seconds.
+        arguments: the command line after `python`; "{to}" stands for the result file, "{data}" for the folder of the
+            images, "{run}" for a folder for this stage.
+        tiny: the arguments to use instead if there is no GPU.
     """
 
     set: str
@@ -122,14 +126,14 @@ STAGES = {
         for name in LEARNING
     },
 }  # fmt: skip
-Write = Callable[[dict], None]  # of what is known so far
+Write = Callable[[dict], None]  # writes what is known so far
 
 
 def kernels(device: torch.device, *, tiny: bool, write: Write = lambda known: None) -> dict:
-    """The bank's loss and step in both precisions against the equations in float64.
+    """Compare the bank's loss and update in both precisions with the equations in float64; returns the errors.
 
     Raises:
-        AssertionError: one is further away than its bound.
+        AssertionError: an error is larger than its bound.
     """
     found: dict[str, dict[str, float]] = {}
     for N, K, D in [(32, 129, 16)] if tiny else SHAPES:
@@ -168,11 +172,12 @@ def kernels(device: torch.device, *, tiny: bool, write: Write = lambda known: No
 
 
 def waits(run: Path, *, tiny: bool, write: Write) -> dict:
-    """Where a step of the training waits for the GPU, and how often: of each method some steps of which none is looked
-    at, after the first ones, as PyTorch sees it (`torch.cuda.set_sync_debug_mode`).
+    """Find where training steps wait for the GPU, and how often, as PyTorch reports it
+    (`torch.cuda.set_sync_debug_mode`): for each method some steps after the first ones, none of which is logged.
 
     Returns:
-        of each method, places in the source and how often they waited in so many steps; or why it could not be seen.
+        for each method, the places in the source and how often each waited in these steps; or the error that kept the
+        method from running.
     """
     found: dict[str, dict] = {}
     for name in WAITING[:1] if tiny else WAITING:
@@ -184,7 +189,7 @@ def waits(run: Path, *, tiny: bool, write: Write) -> dict:
             with _watched() as seen:
                 _train(run / name, [f"method={name}", *own, *bank, *few, *steps])
             found[name] = {"places": dict(seen)}
-        except Exception as error:  # noqa: BLE001 - of one method; the others are looked at too
+        except Exception as error:  # noqa: BLE001 - one method's; the others must still run
             found[name] = {"error": f"{type(error).__name__}: {error}"}
         write({"waits": found})
     return {"waits": found}
@@ -192,7 +197,7 @@ def waits(run: Path, *, tiny: bool, write: Write) -> dict:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[Counter[str]]:
-    """Counts warnings of PyTorch about waiting, in the steps from the 12th on; without a GPU there are none."""
+    """Counts PyTorch's warnings about waiting from the 12th step on; without a GPU there are none."""
     seen: Counter[str] = Counter()
     batches, gpu = trainer.Trainer.batches, torch.cuda.is_available()
 
@@ -224,7 +229,7 @@ def _train(folder: Path, overrides: list[str]) -> dict:
 
 
 def learn(name: str, data: Path | None, run: Path, *, tiny: bool, write: Write) -> dict:
-    """Train for about 80 seconds, in as many whole epochs as some steps before say that they hold, and evaluate."""
+    """Train for about 80 seconds and evaluate; a short first run measures how many epochs fit into them."""
     started = time.perf_counter()
     images = SMALL
     if not tiny:
@@ -242,7 +247,7 @@ def learn(name: str, data: Path | None, run: Path, *, tiny: bool, write: Write) 
 
     train("first", "max_steps=60", "epochs=10", "warm_start.steps=0", "warm_start.passes=null", "eval=[]")
     speed = _images_per_second(run / "first" / "ledger.jsonl", batch=64 if tiny else 256)
-    # What is left until the stage is ended, without the images, the k-NN and the saving that follow.
+    # The time left before the stage's limit, less 20 s for the images, the k-NN evaluation and saving.
     seconds = 1 if tiny else min(LEARN_S, LEARN_LIMIT_S - 20 - (time.perf_counter() - started))
     epochs = max(2, int(seconds * speed / (1400 if tiny else 4 * PACKED_IMAGES // 5)))
     known = {"method": name, "images_per_second_at_first": speed, "epochs": epochs}
@@ -257,15 +262,16 @@ def learn(name: str, data: Path | None, run: Path, *, tiny: bool, write: Write) 
 
 
 def _images_per_second(ledger: Path, *, batch: int) -> float:
-    """Of a short run, without its first steps, in which kernels are compiled."""
+    """The speed of a short run without its first steps, in which kernels are compiled."""
     rows = [row for row in read_rows(ledger)[0] if row.get("kind") == "train"]
     early, late = rows[len(rows) // 2], rows[-1]
     return (late["step"] - early["step"]) * batch / max(late["time"] - early["time"], 1e-3)
 
 
 def pack(folder: Path, to: Path) -> None:
-    """20,000 images of class folders in train/ and test/, four of five of them to train on, drawn from one seed, as
-    they are.
+    """Pack 20,000 images from class folders in train/ and test/ into a zip, drawn with a fixed seed and not re-encoded.
+
+    Four fifths of them are training images.
     """
     chosen = list[Path]()
     for split, count in (("train", 4 * PACKED_IMAGES // 5), ("test", PACKED_IMAGES // 5)):
@@ -288,14 +294,14 @@ def pack(folder: Path, to: Path) -> None:
 
 
 def stages(sets: list[str], to: Path, data: Path | None) -> int:
-    """Run them; the number of those that did not succeed."""
+    """Run the stages of these sets; returns how many did not succeed."""
     lacking = lacks_gpu()
     to.mkdir(parents=True, exist_ok=True)
-    report = Report(["stage", "result", "seconds, of at most"], to / "stages.json")
+    report = Report(["stage", "result", "seconds, limit"], to / "stages.json")
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise SystemExit(f"gpu_check: expected what caco needs to be installed; missing: {', '.join(missing)}")
+        raise SystemExit(f"gpu_check: expected caco's requirements to be installed; missing: {', '.join(missing)}")
     if lacking:
-        say(f"every stage at a tiny size: {lacking}")
+        say(f"every stage runs at a tiny size: {lacking}")
     if data is None and DATA.exists():
         data = DATA
     wrong = 0
@@ -329,7 +335,7 @@ def stages(sets: list[str], to: Path, data: Path | None) -> int:
 
 
 def _run(command: list[str], log: Path, limit_s: int) -> str:
-    """How it ended; with it ends all that it has started."""
+    """Run the command; returns how it ended. Every process that it started is killed then."""
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
@@ -337,7 +343,7 @@ def _run(command: list[str], log: Path, limit_s: int) -> str:
         try:
             code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            return "ended by its limit"
+            return "stopped at its time limit"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -351,9 +357,17 @@ def _environment() -> dict[str, str]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("what", nargs="*", help="A, B or both; pack FOLDER; a stage: kernels, waits, learn METHOD")
-    options.add_argument("--to", type=Path, help="folder of the results, gpu-check; of pack the file")
-    options.add_argument("--data", type=Path, help="what pack has made, for set B; gpu-data/images.zip without")
+    options.add_argument(
+        "what", nargs="*", help="A, B or both; or pack FOLDER; or a stage: kernels, waits, learn METHOD"
+    )
+    options.add_argument(
+        "--to",
+        type=Path,
+        help="the folder of the results (default: gpu-check); for pack the file (gpu-data/images.zip)",
+    )
+    options.add_argument(
+        "--data", type=Path, help="the file that pack made, for set B (default: gpu-data/images.zip if it exists)"
+    )
     options.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     options.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     options.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)

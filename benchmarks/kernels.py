@@ -1,7 +1,7 @@
-"""What the bank's Triton kernels take of a card: compiled ahead of time, so no GPU is needed (and nothing is timed).
+"""How many registers and how much shared memory the bank's Triton kernels need on a GPU. The kernels are compiled ahead
+of time, so this needs no GPU and times nothing.
 
-python benchmarks/kernels.py                     sm_80, sm_89, sm_90, widths 64, 128, 256: registers, spills, shared
-                                                 memory; a minute
+python benchmarks/kernels.py                     for sm_80, sm_89 and sm_90, widths 64, 128 and 256; takes a minute
 python benchmarks/kernels.py --arch 89 120 --widths 96
 """
 
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 if (
     not __package__
-):  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.kernels has them
+):  # run as a file: import caco and benchmarks from this checkout, as python -m benchmarks.kernels does
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import Report, parser, say
@@ -40,14 +40,14 @@ ARGUMENTS = {
 class Used(NamedTuple):
     block: str  # queries x rows
     warps: int
-    registers: int  # of one thread
-    spilled: int  # bytes of one thread
+    registers: int  # per thread
+    spilled: int  # bytes per thread
     shared_kib: float
 
 
 def used(name: str, D: int, *, bf16: bool, arch: int) -> Used:
-    """Compile one kernel, with all that it can compute, for sm_`arch`."""
-    import triton  # not on every machine
+    """Compile one kernel for sm_`arch`, with all its optional outputs, and read its resource usage."""
+    import triton  # not at the top, because it is not installed on every machine
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -79,30 +79,30 @@ def used(name: str, D: int, *, bf16: bool, arch: int) -> Used:
         file.flush()
         tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         output = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
-    # Without calls the only use of a stack is for spilled registers.
+    # The kernels call no functions, so they use the stack only for spilled registers.
     found = re.search(r"REG:(\d+) STACK:(\d+)", output)
     assert found is not None, output
     return Used(block, options["num_warps"], int(found[1]), int(found[2]), done.metadata.shared / 1024)
 
 
 def entry(arch: int) -> cards.Card:
-    """Of the table, for sm_`arch`; what it has not has 99 KiB."""
+    """The table's entry for sm_`arch`; architectures without an entry of their own count as having 99 KiB."""
     return cards.card(divmod(arch, 10), 99)
 
 
 def lacks_triton() -> str | None:
-    return "Triton is not installed here" if importlib.util.find_spec("triton") is None else None
+    return "Triton is not installed" if importlib.util.find_spec("triton") is None else None
 
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--arch", type=int, nargs="+", help="80 89 90")
-    options.add_argument("--widths", type=int, nargs="+", help="64 128 256")
+    options.add_argument("--arch", type=int, nargs="+", help="compute capabilities; default: 80 89 90")
+    options.add_argument("--widths", type=int, nargs="+", help="values of D; default: 64 128 256")
     arguments = options.parse_args()
     archs = arguments.arch or ([90] if arguments.tiny else [80, 89, 90])
     widths = arguments.widths or ([32] if arguments.tiny else [64, 128, 256])
     report = Report(
-        ["card", "kernel", "factors", "D", "queries x rows", "warps", "registers", "spilled, B", "shared, KiB (of)"],
+        ["GPU", "kernel", "factors", "D", "queries x rows", "warps", "registers", "spilled, B", "shared, KiB (limit)"],
         arguments.json,
     )
     if not report.leave_out("every kernel", lacks_triton()):

@@ -1,23 +1,23 @@
-"""How fast views come: caco's loaders against torchvision on Pillow, against FFCV's own operations, against bare
-decoding.
+"""How fast caco's loaders deliver views, compared with torchvision on Pillow, with FFCV's own operations, and with
+decoding alone.
 
-Float32 normalised views on the CPU from every contender but the bare decoder and FFCV's crop (uint8, as FFCV gives
-them). All contenders take turns, so that a drifting machine hits all; a ratio is that of one turn.
+Every contender delivers normalised float32 views on the CPU, except decoding alone and FFCV's crop, which delivers
+uint8. All contenders take turns, so that changes in the machine's speed affect all of them; a ratio compares values of
+the same turn.
 
-    python benchmarks/loader.py --json loader.json           on photographs that it makes; minutes
-    python benchmarks/loader.py --full --photos PHOTOS       on yours, a zip or a folder of JPEGs: as the published
+    python benchmarks/loader.py --json loader.json           on synthetic photographs; takes minutes
+    python benchmarks/loader.py --full --photos PHOTOS       on your zip or folder of JPEGs, as for the published
                                                              figures
 
-Made photographs are noise whose power falls with the square of the frequency, as that of real ones does, with blots
-that have edges, 500 x 375 and encoded so that one has about as many bytes as one of ImageNet's and takes as long to
-decode.
+Synthetic photographs are noise whose power falls with the square of the frequency, as in real photographs, with blots
+that have edges. They have 500 x 375 pixels, and about as many bytes and as much decoding time as an ImageNet image.
 
-pil         torchvision's v1 transforms on Pillow images, DataLoader, persistent workers, prefetch 4: the baseline
-ffcv_crop   FFCV's own decoder, random resized crop and flip, compiled by numba, one pipeline a view; left out without
-            FFCV
-decode      nothing but decoding every JPEG once with libturbojpeg, in as many threads; left out without libturbojpeg
-caco        loader=ffcv, all of the paper's augmentations (augmentation=caco, caco_multicrop, cifar); loader=torch where
-            it cannot
+pil         the baseline: torchvision's v1 transforms on Pillow images, DataLoader, persistent workers, prefetch 4
+ffcv_crop   FFCV's own decoder, random resized crop and flip, compiled by numba, one pipeline per view; left out
+            without FFCV
+decode      only decoding each JPEG once with libturbojpeg, with the same number of threads; left out without it
+caco        loader=ffcv with all augmentations of the paper (augmentation=caco, caco_multicrop, cifar); loader=torch if
+            loader=ffcv cannot run
 """
 
 import ctypes
@@ -35,12 +35,10 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from PIL import Image, ImageFilter
 
-if (
-    not __package__
-):  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.loader has them
+if not __package__:  # run as a file: import caco and benchmarks from this checkout, as python -m benchmarks.loader does
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
+import caco  # noqa: F401, I001 - before torch, because it sets torch's instruction set
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset
@@ -58,14 +56,14 @@ from caco.write import write_splits
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("large", "raw", "small", "multicrop", "first")
-COPIES = 2  # of each photograph in an epoch, long enough for its beginning not to count
+COPIES = 2  # how often an epoch uses each photograph; makes epochs long enough for their start-up not to matter
 
 
 class Sizes(NamedTuple):
-    photos: int | None  # how many; None: all that --photos has, or as many of ours as ImageNet's sample has
-    width: int  # of those made
+    photos: int | None  # number of photographs; None: all of --photos, or 250 synthetic ones
+    width: int  # of a synthetic photograph, in pixels
     batch: int
-    small_batch: int  # of the images of 32 px
+    small_batch: int  # for images of 32 pixels
     small_batches: int
     runs: int
 
@@ -78,7 +76,7 @@ def views_of(name: str) -> Views:
 
 
 class PillowViews(Dataset):
-    """Torchvision's v1 transforms of a recipe, as one writes them."""
+    """An augmentation recipe written with torchvision's v1 transforms, as is usual."""
 
     def __init__(self, source: Source, views: Views):
         self.source = source
@@ -118,7 +116,7 @@ class Contender(NamedTuple):
     close: Callable[[], None] = lambda: None
 
     def rate(self) -> float:
-        """Images a second of one epoch."""
+        """Images per second over one epoch."""
         started = time.perf_counter()
         for _ in self.epoch():
             pass
@@ -141,7 +139,7 @@ def ours(kind: type, source: Source, views: Views, batch: int, workers: int) -> 
 
 
 def ffcv_crop(file: Path, views: Views, images: int, batch: int, workers: int) -> Contender:
-    """FFCV's own way to two views: a pipeline of its operations for each."""
+    """FFCV's own way to make several views: one pipeline of its operations per view."""
     from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.pipeline import PipelineSpec
@@ -169,7 +167,7 @@ def ffcv_crop(file: Path, views: Views, images: int, batch: int, workers: int) -
 
 
 def decode(source: Any, workers: int) -> Contender:
-    """Every JPEG decoded by libturbojpeg, and nothing else."""
+    """Decode every JPEG with libturbojpeg and do nothing else."""
     records, jpegs = source.records["image"], [
         bytes(source._bytes[int(place) :][:size]) for place,
         size in zip(source.records["image"]["place"], source._sizes, strict=True)
@@ -212,17 +210,17 @@ print(time.perf_counter() - started, flush=True)
 
 
 def first_batch(root: Path, batch: int, workers: int) -> float:
-    """Seconds from a loader's construction to its first batch in a new process, the import of FFCV included."""
+    """Seconds from the construction of a loader to its first batch in a new process, including the import of FFCV."""
     command = [sys.executable, "-c", FIRST_BATCH, str(root), str(workers), str(batch)]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout.split()[-1])
 
 
 def lacks_ffcv() -> str | None:
-    return "FFCV is not installed here" if importlib.util.find_spec("ffcv") is None else None
+    return "FFCV is not installed" if importlib.util.find_spec("ffcv") is None else None
 
 
 class Comparison:
-    """The parts, on the photographs of a folder, in temporary files under `top`."""
+    """The parts of the benchmark, each a method; `files` are the photographs, `top` is for temporary files."""
 
     def __init__(self, report: Report, files: Source, top: Path, *, sizes: Sizes, runs: int, workers: int):
         self.report, self.files, self.top, self.sizes, self.runs, self.workers = (
@@ -243,7 +241,7 @@ class Comparison:
         return ours(FFCVLoader, source, views, self.sizes.batch, self.workers)
 
     def ffcv(self, source: Any, views: Views) -> dict[str, Contender]:
-        """FFCV's own crop, where FFCV is."""
+        """The contender ffcv_crop, if FFCV is installed."""
         if self.report.leave_out("FFCV's own crop", lacks_ffcv()):
             return {}
         say("    numba compiles FFCV's own crop")
@@ -261,7 +259,7 @@ class Comparison:
                     f"{what}: {a} / {b}",
                     key,
                     formatted(ratio),
-                    f"{medians[a]:,.0f} to {medians[b]:,.0f} images a second",
+                    f"{medians[a]:,.0f} and {medians[b]:,.0f} images per second",
                 )
         for contender in contenders.values():
             contender.close()
@@ -273,7 +271,7 @@ class Comparison:
             "caco": self.caco(self.source, self.files, views),
             **self.ffcv(self.source, views),
         }
-        missing = "libturbojpeg is not installed here" if native.turbojpeg() is None else None
+        missing = "libturbojpeg is not installed" if native.turbojpeg() is None else None
         if not self.report.leave_out("decoding alone", missing):
             contenders["decode"] = decode(self.source, self.workers)
         keys = {"vs_pil": ("caco", "pil"), "vs_ffcv": ("caco", "ffcv_crop"), "vs_decode": ("caco", "decode")}
@@ -318,12 +316,16 @@ class Comparison:
         )
         self.report.figures["first_batch_s"] = times
         self.report.row(
-            "seconds to the first batch, new process, FFCV's import included", "first_batch_s", formatted(times), ""
+            "seconds to the first batch, new process, import of FFCV included", "first_batch_s", formatted(times), ""
         )
 
 
 def photos_in(given: Path | None, top: Path, sizes: Sizes) -> Source:
-    """Those of --photos, or those that we make, COPIES times and as many as fill whole batches."""
+    """The photographs of --photos, or synthetic ones, each COPIES times, cut to a whole number of batches.
+
+    Raises:
+        ValueError: they do not fill one batch.
+    """
     files = photos_at(given, top / "photos", sizes.photos or 250, sizes.width)
     chosen = np.linspace(0, len(files) - 1, min(len(files), sizes.photos or len(files))).astype(int)
     count = COPIES * len(chosen) // sizes.batch * sizes.batch
@@ -336,19 +338,19 @@ def main() -> None:
     options = parser(
         __doc__, runs="turns that count, after one that warms up: 3", full="all photographs, longer epochs, 5 turns"
     )
-    options.add_argument("--photos", type=Path, help="a zip, or a folder, of JPEG photographs; made without")
+    options.add_argument("--photos", type=Path, help="a zip or a folder of JPEG photographs; default: synthetic ones")
     options.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    options.add_argument("--only", default=",".join(PARTS), help="which parts")
+    options.add_argument("--only", default=",".join(PARTS), help="measure only these parts; default: %(default)s")
     arguments = options.parse_args()
     only = arguments.only.split(",")
     if unknown := set(only) - set(PARTS):
         options.error(f"--only: expected parts of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
     if arguments.photos is not None and not arguments.photos.exists():
-        options.error(f"--photos: expected a zip or a folder of JPEGs, got {arguments.photos}, which is not there")
+        options.error(f"--photos: expected a zip or a folder of JPEGs, got {arguments.photos}, which does not exist")
     sizes = FULL if arguments.full else TINY if arguments.tiny else DEFAULT
     runs = arguments.runs or sizes.runs
     torch.set_num_threads(arguments.workers)
-    report = Report(["what", "key", "ratio (least to most)", "beside it"])
+    report = Report(["what", "key", "ratio (min to max)", "details"])
     with tempfile.TemporaryDirectory() as temporary:
         try:
             files = photos_in(arguments.photos, Path(temporary), sizes)

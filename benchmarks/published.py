@@ -1,6 +1,9 @@
-"""An honest rewrite of the published bank, which bank.py and step.py compare with: rows stored unnormalised, normalised
-anew where they are read, stepped by hand. It makes N x K matrices of each stage, in PyTorch, in place where that is
-natural, without its top-5 monitoring, in float32."""
+"""A fair rewrite of the published bank, the baseline of bank.py and step.py.
+
+As in the published code, rows are stored unnormalised, normalised at every use, and updated by a hand-written step. It
+is float32 PyTorch code that makes an N x K matrix at each stage, works in place where that is natural, and leaves out
+the published code's top-5 monitoring.
+"""
 
 import torch
 from torch.nn import functional as F
@@ -13,7 +16,7 @@ class Published:
         self.w_KD, self.velocity_KD = w_KD.clone(), torch.zeros_like(w_KD)
 
     def loss(self, q_ND: torch.Tensor, k_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of one direction, and its gradient of the rows, [K, D]."""
+        """The loss of one direction, and the gradient of the rows, [K, D]."""
         norm_K1 = self.w_KD.norm(dim=1, keepdim=True)
         m_KD = self.w_KD / norm_K1
         cosine_NK = q_ND @ m_KD.T

@@ -1,18 +1,19 @@
-"""How fast evaluations read images: against the cores' own limit in decoding, and against reading each file once.
+"""How fast evaluations read images, compared with only decoding them and with only reading the files.
 
-    python benchmarks/reading.py --json reading.json                 on photographs that it makes; minutes
-    python benchmarks/reading.py --full --photos PHOTOS              on yours, a zip or a folder of JPEGs: as the
+    python benchmarks/reading.py --json reading.json                 on synthetic photographs; takes minutes
+    python benchmarks/reading.py --full --photos PHOTOS              on your zip or folder of JPEGs, as for the
                                                                      published figures
 
-1. Features: caco's way from files to features (caco/evals/features.py: read, decoded, resized, normalised; the network
-   is a mean over the pixels, which takes next to nothing), with a worker for each core, against as many processes that
-   open and decode the same files with Pillow and do nothing else. Each photograph lies there many times under other
-   names.
-2. Digests and overlap: a look at each of many small files (caco/data/sets/content.py), and the whole overlap check of
-   two sets of them (caco/data/sets/overlap.py), against reading each of the same files once with as many threads.
+1. Features: the time that caco takes from files to features (caco/evals/features.py: reading, decoding, resizing,
+   normalising; the network is a mean over the pixels and takes almost no time), with one worker per core. It is
+   compared with the same number of processes that only open and decode the same files with Pillow. Each photograph is
+   there many times under different names.
+2. Digests and overlap: reading and hashing each of many small files (caco/data/sets/content.py), and the whole overlap
+   check of two sets of such files (caco/data/sets/overlap.py). They are compared with reading each of the same files
+   once with the same number of threads.
 
-The page cache is warm, as the files were written just before. Both sides take turns in one process; a ratio is that of
-one turn."""
+The page cache is warm, because the files have just been written. Both sides take turns in one process, and a ratio
+compares values of the same turn."""
 
 import os
 import shutil
@@ -27,10 +28,10 @@ import numpy as np
 
 if (
     not __package__
-):  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.reading has them
+):  # run as a file: import caco and benchmarks from this checkout, as python -m benchmarks.reading does
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
+import caco  # noqa: F401, I001 - before torch, because it sets torch's instruction set
 from PIL import Image
 from torch import Tensor, nn
 
@@ -45,16 +46,16 @@ from caco.evals.features import FeatureStore
 
 
 class Sizes(NamedTuple):
-    photos: int | None  # None: all that --photos has
-    copies: int  # of each, under other names
-    width: int  # of those made
-    files: int  # small ones
+    photos: int | None  # number of photographs; None: all of --photos, or 250 synthetic ones
+    copies: int  # of each photograph, under different names
+    width: int  # of a synthetic photograph, in pixels
+    files: int  # number of small files
     runs: int
 
 
 DEFAULT, FULL, TINY = Sizes(100, 5, 500, 20_000, 3), Sizes(None, 20, 500, 100_000, 3), Sizes(3, 2, 60, 200, 1)
-SMALL_BYTES = 2000  # of a small file, as an image of 32 pixels has
-SHARED = 50  # of the test files, which are training files too
+SMALL_BYTES = 2000  # size of a small file, about that of an image of 32 x 32 pixels
+SHARED = 50  # number of test files with the same content as a training file
 
 
 class Mean(nn.Module):
@@ -65,17 +66,17 @@ class Mean(nn.Module):
 
 
 def many(photos: Source, copies: int, top: Path) -> ImageFiles:
-    """Each photograph so many times: files of their own, linked and not copied, as nothing is written to them."""
+    """Make `copies` files of each photograph; hard links suffice, because the files are only read."""
     top.mkdir()
     names = []
     for copy in range(copies):
         for index in range(len(photos)):
             names.append(f"{copy:02}-{index:05}.jpg")
             photo = photos.path(index)
-            assert photo is not None, "photographs lie in files"
+            assert photo is not None, "each photograph is a file"
             try:
                 os.link(photo, top / names[-1])
-            except OSError:  # another disk, or one without links
+            except OSError:  # the file is on another disk, or the disk has no hard links
                 shutil.copyfile(photo, top / names[-1])
     return ImageFiles(top, names, name="photos")
 
@@ -94,7 +95,7 @@ def features(source: ImageFiles, workers: int) -> None:
 
 
 def decode(source: ImageFiles, workers: int) -> None:
-    """Nothing but decoding, by as many processes."""
+    """Only decode the files, with `workers` processes."""
 
     def part(indices: np.ndarray) -> int:
         for index in indices:
@@ -109,7 +110,9 @@ def decode(source: ImageFiles, workers: int) -> None:
 
 
 def small_files(top: Path, count: int) -> tuple[ImageFiles, ImageFiles]:
-    """Nine tenths to train on, a tenth to test on, of which some are among the others."""
+    """Write `count` small files, nine tenths for training and one tenth for testing; SHARED of the latter are copies of
+    training files.
+    """
     rng = np.random.default_rng(0)
     names = [f"{i % 100:02}/{i:06}.jpg" for i in range(count)]
     for folder in range(100):
@@ -124,7 +127,7 @@ def small_files(top: Path, count: int) -> tuple[ImageFiles, ImageFiles]:
 
 
 def anew(source: ImageFiles) -> ImageFiles:
-    """The same files, of which nothing is known yet."""
+    """The same files as a new source that has not cached anything about them."""
     return ImageFiles(source.root, source._files, name=source.name)
 
 
@@ -151,14 +154,14 @@ def main() -> None:
     options = parser(
         __doc__,
         runs="turns that count: 3",
-        full="5,000 photographs, of --photos, and 100,000 files: as the published figures",
+        full="20 files of each photograph and 100,000 small files, as for the published figures",
     )
-    options.add_argument("--photos", type=Path, help="a zip, or a folder, of JPEG photographs; made without")
-    options.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="one for each core")
+    options.add_argument("--photos", type=Path, help="a zip or a folder of JPEG photographs; default: synthetic ones")
+    options.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: one per core")
     arguments = options.parse_args()
     sizes = TINY if arguments.tiny else FULL if arguments.full else DEFAULT
     runs, workers = arguments.runs or sizes.runs, arguments.workers
-    report = Report(["what", "ratio", "beside it"])
+    report = Report(["what", "ratio", "details"])
     with tempfile.TemporaryDirectory() as temporary:
         top = Path(temporary)
         photos = photos_at(arguments.photos, top / "photos", sizes.photos or 250, sizes.width)
@@ -166,7 +169,7 @@ def main() -> None:
             photos = photos.part(np.arange(min(len(photos), sizes.photos)), "photos")
         source = many(photos, sizes.copies, top / "many")
         say(
-            f"features of {len(source)} photographs by {workers} workers, and decoding alone by as many processes,"
+            f"features of {len(source)} photographs with {workers} workers, and decoding alone with as many processes:"
             f" {runs} turns"
         )
         found = turns(
@@ -176,11 +179,11 @@ def main() -> None:
         )
         ratio = ratios(found["decode"], found["features"])
         rates = [formatted(ratios([len(source)] * runs, found[name]), digits=0) for name in ("features", "decode")]
-        report.row("features / decoding alone, images a second", formatted(ratio), f"{rates[0]} to {rates[1]}")
+        report.row("features / decoding alone, images per second", formatted(ratio), f"{rates[0]} and {rates[1]}")
         report.figures["features"] = {"photos": len(source), "workers": workers, "vs_decode": ratio, **found}
         train, test = small_files(top / "small", sizes.files)
-        time.sleep(0 if arguments.tiny else 3)  # a file that was written just now is looked at again
-        say(f"{sizes.files} files of {SMALL_BYTES} bytes: looked at, compared, and read once, {runs} turns")
+        time.sleep(0 if arguments.tiny else 3)  # caco reads a file again if it has only just been written
+        say(f"{sizes.files} files of {SMALL_BYTES} bytes: digests, overlap check, and reading once: {runs} turns")
         found = turns(
             {
                 "digests": timed(lambda: [anew(one).digest() for one in (train, test)]),

@@ -1,11 +1,11 @@
-"""Share of a training step that is not the pure model: the bank, the objective, the twin's update, the optimiser.
+"""Which share of a training step is not the model itself but the bank, the loss, the twin's update and the optimiser.
 
-The whole step is what caco/engine/trainer.py does between two batches, without data, logging, evaluation and saving.
-The pure model is the same encoder and twin, forward and backward on the same views, with a loss that costs nothing. For
-CaCo with two views the same step with the published bank (benchmarks/published.py) is timed too. They take turns in one
-process, so that a drifting machine hits all.
+The whole step is what caco/engine/trainer.py does between two batches, without data loading, logging, evaluation and
+saving. The pure model is the forward and backward pass of the same encoder and twin on the same views, with a loss that
+costs nothing. For CaCo with two views, the same step with the published bank (benchmarks/published.py) is timed, too.
+All take turns in one process, so that changes in the machine's speed affect all of them.
 
-    python benchmarks/step.py --json step.json                             the default, below
+    python benchmarks/step.py --json step.json                             the default configuration (DEFAULT below)
     python benchmarks/step.py backbone=resnet18_cifar batch=256 bank=8M    any configuration of caco.train
 """
 
@@ -15,12 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-if (
-    not __package__
-):  # typed as above: the caco and the benchmarks of this checkout, as python -m benchmarks.step has them
+if not __package__:  # run as a file: import caco and benchmarks from this checkout, as python -m benchmarks.step does
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import caco  # noqa: F401, I001 - before torch, which it tells which instructions to use
+import caco  # noqa: F401, I001 - before torch, because it sets torch's instruction set
 import torch
 
 from benchmarks.common import Report, formatted, lacks_bf16, named, parser, ratios, say, seconds, spread, turns
@@ -40,7 +38,9 @@ FP32 = "precision=fp32"
 
 
 def measure(report: Report, overrides: list[str], runs: int) -> dict:
-    """Timed turns of the whole step, the pure model and, for CaCo, the whole step with the published bank.
+    """Time the whole step, the pure model and, for CaCo, the whole step with the published bank, in turns.
+
+    Returns the figures, and adds rows to the report.
 
     Raises:
         ValueError: precision=bf16 is among the overrides, and the processor has no unit for it.
@@ -56,7 +56,7 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         overrides = [*overrides, FP32]
         cfg = composition.job_config(composition.compose([*base, FP32]))
     say(f"step: {' '.join(overrides)}")
-    method = cast(Contrastive, build_method(cfg))  # what any other lacks is missed at once
+    method = cast(Contrastive, build_method(cfg))  # a method of another kind fails below, at the first missing member
     method = method.to(device).to(memory_format=torch.channels_last).train()
     optimizer = instantiate(cfg.optimizer, groups=method.parameter_groups())
     generator = torch.Generator().manual_seed(0)
@@ -82,8 +82,8 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
     batch = Batch(views, index, torch.full_like(index, -1))
     now = Now(0, TRAINING, 0, False, 0, 0, {"twin_momentum": 0.99, "bank_lr": 0.01})
 
-    losses = Losses(device)  # looked at as in a run
-    no_images: Any = None  # nothing here makes a pass over them
+    losses = Losses(device)  # checks the losses as a run does
+    no_images: Any = None  # only methods that make a pass over all images read this
 
     def step() -> None:
         method.before_step(now, no_images)
@@ -97,7 +97,7 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         method.after_step(now)
 
     def published_step(published: Published) -> None:
-        assert method.twin is not None, "the published step has one"
+        assert method.twin is not None, "the published step has a twin"
         method.twin.update(method.encoder, 0.99)
         with autocast():
             q, k, _, _ = method.encode(views)
@@ -115,7 +115,7 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) / 2**30
         report.figures["step_peak_gib"] = peak
-        report.row("most memory of a step", f"{peak:.1f} GiB", "parameters, optimiser and bank included")
+        report.row("peak memory of a step", f"{peak:.1f} GiB", "parameters, optimiser and bank included")
     works: dict[str, Callable[[], None]] = {"step": step, "model": pure_model}
     works |= {"published": partial(published_step, published)} if published else {}
     times = turns({name: partial(seconds, work, device=device) for name, work in works.items()}, runs, warm=2)
@@ -131,7 +131,7 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
     }
     taken, model = figures["step_seconds"], figures["model_seconds"]
     figures["images_per_second"] = cfg.batch / taken
-    report.row("images a second", f"{cfg.batch / taken:.0f}", f"{cfg.batch} images a step; without loading them")
+    report.row("images per second", f"{cfg.batch / taken:.0f}", f"{cfg.batch} images per step; loading is not included")
     report.row(
         f"share of a step in {cfg.precision} outside the model", formatted(overhead, " %", scale=100, digits=0),
         f"step {taken:.3f} s, pure model {model:.3f} s",
@@ -149,10 +149,10 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
 
 def main() -> None:
     options = parser(__doc__, runs="turns that count, after two that warm up: 7")
-    options.add_argument("overrides", nargs="*", help=f"as for caco.train; without any: {' '.join(DEFAULT)}")
+    options.add_argument("overrides", nargs="*", help=f"overrides of caco.train; default: {' '.join(DEFAULT)}")
     arguments = options.parse_args()
     overrides = arguments.overrides or (TINY if arguments.tiny else DEFAULT)
-    report = Report(["what", "figure", "beside it"], arguments.json)
+    report = Report(["what", "figure", "details"], arguments.json)
     try:
         report.figures |= measure(report, overrides, arguments.runs or (1 if arguments.tiny else 7))
     except ValueError as error:

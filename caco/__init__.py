@@ -2,14 +2,14 @@
 
 from caco import installed, instructions
 
-instructions.apply()  # before anything imports torch
+instructions.apply()  # must come before anything imports torch
 __version__ = installed.version()
 
 
 def load(run=None, **chosen):
-    """A trained backbone and its preprocessing: `backbone, preprocess = caco.load("runs/caco/NAME")`; see
-    caco.library.load.
+    """A trained backbone and its preprocessing: `backbone, preprocess = caco.load("runs/caco/NAME")`. For the arguments
+    see caco.library.load.
     """
-    from caco import library  # here and not above: it imports torch
+    from caco import library  # not at the top of the file, because it imports torch
 
     return library.load(run, **chosen)

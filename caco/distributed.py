@@ -1,7 +1,7 @@
-"""The process group from torchrun's environment (caco/launch/jobs.py makes one too) or nothing, and the few collectives
-that caco needs.
+"""The process group, made from torchrun's environment variables (caco/launch/jobs.py sets them too), and the few
+collectives that caco needs. Without these variables there is one process and no group.
 
-Every function is an identity where there is one process, so no caller asks how many there are.
+With one process every function returns its own input, so no caller needs to ask how many processes there are.
 """
 
 import datetime
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from caco.errors import UserError
 
-_patient: dist.ProcessGroup | None = None  # of those who may wait for hours, made when first needed
+_patient: dist.ProcessGroup | None = None  # for collectives that may wait for hours; made when first needed
 T = TypeVar("T")
 
 
@@ -23,7 +23,7 @@ def start(device: torch.device, *, timeout_s: float = 600.0) -> None:
     """Join the process group that the environment describes; a single process joins none.
 
     Raises:
-        UserError: the other ranks do not come within the time-out.
+        UserError: the other ranks do not join within the time-out.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device.type == "cuda":
@@ -32,12 +32,12 @@ def start(device: torch.device, *, timeout_s: float = 600.0) -> None:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_s)
             )
-        except (RuntimeError, ValueError) as error:  # of torch's stores and backends; ValueError: a variable is missing
+        except (RuntimeError, ValueError) as error:  # torch's errors; ValueError: a variable is missing
             place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
             raise UserError(
                 f"the {os.environ['WORLD_SIZE']} processes of this run did not find one another within {timeout_s:g} s"
-                f" at {place} ({str(error).splitlines()[0][:200]}): see that all are started and that their machines"
-                " reach the first one's"
+                f" at {place} ({str(error).splitlines()[0][:200]}): check that all are started and that their machines"
+                " reach the first one"
             ) from error
 
 
@@ -71,14 +71,14 @@ def barrier() -> None:
 
 
 def wait_for_main() -> None:
-    """A barrier of all ranks without the time-out: rank 0 may work for hours meanwhile."""
+    """A barrier of all ranks without a time-out, because rank 0 may work for hours in the meantime."""
     if world() > 1:
         dist.barrier(group=_patient_group())
 
 
 def _patient_group() -> dist.ProcessGroup:
-    """All ranks, by gloo and without the time-out: for plain values and CPU tensors, and for work whose length nobody
-    knows.
+    """The group of all ranks on gloo, without a time-out: for plain values and CPU tensors, and for work of unknown
+    length.
     """
     global _patient
     if _patient is None:
@@ -89,9 +89,10 @@ def _patient_group() -> dist.ProcessGroup:
 
 
 def together(work: Callable[[], T]) -> list[T]:
-    """What `work` returns on each rank, picklable, in rank order and on every rank, however long it takes.
+    """What `work` returns on each rank, in rank order, on every rank. The values must be picklable. There is no
+    time-out.
 
-    What it raises on one rank is raised on all: no rank waits for one that has given up.
+    An error on one rank is raised on all ranks, so no rank waits for one that has failed.
     """
     if world() == 1:
         return [work()]
@@ -99,7 +100,7 @@ def together(work: Callable[[], T]) -> list[T]:
     raised: Exception | None = None
     try:
         result = work()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must be told
         raised = error
     told = None if raised is None else (isinstance(raised, UserError), str(raised) or type(raised).__name__)
     everyone: list[Any] = [None] * world()
@@ -114,14 +115,14 @@ def together(work: Callable[[], T]) -> list[T]:
 
 
 def on_each(work: Callable[[], T]) -> T:
-    """As `together`, but every rank keeps what `work` returns on it, which may be of any size and kind."""
+    """Like `together`, but each rank keeps only its own result, which may have any size and type."""
     own: list[T] = []
     together(lambda: own.append(work()))
     return own[0]
 
 
 def on_main(value: T) -> list[T]:
-    """Every rank's value, picklable, in rank order on rank 0; no value on the others."""
+    """On rank 0 every rank's value, in rank order; on the other ranks []. The values must be picklable."""
     if world() == 1:
         return [value]
     values: list[Any] | None = [None] * world() if is_main() else None
@@ -144,25 +145,27 @@ def max_(x: Tensor) -> Tensor:
 
 
 def gather(x: Tensor) -> Tensor:
-    """[B, ...] of every rank, joined in rank order to [world * B, ...]; no gradient. Every rank has the same B."""
+    """[B, ...] of every rank, joined in rank order to [world * B, ...]; without gradient. B is the same on every
+    rank.
+    """
     if world() == 1:
         return x.detach()
-    own_part = x.detach().contiguous()  # in one order of the axes on every rank, whatever x's is
+    own_part = x.detach().contiguous()  # so that every rank sends the same memory layout
     parts = [torch.empty_like(own_part) for _ in range(world())]
     dist.all_gather(parts, own_part)
     return torch.cat(parts)
 
 
 def from_main(x: Tensor) -> Tensor:
-    """Rank 0's tensor on every rank, in place; all have one of its shape."""
+    """Rank 0's tensor on every rank, in place; x must have the same shape everywhere."""
     if world() > 1:
         dist.broadcast(x, src=0)
     return x
 
 
 def gather_on_main(x: Tensor) -> Tensor:
-    """Every rank's [B, ...], of any B, joined on rank 0, in its CPU memory; the others keep their own part. For what is
-    too large to be everywhere: a device holds its own part and one more."""
+    """Every rank's [B, ...], where B may differ, joined on rank 0 in CPU memory; other ranks return their own part. For
+    tensors too large to be on every rank: a device holds its own part and one more."""
     if world() == 1:
         return x.detach()
     own_part = x.detach().contiguous()
@@ -179,7 +182,7 @@ def gather_on_main(x: Tensor) -> Tensor:
 
 
 def exchange(x: Tensor) -> Tensor:
-    """[world * B, ...], whose part r is for rank r, to [world, B, ...]: what each rank has for this one; no
+    """From [world * B, ...], whose part r is for rank r, to [world, B, ...]: what each rank has for this one. Without
     gradient.
     """
     if world() == 1:
@@ -201,7 +204,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """As `gather`, and the gradients that all ranks hold for this rank's part are summed."""
+    """Like `gather`, but with a gradient: the gradients that all ranks have for this rank's part are summed."""
     return x if world() == 1 else _GatherWithGradient.apply(x)
 
 
@@ -216,7 +219,7 @@ class _SumWithGradient(torch.autograd.Function):
 
 
 def sum_with_gradient(x: Tensor) -> Tensor:
-    """Sum over the ranks; the gradients that all ranks hold for it are summed too."""
+    """Sum over the ranks. In the backward pass the gradients that the ranks have for it are summed too."""
     return x if world() == 1 else _SumWithGradient.apply(x)
 
 
@@ -231,13 +234,13 @@ class _SumForAll(torch.autograd.Function):
 
 
 def sum_for_all(x: Tensor) -> Tensor:
-    """Sum over the ranks from which every rank goes on to compute the same. So the gradients that they hold for it are
-    equal, and their sum, as in `sum_with_gradient`, needs no message."""
+    """Sum over the ranks, if every rank then computes the same from it. The gradients are then equal on all ranks, so
+    the sum that `sum_with_gradient` would make of them needs no message."""
     return x if world() == 1 else _SumForAll.apply(x)
 
 
 def own(x: Tensor, part: int) -> Tensor:
-    """This rank's `part` rows of a gathered tensor."""
+    """This rank's rows, `part` of them, of a gathered tensor."""
     return x[rank() * part : (rank() + 1) * part]
 
 
@@ -245,7 +248,8 @@ def own(x: Tensor, part: int) -> Tensor:
 def mean_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace every gradient by its mean over the ranks, in one flat message.
 
-    After the backward pass rather than during it: one visible line in the loop, and an encoder may run several times.
+    This happens after the backward pass, not during it: so it is one visible line of the training loop, and an encoder
+    may run several times in a step.
     """
     if world() == 1:
         return
@@ -258,10 +262,10 @@ def mean_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def shared_object(value: Any, *, patient: bool = False) -> Any:
-    """Rank 0's value on every rank; small picklable things only.
+    """Rank 0's value on every rank; only for small picklable values.
 
     Args:
-        patient: without the time-out: rank 0 may come hours after the others.
+        patient: wait without a time-out, because rank 0 may come hours after the others.
     """
     if world() == 1:
         return value
@@ -271,7 +275,7 @@ def shared_object(value: Any, *, patient: bool = False) -> Any:
 
 
 def all_objects(value: Any) -> list[Any]:
-    """Every rank's value, in rank order; small picklable things only."""
+    """Every rank's value, in rank order; only for small picklable values."""
     if world() == 1:
         return [value]
     values = [None] * world()
@@ -280,14 +284,14 @@ def all_objects(value: Any) -> list[Any]:
 
 
 def shard(size: int) -> tuple[int, int]:
-    """First and last-plus-one of this rank's contiguous rows; the first ranks have one more where the rows do not come
-    out even.
+    """The first of this rank's contiguous rows, and the one after its last. If the rows cannot be divided evenly, the
+    first ranks have one more.
 
     Raises:
         UserError: fewer rows than ranks.
     """
     if size < world():
-        raise UserError(f"a bank of {size} rows cannot be shared by {world()} ranks: expected a row for each at least")
+        raise UserError(f"a bank of {size} rows cannot be shared by {world()} ranks: expected at least one row each")
     part, more = divmod(size, world())
     first = rank() * part + min(rank(), more)
     return first, first + part + (rank() < more)

@@ -1,7 +1,6 @@
-"""python -m caco.doctor : what of caco works on this machine, and what to do about what does not. Seconds; changes
-nothing.
+"""python -m caco.doctor : what of caco works on this machine, and how to fix the rest. Takes seconds; changes nothing.
 
-Exit code 0: caco can train here. 1: something that it needs is broken, or something named by --need is not there.
+Exit code 0: caco can train here. Exit code 1: a part that caco needs is broken, or a part named by --need is missing.
 """
 
 import argparse
@@ -38,9 +37,9 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found about one part.
+    """What was found out about one part.
 
-    state: works; absent (caco does without it); broken.
+    state: works; absent (caco runs without it); broken.
     """
 
     part: str
@@ -63,11 +62,11 @@ def python() -> Iterator[Finding]:
 
 
 def cpu() -> Iterator[Finding]:
-    """Which instructions it has, and which are asked for; `native` and `torch` say what serves."""
+    """The processor's instruction sets, and the one asked for. `native` and `torch` report which are used."""
     wanted = (
         f"{instructions.VARIABLE}={instructions.LEVEL}"
         if instructions.LEVEL
-        else f"the best serves, {instructions.VARIABLE} is not set"
+        else f"the best is used, because {instructions.VARIABLE} is not set"
     )
     yield Finding("cpu", "works", f"{environment()['cpu']}: {', '.join(instructions.processor())}; {wanted}")
 
@@ -97,12 +96,12 @@ def torch() -> Iterator[Finding]:
                 yield Finding("gpu", "works", f"{index}: {about.name}, {about.total_memory / 2**30:.0f} GiB")
         except RuntimeError as error:
             yield Finding(
-                "gpu", "broken", _line(error), "see nvidia-smi; a wheel of torch for this GPU and driver: pytorch.org"
+                "gpu", "broken", _line(error), "see nvidia-smi; torch wheels for this GPU and driver are at pytorch.org"
             )
     elif driver := _driver():
         do = (
-            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}; take a wheel that fits the driver, or a"
-            " newer driver"
+            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}; install a wheel that fits the driver,"
+            " or a newer driver"
         )
         if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
             do = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} hides them, or: {do}"
@@ -114,7 +113,7 @@ def torch() -> Iterator[Finding]:
 
 
 def _driver() -> str:
-    """NVIDIA's driver, as the kernel names it; "" without one."""
+    """NVIDIA's driver, as the kernel names it; "" if there is none."""
     try:
         return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].partition(":")[2].strip()
     except (OSError, IndexError):
@@ -122,7 +121,9 @@ def _driver() -> str:
 
 
 def native() -> Iterator[Finding]:
-    """The parts that setup.py compiles; in an installed wheel, which has no setup.py, those that are there."""
+    """The parts that setup.py compiles. An installed wheel has no setup.py; there, the compiled parts that are
+    present.
+    """
     declared = re.findall(r'"(caco\.[\w.]+\._\w+)"', _read(ROOT / "setup.py"))
     package = Path(__file__).parent
     built = [
@@ -132,23 +133,23 @@ def native() -> Iterator[Finding]:
     missing = [name for name in declared if importlib.util.find_spec(name) is None]
     if missing:
         compiler = "" if shutil.which("g++") else "install a C++ compiler (Debian: g++), then "
-        do = f"{compiler}pip install --no-deps --no-build-isolation -e {ROOT}; without them slower paths serve"
+        do = f"{compiler}pip install --no-deps --no-build-isolation -e {ROOT}; without them caco uses slower code"
         yield Finding("native", "absent", f"not built: {', '.join(missing)}", do)
     found = sorted({*declared, *built} - {*missing})
     if found and instructions.LEVEL == "torch":
-        do = f"unset {instructions.VARIABLE}; without them slower paths serve"
+        do = f"unset {instructions.VARIABLE}; without them caco uses slower code"
         yield Finding("native", "absent", f"turned off by {instructions.VARIABLE}=torch: {', '.join(found)}", do)
     elif found:
         yield Finding("native", "works", ", ".join(f"{part} ({instructions.used(part)})" for part in found))
 
 
 def ffcv() -> Iterator[Finding]:
-    """Without importing it, which takes seconds: its library loads or names what it lacks."""
+    """Checks whether FFCV's library loads, or names what it lacks. FFCV itself is not imported, which takes seconds."""
     found = importlib.util.find_spec("ffcv")
     libraries = "libopencv-dev libturbojpeg0-dev pkg-config g++"
     if found is None:
         do = (
-            f"loader=torch does without; for it, as root: apt-get install {libraries}; then"
+            f"loader=torch works without it; to install it, as root: apt-get install {libraries}; then"
             f" {command_to_install('ffcv')}"
         )
         yield Finding("ffcv", "absent", "not installed", do)
@@ -190,7 +191,7 @@ def slurm() -> Iterator[Finding]:
             yield Finding("slurm", "absent", why[0], "a cluster's login node has it set up; or set SLURM_CONF")
         except subprocess.TimeoutExpired:
             output = []
-            yield Finding("slurm", "broken", "sinfo has not answered for 15 s", "is its controller up? scontrol ping")
+            yield Finding("slurm", "broken", "sinfo has not answered for 15 s", "check the controller: scontrol ping")
         for line in output:
             partition, nodes, cpus, gpus = line.split(maxsplit=3)
             gpus = "no GPUs" if gpus == "(null)" else gpus
@@ -205,7 +206,7 @@ def mlflow() -> Iterator[Finding]:
     version = _version("mlflow")
     if version is None:
         do = (
-            "a run's ledger keeps all, python -m caco.tracking.sync sends it later; for MLflow:"
+            "a run's ledger keeps everything, and python -m caco.tracking.sync sends it later; to install MLflow:"
             f" {command_to_install('mlflow')}"
         )
         yield Finding("mlflow", "absent", "not installed", do)
@@ -225,7 +226,7 @@ def mlflow() -> Iterator[Finding]:
         yield Finding("mlflow", "works", f"{version}; {redacted(uri)} answers")
         return
     if not uri.startswith("sqlite:///"):
-        yield Finding("mlflow", "works", f"{version}; {uri.partition('://')[0]} database, not tried")
+        yield Finding("mlflow", "works", f"{version}; {uri.partition('://')[0]} database, not tested")
         return
     store = Path(uri.removeprefix("sqlite:///"))
     if not store.exists():
@@ -242,7 +243,7 @@ def mlflow() -> Iterator[Finding]:
 
 
 def disk() -> Iterator[Finding]:
-    """Where runs go: the working directory."""
+    """The place of new runs: the working directory."""
     folder = Path.cwd()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -252,7 +253,7 @@ def disk() -> Iterator[Finding]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         yield Finding(
-            "disk", "broken", f"{folder}: {_line(error)}", "run it in a folder that can be written and locked"
+            "disk", "broken", f"{folder}: {_line(error)}", "run caco in a folder where files can be written and locked"
         )
         return
     free = shutil.disk_usage(folder).free / 2**30
@@ -277,9 +278,9 @@ def data(roots: list[Path]) -> Iterator[Finding]:
         if option:
             yield Finding("data", "works", f"data={option} data.root={root}")
         else:
-            what = "no such folder" if not root.is_dir() else "no images that caco reads"
+            what = "no such folder" if not root.is_dir() else "no images that caco can read"
             do = (
-                "expected class folders of images, in train/ and val/ or test/ or alone, or a set as torchvision"
+                "expected class folders of images, in train/ and val/ or test/ or directly, or a set as torchvision"
                 " unpacks it"
             )
             if zips := sorted(file.name for file in root.glob("*.zip")) if root.is_dir() else []:
@@ -289,13 +290,13 @@ def data(roots: list[Path]) -> Iterator[Finding]:
         yield Finding(
             "data",
             "absent",
-            "no other set looked for",
-            "python -m caco.doctor /path/to/images ... says how each is read",
+            "no other data set was looked for",
+            "python -m caco.doctor /path/to/images ... tells how to read each folder",
         )
 
 
 def dataset_at(root: Path) -> str:
-    """The option of `data` that reads what lies at root, with a remark; "" if none does."""
+    """The option of `data` that reads the folder, with settings that it needs; "" if none does."""
     for option, part in {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "stl10": "stl10_binary",
                          "fashion_mnist": "FashionMNIST"}.items():  # fmt: skip
         if (root / part).is_dir():
@@ -307,9 +308,8 @@ def dataset_at(root: Path) -> str:
     train = _classes(root / "train")
     tests = {name: _classes(root / name) for name in ("test", "val")}
     if len([name for name in train if re.fullmatch(r"n\d{8}", name)]) >= 1000:
-        return (
-            "imagenet" if tests["val"] else "folder data.validation_fraction=0.1"
-        )  # val/ not sorted into class folders
+        # If val/ is not sorted into class folders, some training images take the place of its images.
+        return "imagenet" if tests["val"] else "folder data.validation_fraction=0.1"
     if train and any(tests.values()):
         return "folder"
     if train or _classes(root) or _has_images(root):
@@ -318,7 +318,7 @@ def dataset_at(root: Path) -> str:
 
 
 def _classes(folder: Path) -> list[str]:
-    """Names of the folders in it; the first of them holds images."""
+    """The names of the subfolders, if the first of them holds images; else []."""
     if not folder.is_dir():
         return []
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
@@ -339,12 +339,12 @@ PARTS: dict[str, Callable[[], Iterator[Finding]]] = {
 
 
 def examine(roots: list[Path]) -> list[Finding]:
-    """All parts, in order."""
+    """The findings on all parts, in order."""
     return [finding for part in PARTS.values() for finding in part()] + list(data(roots))
 
 
 def verdict(findings: list[Finding], needed: list[str]) -> list[str]:
-    """The parts that stop a user: broken ones, and of `needed` those that do not work."""
+    """The parts that need fixing: broken ones, and those of `needed` that do not work."""
     broken = [finding.part for finding in findings if finding.state == "broken"]
     working = {finding.part for finding in findings if finding.state == "works"}
     return sorted({*broken, *(part for part in needed if part not in working)})
@@ -353,7 +353,7 @@ def verdict(findings: list[Finding], needed: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m caco.doctor", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "roots", nargs="*", type=Path, metavar="FOLDER", help="images: says which data= reads them; default data/"
+        "roots", nargs="*", type=Path, metavar="FOLDER", help="images: tells which data= reads them; default data/"
     )
     needs = ("gpu", "native", "ffcv", "slurm", "mlflow")
     parser.add_argument(
@@ -374,9 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{signs[finding.state]:7}{finding.part:8}{finding.what}")
         if finding.do:
             print(f"{'':15}{finding.do}")
-    print(
-        f"\nto be mended: {', '.join(stops)}" if stops else "\ncaco can train here: python -m caco.train preset=smoke"
-    )
+    print(f"\nto be fixed: {', '.join(stops)}" if stops else "\ncaco can train here: python -m caco.train preset=smoke")
     return int(bool(stops))
 
 

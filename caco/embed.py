@@ -1,4 +1,4 @@
-"""`python -m caco.embed` and `caco-embed`: a folder of images as a file of features."""
+"""`python -m caco.embed` and `caco-embed`: compute the features of a folder of images and write them into one file."""
 
 import shutil
 
@@ -12,20 +12,20 @@ from caco.runs.paths import expanded, require_writable
 from caco.saying import doing
 
 HELP = """\
-caco: a folder of images as a file of features.
+caco: write the features of a folder of images into one file.
 
-  python -m caco.embed run=RUN data.root=FOLDER to=FILE.npz      a run's directory, a checkpoint or an MLflow run id
+  python -m caco.embed run=RUN data.root=FOLDER to=FILE.npz      RUN: its directory, a checkpoint or an MLflow run id
   python -m caco.embed run=RUN data.root=FOLDER to=FILE.parquet
   python -m caco.embed weights=FILE backbone=resnet50 data.root=FOLDER to=FILE.npz
 
-  .npz       numpy.load(FILE): features [N, D] float32, files [N] (below data.root), and where data= has labels
+  .npz       numpy.load(FILE): features [N, D] float32, files [N] (below data.root); if data= has labels, also
              label [N] and classes
-  .parquet   a row for each image: file, features, and label where data= has labels
+  .parquet   one row for each image: file, features and, if data= has labels, label
 
-Features are those of the backbone on the plain view, as evaluations see it; they are computed batch by batch in bounded
-memory. The same command again goes on where it stopped, to the same bytes. Every image below data.root is read, in the
-order of the names; another `data=`, images to train on first and then those to test. docs/library.md does
-the same in Python, docs/weights.md says what weights= reads.
+Features are those of the backbone on the plain view, which evaluations use too. They are computed batch by batch in
+bounded memory; the same command again goes on where it stopped and gives the same bytes. Every image below data.root is
+read, in the order of the names; with another `data=`, first the training images, then the test images.
+docs/library.md does the same in Python; docs/weights.md says what weights= can read.
 
 Groups, chosen by group=option:
 
@@ -49,7 +49,7 @@ def _embed(cfg: DictConfig) -> None:
         aside.mkdir(parents=True, exist_ok=True)
         directory.hold(aside)
     with doing("loading PyTorch"):
-        from caco.engine.embedding import run_embedding  # here and not above: it imports torch
+        from caco.engine.embedding import run_embedding  # not at the top of the file, because it imports torch
 
     try:
         run_embedding(cfg, location, to, aside)

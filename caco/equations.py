@@ -1,6 +1,7 @@
-"""The paper's equations, one pure function each: dense, slow, obviously right.
+"""The paper's equations, one pure function each: dense, slow, and easy to check by reading.
 
-This file is the oracle that every faster path is tested against. Equation numbers are those of arXiv 2203.14370.
+This file is the oracle against which every faster implementation is tested. Equation numbers are those of arXiv
+2203.14370.
 
 Shapes: B queries, K bank rows, D embedding width, E extra columns (logits of vectors that are no bank rows).
 Symbols: q query, k momentum key, m unit bank row, w stored bank row (any norm), p probability, tau temperature.
@@ -25,7 +26,7 @@ def info_nce(q_BD: Tensor, k_BD: Tensor, m_KD: Tensor, tau: float) -> Tensor:
 
 
 def probabilities(q_BD: Tensor, m_KD: Tensor, tau: float, extra_BE: Tensor | None = None) -> Tensor:
-    """p_ij: how probable row j is as the positive of query i; softmax over the bank (and extra columns, if any).
+    """p_ij: the probability that row j is the positive of query i; softmax over the bank (and extra columns, if any).
 
     Source: Eq. 5, which has no extra columns; AdCo's denominator has the batch's keys besides the bank.
     Args:
@@ -59,16 +60,16 @@ def most_probable_positive(k_BD: Tensor, m_KD: Tensor) -> Tensor:
 
     j+(i) = argmax_j k_i . m_j
 
-    Source: Eq. 11. Read literally the anchor is the query; Figure 2 and the published code let the momentum key of
-    the OTHER view choose, and so do we: pass keys (or queries for the literal reading).
+    Source: Eq. 11. Read literally, the anchor is the query. In Figure 2 and the published code the momentum key of the
+    OTHER view chooses, and caco does the same: pass keys (or queries for the literal reading).
     Returns:
         int64 [B], in [0, K).
     """
-    return (k_BD @ m_KD.T).argmax(1)  # torch promises the first of equals
+    return (k_BD @ m_KD.T).argmax(1)  # if several are equal, torch returns the first
 
 
 def tangent(q_BD: Tensor, m_KD: Tensor) -> Tensor:
-    """(I - m_j m_j^T) q_i for every pair: what is left of q_i along the sphere at m_j.
+    """(I - m_j m_j^T) q_i for every pair: the part of q_i that is tangent to the sphere at m_j.
 
     Source: Eqs. 8 and 9. Returns [B, K, D], orthogonal to m_j; m of unit norm.
     """
@@ -93,7 +94,7 @@ def negative_gradient(q_BD: Tensor, m_KD: Tensor, p_BK: Tensor, tau: float) -> T
 
 
 def bank_weights(p_BK: Tensor, positive_B: Tensor, *, pull: float, push: float) -> Tensor:
-    """How far each row moves towards each anchor, cooperative and adversarial in one.
+    """How far each row moves towards each anchor; the cooperative and the adversarial part in one matrix.
 
     push * p_ij everywhere, pull * (1 - p_ij) at the positive. (1, 1) is CaCo's Eq. 6, (0, 1) AdCo's bank,
     (1, 0) cooperative only, (0, 0) a frozen bank.
@@ -113,7 +114,7 @@ def bank_weights(p_BK: Tensor, positive_B: Tensor, *, pull: float, push: float) 
 
 
 def bank_direction(q_BD: Tensor, m_KD: Tensor, weights_BK: Tensor) -> Tensor:
-    """Sum over the anchors of weight times tangent: where Eq. 10 moves every row, without eta / tau.
+    """Sum over the anchors of weight times tangent: the direction in which Eq. 10 moves each row, without eta / tau.
 
     Source: Eq. 10. Returns [K, D].
     """
@@ -165,8 +166,8 @@ def bank_update(
 ) -> tuple[Tensor, Tensor]:
     """SGD with momentum on the rows, in one of two readings of the paper.
 
-    code: the rows are stored as they come and normalised only where they are read, as the published code does.
-    paper: the same step, then w_j / |w_j|; the velocity is left alone (the text after Eq. 7).
+    code: the stored rows have any length and are normalised only where they are read, as in the published code.
+    paper: the same step, then w_j / |w_j|; the velocity is not changed (the text after Eq. 7).
     Returns:
         (rows, velocity), both [K, D].
     """
@@ -179,41 +180,41 @@ def bank_update(
     return w_KD, velocity_KD
 
 
-# Of remedies for a bank that young keys use badly; ours, in the manner of later papers on CaCo's code.
+# Remedies for a bank that young keys use badly. They are not in the paper; they follow later papers on CaCo's code.
 
 
 def several_positives_loss(loss_CB: Tensor, weight_CB: Tensor) -> Tensor:
-    """Of queries with C positives each, -sum_c weight_c log p_c, [B]: the loss of Eq. 3 with each positive alone, by
-    their weights.
+    """-sum_c weight_c log p_c for queries with C positives each, [B]: the loss of Eq. 3 with each positive alone,
+    weighted.
 
-    For k rows nearest to a key the weights are the softmax of their cosines with it over a temperature
+    For the k rows nearest to a key, the weights are the softmax of their cosines with the key over a temperature
     (`nearest_row_weights`); for a key and its row they are 1 - a and a.
     """
     return (weight_CB * loss_CB).sum(0)
 
 
 def nearest_row_weights(k_BD: Tensor, m_KD: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """The `count` rows nearest to each key, int64 [B, C], and the softmax of their cosines with it, [B, C]."""
+    """The `count` rows nearest to each key, int64 [B, C], and the softmax of their cosines with the key, [B, C]."""
     cosine_BC, row_BC = (k_BD @ m_KD.T).topk(count, dim=1)
     return row_BC, torch.softmax(cosine_BC / temperature, 1)
 
 
 def mean_activation_divergence(q_BD: Tensor, m_KD: Tensor, tau: float) -> Tensor:
-    """KL(p || 1/K) = sum_j p_j log(K p_j), p_j = mean_i p_ij: 0 where all rows are equally probable on average, log K
-    where one is.
+    """KL(p || 1/K) = sum_j p_j log(K p_j) with p_j = mean_i p_ij: 0 if all rows are equally probable on average, log K
+    if one row has all the probability.
     """
     mean_K = probabilities(q_BD, m_KD, tau).mean(0)
     return torch.special.xlogy(mean_K, mean_K * len(m_KD)).sum()
 
 
-# Of other losses over the same positives and negatives. A positive that is a bank row is not among its query's
-# negatives; N is their number.
+# Other losses over the same positives and negatives. If a query's positive is a bank row, that row is not among the
+# query's negatives; N is the number of negatives.
 
 
 def _positive_and_negatives(
     q_BD: Tensor, m_KD: Tensor, positive_B: Tensor, extra_BE: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines with the positive [B] and with all columns [B, K + E], the positive's place masked by -inf; and N [B]."""
+    """Cosines with the positive [B]; cosines with all columns [B, K + E], with -inf for the positive; and N [B]."""
     cosines = q_BD @ m_KD.T
     if extra_BE is not None:
         cosines = torch.cat([cosines, extra_BE], 1)
@@ -226,12 +227,12 @@ def reweighted_loss(
     positive_share: float,
     concentration: float,
 ) -> Tensor:  # fmt: skip
-    """Hard negatives, debiased: -log pos / (pos + Ng), [B], with neg_j = exp(q.m_j / tau), tau+ the share, beta the
-    concentration and
+    """Debiased hard negatives: -log pos / (pos + Ng), [B]. With neg_j = exp(q.m_j / tau), tau+ the positive_share, beta
+    the concentration:
 
     R = sum_j w_j neg_j, w_j = neg_j^beta / mean_j neg_j^beta, Ng = max((R - tau+ N pos) / (1 - tau+), N exp(-1 / tau)).
 
-    Source: arXiv 2010.04592, with beta = 0 arXiv 2007.00224 (debiased); there over a batch.
+    Source: arXiv 2010.04592; with beta = 0 arXiv 2007.00224 (debiased). There the negatives are those of a batch.
     """
     positive, others, count = _positive_and_negatives(q_BD, m_KD, positive_B, extra_BE)
     positive, negatives, there = (positive / tau).exp(), (others / tau).exp(), others.isfinite()
@@ -252,8 +253,8 @@ def margin_loss(
     epsilon: float,
     alpha: float | None,
 ) -> Tensor:
-    """(CE(cosines) + alpha CE(cosines moved by epsilon, the positive's down, the negatives' up)) / (1 + alpha), [B];
-    alpha None: the second.
+    """(CE(cosines) + alpha CE(cosines moved by epsilon: the positive's down, the negatives' up)) / (1 + alpha), [B];
+    with alpha None only the second CE.
 
     Source: arXiv 2106.11230, implicit feature modification.
     """
@@ -266,15 +267,15 @@ def margin_loss(
     return moved if alpha is None else (cross_entropy(positive, others) + alpha * moved) / (1 + alpha)
 
 
-# Of methods with prototypes: SwAV (arXiv 2006.09882) and DINO (arXiv 2104.14294). K prototypes, tau the student's
-# temperature.
+# Methods with prototypes: SwAV (arXiv 2006.09882) and DINO (arXiv 2104.14294). K is the number of prototypes, tau the
+# student's temperature.
 
 
 def sinkhorn(score_BK: Tensor, epsilon: float, iterations: int = 3) -> Tensor:
     """Soft codes that use every prototype equally often: SwAV's assignment of a batch, as its code computes it.
 
-    Q = exp(s / epsilon) over its sum; then in turn each prototype's column over K times its sum, each image's row over
-    B times its sum; at last times B.
+    Q = exp(s / epsilon) over its sum. Then, in turn: each prototype's column is divided by K times its sum, each
+    image's row by B times its sum. At the end Q is multiplied by B.
 
     Source: SwAV, Eqs. 3 to 5 and its distributed_sinkhorn. Returns [B, K], rows sum to 1.
     """
@@ -295,7 +296,7 @@ def cross_view_loss(targets: list[Tensor], scores: list[Tensor], tau: float) -> 
 
     Source: SwAV, Eqs. 1 and 6; DINO, Eq. 3 (averaged over the pairs, as its code does).
     Args:
-        targets: of the first T views, [B, K] each. scores: of all V views, [B, K] each.
+        targets: one for each of the first T views, [B, K]. scores: one for each of all V views, [B, K].
     Returns:
         a scalar.
     """
@@ -306,18 +307,18 @@ def cross_view_loss(targets: list[Tensor], scores: list[Tensor], tau: float) -> 
 
 
 def dino_targets(teacher_BK: Tensor, centre_K: Tensor, tau: float) -> Tensor:
-    """What the teacher's scores of a view say: centred, then sharpened at the teacher's temperature. Returns [B, K]."""
+    """The target distribution from the teacher's scores of a view: centred, then sharpened by tau. Returns [B, K]."""
     return torch.softmax((teacher_BK - centre_K) / tau, 1)
 
 
-# Of any method's features.
+# For the features of any method.
 
 
 def rank_me(x_ND: Tensor) -> Tensor:
-    """How many directions N vectors fill: exp of the entropy of their singular values, as shares of the sum. A scalar
-    from 1 to min(N, D).
+    """The number of directions that N vectors fill: exp of the entropy of their singular values as shares of the sum. A
+    scalar from 1 to min(N, D).
 
-    Source: RankMe (arXiv 2210.02885), Eq. 1; of the vectors as they are, neither centred nor normalised.
+    Source: RankMe (arXiv 2210.02885), Eq. 1; for the vectors as they are, neither centred nor normalised.
     """
     share_R = torch.linalg.svdvals(x_ND)
     share_R = share_R / share_R.sum() + 1e-7

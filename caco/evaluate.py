@@ -1,4 +1,4 @@
-"""`python -m caco.evaluate` and `caco-evaluate`: evaluate a run's backbone, or weights from elsewhere.
+"""`python -m caco.evaluate` and `caco-evaluate`: evaluate a run's backbone, or released weights.
 
 Everything that can be refused without torch is refused before torch is imported.
 """
@@ -22,17 +22,17 @@ from caco.train import say_if_mlflow_is_missing
 HELP = """\
 caco: evaluate a trained backbone.
 
-  python -m caco.evaluate run=RUN eval=[knn,probe]        a run's directory, a checkpoint file or an MLflow run id
+  python -m caco.evaluate run=RUN eval=[knn,probe]        RUN: its directory, a checkpoint file or an MLflow run id
   python -m caco.evaluate run=RUN eval=[transfer] eval.transfer.root=PATH
-  python -m caco.evaluate run=RUN eval=[linear]           of 4,096 labelled images or more; else eval.linear.batch=256
+  python -m caco.evaluate run=RUN eval=[linear]           needs 4,096 labelled images, or eval.linear.batch=256
   python -m caco.evaluate run=RUN eval=[knn,semi] baselines=true
   python -m caco.evaluate weights=FILE format=moco backbone=resnet50 data=imagenet data.root=PATH
 
-Results go into the run's ledger, summary.json and MLflow run, and into its folder evaluations/; with weights=, into a
-folder of their own (to=FOLDER). The same command again goes on where it stopped, and does nothing twice.
-`--cfg` prints the whole configuration and starts nothing. A run's own components are found where it had them,
-or in the folder that `--config-dir DIR` names, as other components of your own.
-docs/evaluation.md has the protocols, docs/weights.md what weights= reads, docs/glossary.md the words.
+Results go into the run's ledger, summary.json, MLflow run and folder evaluations/; with weights=, into their own folder
+(to=FOLDER). The same command again goes on where it stopped, and repeats nothing.
+`--cfg` prints the whole configuration and starts nothing. A run's own components are looked for where the run had
+them, or in the folder that `--config-dir DIR` names.
+docs/evaluation.md has the protocols; docs/weights.md says what weights= can read; docs/glossary.md explains the words.
 
 Groups, chosen by group=option:
 
@@ -47,8 +47,8 @@ def main() -> None:
 
 
 def run_command(name: str, help_text: str, of_command: tuple[str, ...], act: Callable[[DictConfig], None]) -> None:
-    """The command line of a root in conf/: help, configuration, or `act` on what was composed and checked; exit code 2
-    on a refusal."""
+    """Run the command line of a root in conf/: show help or the configuration, or compose it, check it and call `act`.
+    Exit code 2 on a refusal."""
     with errors.shown(interrupted="the same command goes on with what is left to do"):
         overrides = folders.take(sys.argv[1:])
         flags = [item for item in overrides if item.startswith("-")]
@@ -76,7 +76,7 @@ def _evaluate(cfg: DictConfig) -> None:
         results_dir.mkdir(parents=True, exist_ok=True)
         directory.hold(results_dir)
     with doing("loading PyTorch"):
-        from caco.engine.evaluating import run_evaluation  # here and not above: it imports torch
+        from caco.engine.evaluating import run_evaluation  # not at the top of the file, because it imports torch
 
     run_evaluation(cfg, location, results_dir)
 

@@ -1,4 +1,4 @@
-"""`python -m caco.export` and `caco-export`: a trained backbone as files that other programs load."""
+"""`python -m caco.export` and `caco-export`: write a trained backbone into files that other programs load."""
 
 import json
 import pickle
@@ -21,18 +21,18 @@ from caco.runs.paths import expanded, require_writable
 from caco.tracking import recorded
 
 HELP = """\
-caco: export a trained backbone.
+caco: export a trained backbone to files for other programs.
 
   python -m caco.export run=RUN to=FOLDER                      model.safetensors and a model card
-  python -m caco.export run=RUN to=FOLDER layouts=[safetensors,timm,torchvision,detectron2]    of a plain ResNet all
+  python -m caco.export run=RUN to=FOLDER layouts=[safetensors,timm,torchvision,detectron2]    a plain ResNet: all four
   python -m caco.export weights=FILE format=moco backbone=resnet50 to=FOLDER layouts=[detectron2]
 
   safetensors   model.safetensors: the backbone's tensors by timm's names; caco itself reads it with format=timm
-  timm          besides, config.json: timm.create_model("local-dir:FOLDER", pretrained=True)
+  timm          also config.json: timm.create_model("local-dir:FOLDER", pretrained=True)
   torchvision   torchvision.pth: load_state_dict(..., strict=False) of torchvision's resnet18, resnet34, resnet50
   detectron2    detectron2.pkl: MODEL.WEIGHTS of detectron2's R-50 and the like, for detection on VOC and COCO
 
-docs/evaluation.md says more of each, docs/weights.md what weights= reads.
+docs/evaluation.md says more about each; docs/weights.md says what weights= can read.
 
 Groups, chosen by group=option:
 
@@ -55,7 +55,7 @@ def _export(cfg: DictConfig) -> None:
     location = None if cfg.run is None else pretrained.locate(cfg.run)
     require_writable(expanded(cfg.to), "to")
     from caco.engine.channels import backbone_of, stated
-    from caco.engine.evaluating import load_pretrained  # here and not above: it imports torch
+    from caco.engine.evaluating import load_pretrained  # not at the top of the file, because it imports torch
 
     images = stated(cfg, None if location is None else location.run_dir)
     backbone = backbone_of(cfg.backbone, images.get("channels"))
@@ -75,9 +75,9 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
 
     Args:
         node: the backbone's part of the configuration.
-        about: for the card: where the weights come from, the run's summary, its views' size, mean and std.
+        about: for the card: the source of the weights, the run's summary, the views' size, mean and std.
     Raises:
-        ValueError: the backbone does not fit a layout; before anything is written.
+        UserError: the backbone does not fit a layout; raised before anything is written.
     """
     import torch
     from safetensors.torch import save_file
@@ -92,7 +92,7 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
     if colours != "rgb" and set(layouts) - {"safetensors"}:
         got = ", ".join(layouts)
         raise UserError(
-            f"layouts: this backbone takes images in {colours}, which no layout but safetensors can say; got {got}"
+            f"layouts: this backbone takes images in {colours}, which only safetensors can record; got {got}"
         )
     for layout in layouts:
         if layout == "timm" and not is_plain:
@@ -136,7 +136,7 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
 
 
 def timm_config(backbone: Any, node: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
-    """What timm reads beside model.safetensors."""
+    """The content of config.json, which timm reads beside model.safetensors."""
     from caco.nn.vit import vit_options
 
     views = about["augmentation"]
@@ -166,7 +166,7 @@ def timm_config(backbone: Any, node: dict[str, Any], about: dict[str, Any]) -> d
 
 
 def detectron2_names(state: dict[str, Any]) -> dict[str, Any]:
-    """A ResNet's tensors as arrays by detectron2's names: stem.conv1, res2.0.conv1, res2.0.conv1.norm,
+    """A ResNet's tensors as arrays under detectron2's names: stem.conv1, res2.0.conv1, res2.0.conv1.norm,
     res2.0.shortcut.
     """
     named = {}
@@ -182,7 +182,7 @@ def detectron2_names(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_card(node: dict[str, Any], layouts: list[str], about: dict[str, Any]) -> str:
-    """README.md: what the weights are, what they gave, how to load them."""
+    """The text of README.md: what the weights are, the results they gave, how to load them."""
     views, summary = about["augmentation"], about.get("summary", {})
     results = {k: v for k, v in summary.items() if isinstance(v, float) and metrics.is_percent(k)}
     table = "".join(f"| {name} | {value:.2f} |\n" for name, value in sorted(results.items()))
@@ -214,7 +214,7 @@ def model_card(node: dict[str, Any], layouts: list[str], about: dict[str, Any]) 
         + f".\n\nBackbone: `{json.dumps(node)}`. Images: {images}, {views['size']} px, "
         f"mean {views['mean']}, std {views['std']}.\n"
         + (
-            f"\nWhat the run's summary says, percent (data: {summary.get('data')}):\n\n| result | value"
+            f"\nResults in the run's summary, percent (data: {summary.get('data')}):\n\n| result | value"
             f" |\n|---|---|\n{table}"
             if table
             else ""

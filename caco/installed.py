@@ -1,4 +1,6 @@
-"""What is installed here, and the command that installs what is not. For every floor: imports nothing of caco."""
+"""What is installed here, and the command that installs what is missing. Imports nothing of caco, so every part of caco
+may use it.
+"""
 
 import importlib.util
 import json
@@ -8,18 +10,18 @@ import tomllib
 import urllib.parse
 from pathlib import Path
 
-DISTRIBUTION = "caco-ssl"  # pip's name of it; what is imported is caco
+DISTRIBUTION = "caco-ssl"  # the name for pip; the package that is imported is called caco
 
 
 def version() -> str:
-    """caco's own version, which pyproject.toml has; "unknown" in a copy of caco that nobody has installed.
+    """caco's own version, from pyproject.toml; "unknown" in a copy of caco that was not installed.
 
-    A checkout's file comes before what pip has noted: pip may have noted it of another checkout, or of an earlier one.
+    A checkout's own file comes before pip's record, which may be of another checkout or of an earlier version.
     """
     project = Path(__file__).resolve().parents[1] / "pyproject.toml"
     if project.is_file():
         return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
-    import importlib.metadata  # here and not above: refusals need none of it
+    import importlib.metadata  # not at the top of the file, because refusals do not need it
 
     try:
         return importlib.metadata.version(DISTRIBUTION)
@@ -28,16 +30,16 @@ def version() -> str:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a top-level module can be imported, without importing it. A mere folder of its name is none."""
+    """Whether a top-level module can be imported, without importing it. A folder without __init__.py does not count."""
     found = importlib.util.find_spec(module)
     return found is not None and found.origin is not None
 
 
 def command_to_install(extra: str = "") -> str:
-    """The command that adds an optional part to caco, right for how caco was installed: from a checkout or as a wheel.
+    """The command that installs an optional part of caco, suited to how caco was installed: from a checkout or a wheel.
 
     Args:
-        extra: the part's name in pyproject.toml, such as slurm; "" is caco without any.
+        extra: the part's name in pyproject.toml, such as slurm; "" is caco without optional parts.
     """
     part = f"[{extra}]" if extra else ""
     folder = checkout()
@@ -45,21 +47,21 @@ def command_to_install(extra: str = "") -> str:
         return f"pip install {shlex.quote(DISTRIBUTION + part)}"
     is_here = folder == Path.cwd()
     venv = folder / ".venv"
-    if Path(sys.prefix).resolve() != venv.resolve():  # an environment of the user's own
+    if Path(sys.prefix).resolve() != venv.resolve():  # the user's own environment
         return f"pip install -e {shlex.quote(('.' if is_here else str(folder)) + part)}"
-    # What make has installed, it installs again only if it must.
+    # If make has already installed something, it needs -B to install it again.
     options = ["-B"] if not extra or (venv / ".done").exists() else []
     options += [] if is_here else ["-C", str(folder)]
     return shlex.join(["make", *options, "setup"])
 
 
 def checkout() -> Path | None:
-    """The checkout that caco runs from, or that this environment has it from; None where a wheel was installed."""
+    """The checkout that caco runs from or is installed from; None if a wheel was installed."""
     parent = Path(__file__).resolve().parents[1]
     if (parent / "pyproject.toml").is_file():
         return parent
-    # A launcher's job runs a copy of the package (caco/launch/snapshot.py); pip knows what that is a copy of.
-    import importlib.metadata  # here and not above: refusals need none of it
+    # A launcher's job runs a copy of the package (caco/launch/snapshot.py); pip knows the checkout behind it.
+    import importlib.metadata  # not at the top of the file, because refusals do not need it
 
     try:
         origin = importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json")

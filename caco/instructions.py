@@ -1,11 +1,12 @@
-"""Which instructions of the processor serve: in caco's compiled parts, in PyTorch, and in oneDNN and MKL under PyTorch.
+"""The processor instructions that are used: in caco's compiled parts, in PyTorch, and in oneDNN and MKL under PyTorch.
 
-Each takes the best that the processor has. CACO_INSTRUCTIONS=plain, avx2, avx512 or amx in the environment holds all of
-them to that; CACO_INSTRUCTIONS=torch turns caco's compiled parts off, the Triton kernels too, and leaves PyTorch its
-best. PyTorch and its libraries look into their own variables when they are loaded, so `import caco` sets those, and has
-to come before `import torch`. Child processes inherit them: loader workers, ranks, the jobs of a sweep.
+By default each uses the best that the processor has. The environment variable CACO_INSTRUCTIONS=plain, avx2, avx512 or
+amx limits all of them to that level. CACO_INSTRUCTIONS=torch turns off caco's compiled parts and the Triton kernels,
+and leaves PyTorch at its best. PyTorch and its libraries read their own variables when they are loaded, so `import
+caco` sets these, and must come before `import torch`. Child processes inherit them: loader workers, ranks, the jobs of
+a sweep.
 
-Imports nothing that takes time.
+Imports only fast modules.
 """
 
 import ctypes
@@ -20,16 +21,16 @@ from pathlib import Path
 from types import TracebackType
 
 VARIABLE = "CACO_INSTRUCTIONS"
-LEVELS = ("plain", "avx2", "avx512", "amx")  # each has all that the ones before it have
+LEVELS = ("plain", "avx2", "avx512", "amx")  # each level includes those before it
 BANK, VIEWS = "caco.banks.kernels._kernel", "caco.data.views._views"  # the compiled parts
 
-LEVEL: str | None = None  # that was asked for: one of LEVELS, torch, or None for the best; `apply` sets it
+LEVEL: str | None = None  # the level asked for: one of LEVELS, "torch", or None for the best; set by `apply`
 
-# kernel.cpp and views.cpp count like this. wide: the kernel's tile of AVX-512 in AVX2's instructions, which only tests
-# ask for.
+# The numbers of the levels in kernel.cpp and views.cpp. wide: the kernel's AVX-512 tile in AVX2 instructions; only
+# tests use it.
 _NUMBERS = {name: number for number, name in enumerate((*LEVELS, "wide"))}
 
-# What the system says that the processor has, beyond the level before.
+# The flags in /proc/cpuinfo that a level needs beyond those of the level before.
 _FLAGS = {
     "plain": set(),
     "avx2": {"avx2", "fma"},
@@ -37,9 +38,8 @@ _FLAGS = {
     "amx": {"amx_tile", "amx_bf16", "avx512_bf16", "avx512vbmi"},
 }
 
-# Of an Intel processor MKL takes MKL_ENABLE_INSTRUCTIONS. Of any other it ignores it, and takes AVX2 where that is:
-# there only the results that are to be the same on every processor, MKL_CBWR=COMPATIBLE, keep it from that. Nothing
-# holds it back at amx.
+# MKL obeys MKL_ENABLE_INSTRUCTIONS on Intel processors only. On others it uses AVX2 if available; there, only
+# MKL_CBWR=COMPATIBLE, the mode with the same results on every processor, prevents that. Level amx limits MKL nowhere.
 _OF_TORCH = {
     "plain": {
         "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
@@ -53,15 +53,16 @@ _OF_TORCH = {
 
 
 class Refused(ValueError):
-    """What CACO_INSTRUCTIONS asks for cannot be; `import caco` raises it."""
+    """The level asked for by CACO_INSTRUCTIONS is not possible; raised by `import caco`."""
 
 
 def apply() -> None:
-    """Do what CACO_INSTRUCTIONS says. Called once, by `import caco`.
+    """Apply CACO_INSTRUCTIONS. Called once, by `import caco`.
 
     Raises:
-        Refused: no such level; the processor lacks it; torch is there already, without it; another variable says
-            otherwise. Where nobody catches it, as in every command, its one sentence is shown, and the exit code is 2.
+        Refused: there is no such level; the processor lacks it; torch is imported already, without it; or another
+            variable contradicts it. If nobody catches the error, as in every command, only its sentence is shown, and
+            the exit code is 2.
     """
     global LEVEL
     try:
@@ -103,17 +104,17 @@ def _wanted() -> str | None:
 def _shown(
     otherwise: Callable[..., None], kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """As sys.excepthook."""
+    """A sys.excepthook that shows a Refused as one sentence, and any other error as `otherwise` does."""
     if kind is not Refused:
         otherwise(kind, error, trace)
         return
     print(f"caco: {error}", file=sys.stderr)
-    if not hasattr(sys, "ps1"):  # a session that someone types into goes on
+    if not hasattr(sys, "ps1"):  # an interactive session goes on
         raise SystemExit(2)
 
 
 def flags() -> set[str]:
-    """What the processor has, in Linux's words; nothing is known of other than x86 processors."""
+    """The processor's flags as Linux names them; empty for processors other than x86."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -122,7 +123,7 @@ def flags() -> set[str]:
 
 
 def processor() -> list[str]:
-    """The levels that it has, the best last."""
+    """The levels that the processor has, the best last."""
     has, found = [], flags() if platform.machine() in ("x86_64", "AMD64") else set()
     for level in LEVELS:
         if not _FLAGS[level] <= found:
@@ -132,7 +133,7 @@ def processor() -> list[str]:
 
 
 def child_environment(level: str | None) -> dict[str, str]:
-    """This process's environment for a child process at another level; None: at the best."""
+    """This process's environment variables for a child process at another level; None is the best level."""
     ours = {VARIABLE, *_OF_TORCH.get(LEVEL or "", {})}
     return {name: value for name, value in os.environ.items() if name not in ours} | (
         {VARIABLE: level} if level else {}
@@ -140,7 +141,7 @@ def child_environment(level: str | None) -> dict[str, str]:
 
 
 def number() -> int:
-    """LEVEL as the compiled parts are asked for it: -1 for the best."""
+    """LEVEL as a number for the compiled parts; -1 means the best."""
     return _NUMBERS.get(LEVEL or "", -1)
 
 
@@ -151,12 +152,12 @@ def _load(part: str) -> ctypes.CDLL | None:
 
 
 def compiled(part: str) -> ctypes.CDLL | None:
-    """BANK or VIEWS, or None where it is turned off or was not built."""
+    """The library of BANK or VIEWS; None if it is turned off or was not built."""
     return None if LEVEL == "torch" else _load(part)
 
 
 def used(part: str) -> str:
-    """The level at which BANK or VIEWS serves here, or off, or not built."""
+    """The level at which BANK or VIEWS runs here, or "off", or "not built"."""
     library = compiled(part)
     if library is None:
         return "off" if LEVEL == "torch" else "not built"
@@ -164,13 +165,13 @@ def used(part: str) -> str:
 
 
 def summary() -> str:
-    """One line of what `record` says."""
+    """`record` in one line."""
     wanted, bank, views, torch = record().values()
     return f"instructions: {wanted}; the bank's kernel {bank}, the views {views}, PyTorch {torch}"
 
 
 def record() -> dict[str, str]:
-    """What was asked for, and what serves; of PyTorch only once it is imported, which takes seconds."""
+    """The level asked for and those in use. PyTorch's is known only if it is imported already, which takes seconds."""
     torch = sys.modules.get("torch")
     return {
         "instructions": LEVEL or "best",

@@ -1,7 +1,7 @@
-"""What a program of one's own calls, without a command line: trained backbones with their preprocessing, views,
+"""Functions for the user's own programs, without a command line: trained backbones with their preprocessing, views,
 evaluators.
 
-The bank and its loss are caco/banks/own_loop.py's, the momentum twin is caco.nn.twin.MomentumTwin.
+The bank and its loss are in caco/banks/own_loop.py, the momentum twin is caco.nn.twin.MomentumTwin.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,9 +30,9 @@ from caco.runs.identity import read_yaml
 
 
 class Loaded(NamedTuple):
-    """backbone: images float32 [B, 3, H, W] to features [B, D], on the CPU and in eval mode. preprocess: a Pillow image
-    or an array, or a batch of them, to those. Of a run on images as they are stored (data.channels=N) it takes arrays
-    [H, W, N], of the numbers in the files.
+    """backbone: from images float32 [B, 3, H, W] to features [B, D], on the CPU and in eval mode. preprocess: from a
+    Pillow image or an array, or a batch of them, to such images. For a run on images as they are stored
+    (data.channels=N) it takes arrays [H, W, N] of the numbers in the files.
     """
 
     backbone: nn.Module
@@ -40,23 +40,22 @@ class Loaded(NamedTuple):
 
 
 def load(run: str | Path | None = None, **chosen: Any) -> Loaded:
-    """A trained backbone and its preprocessing, to be unpacked: `backbone, preprocess = caco.load("runs/caco/NAME")`.
+    """A trained backbone and its preprocessing, for unpacking: `backbone, preprocess = caco.load("runs/caco/NAME")`.
 
     Args:
         run: a run's directory, one of its checkpoint files, or its MLflow run id.
-        chosen: settings of caco.export by name, groups among them: `weights="FILE", backbone="resnet50"` in place of a
-            run (docs/weights.md), `augmentation="byol"` for other views.
+        chosen: settings of caco.export by name, groups included: `weights="FILE", backbone="resnet50"` instead of a run
+            (docs/weights.md), `augmentation="byol"` for other views.
     Raises:
-        UserError: there is no such run, or the weights are of another backbone.
+        UserError: there is no such run, or the weights belong to another backbone.
     """
     given = {**({} if run is None else {"run": str(run)}), **chosen}
     words = [f"{key}={_word(value)}" for key, value in given.items()]
-    # An export's settings are those of a backbone and of the images that it takes; nothing is written.
+    # An export has the settings of a backbone and of the images that it takes, and no others. Nothing is written.
     cfg = pretrained.compose("export", [*words, "to=nowhere"])
     location = None if cfg.run is None else pretrained.locate(cfg.run)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # what is drawn here is overwritten, and must not move the caller's generator
+    # The weights drawn here are overwritten, and drawing them must not change the caller's random generator.
+    with torch.random.fork_rng(devices=[]):
         images = stated(cfg, None if location is None else location.run_dir)
         backbone = backbone_of(cfg.backbone, images.get("channels"))
     load_pretrained(cfg, location, backbone)
@@ -72,7 +71,7 @@ def views(recipe: str = "caco", **settings: Any) -> Transform:
 
     Args:
         recipe: an option of `augmentation=` (docs/options.md): caco, simclr, byol, dino, cifar, ...
-        settings: of `Views`, in place of the recipe's: size, mean, std, plain_crop, ...
+        settings: arguments of `Views` that replace the recipe's: size, mean, std, plain_crop, ...
     Raises:
         UserError: there is no such recipe.
     """
@@ -91,21 +90,21 @@ def evaluate(
     precision: Precision = "fp32",
     seed: int = 0,
 ) -> dict[str, float]:
-    """Results of evaluators by name, accuracies in percent; the names say the protocols (docs/evaluation.md).
+    """The results of evaluators by name, accuracies in percent. The names tell the protocols (docs/evaluation.md).
 
     Args:
-        backbone: any module from images [B, 3, H, W] to features [B, D]; it is left as it was.
-        evaluators: options of `eval=` by name, as ["knn_all", "geometry"], or evaluators made by hand, as {"linear":
-            Linear(epochs=10, batch=64)}.
-        train, test: images and labels: (uint8 [N, H, W, 3], int [N]), a list of Pillow images, a PyTorch dataset
-            without a transform; see caco.data.sets.anyones.as_source. Evaluators that ask for no labels (geometry) take
-            images alone, those of `train`.
-        views: of which each image's plain view is taken, and two for geometry's alignment; `load(...).preprocess` is
-            that of a run. None: 224 px with ImageNet's mean and standard deviation.
-        batch: images a forward pass. device: auto, cpu or cuda. precision: fp32 or bf16. seed: of the evaluators'
-            draws.
+        backbone: any module from images [B, 3, H, W] to features [B, D]; it is not changed.
+        evaluators: names of options of `eval=`, such as ["knn_all", "geometry"], or evaluators made by hand, such as
+            {"linear": Linear(epochs=10, batch=64)}.
+        train, test: images and labels: (uint8 [N, H, W, 3], int [N]), a list of Pillow images, or a PyTorch dataset
+            without a transform; see caco.data.sets.anyones.as_source. Evaluators that need no labels (geometry) take
+            images alone, from `train`.
+        views: gives each image's plain view, and two views for geometry's alignment; for a run, use
+            `load(...).preprocess`. None: 224 px with ImageNet's mean and standard deviation.
+        batch: number of images in a forward pass. device: auto, cpu or cuda. precision: fp32 or bf16. seed: for the
+            evaluators' random draws.
     Raises:
-        UserError: the images do not suffice for an evaluator, which is named.
+        UserError: the images are not enough for an evaluator, which is named.
     """
     chosen = (
         views if isinstance(views, Views) else views.views if views is not None else _made("augmentation", "caco", {})
@@ -136,7 +135,7 @@ def evaluate(
 
 
 def _made(group: str, option: str, settings: dict[str, Any]) -> Any:
-    """What an option of a group makes, with some settings in place of its own."""
+    """The object that an option of a group describes, with some settings replaced."""
     options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
     if option not in options:
         raise UserError(f"{group}: expected one of {', '.join(options)}, got {option!r}")
@@ -148,7 +147,7 @@ def _made(group: str, option: str, settings: dict[str, Any]) -> Any:
 
 
 def _word(value: Any) -> str:
-    """A value as a command line has it."""
+    """A value as it is written on a command line."""
     if not isinstance(value, (str, Path)):
         return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     text = str(value).replace("\\", "\\\\").replace("'", "\\'")

@@ -1,29 +1,29 @@
-"""What results are called: the name says the protocol, so that numbers of one name may be set beside each other.
+"""The names of results. A name tells the protocol, so numbers of the same name can be compared.
 
     knn20_top1             k-NN with 20 neighbours among all training images
-    knn20_20pct_top1       among 20 % of each class, drawn;  knn20_20pct_first_top1: the first by the names of their
-                           files
+    knn20_20pct_top1       among 20 % of each class, drawn at random;  knn20_20pct_first_top1: the first 20 % by file
+                           name
     knn200_t0.1_top1       200 neighbours, weight exp(cosine / 0.1)
     linear_moco_top1       linear evaluation by MoCo's recipe
-    linear_batch-256_top1  by the paper's, but with batches of 256
+    linear_batch-256_top1  by the paper's recipe, but with batches of 256
     semi_1_top1            fine-tuned on 1 % of the labels;  semi_1_listed_top1: on those of a published list
     transfer/cifar10_top1, geometry/rank_me, pacs/sketch_top1, pacs_finetune/mean_top1
-    detect_voc_c4/voc2007_ap50          detection on VOC 07+12 by MoCo's C4 recipe; detect_voc_c4_steps-2400/...: a
+    detect_voc_c4/voc2007_ap50          detection on VOC 07+12 by MoCo's C4 recipe; detect_voc_c4_steps-2400/...: with a
                                         tenth of its steps
-    segment_fcn16/voc2012_miou          fine-tuned on VOC 2012 with MoCo's head; segment_fcn16_images-8/...: in steps of
-                                        8 images
-    dense_linear/voc2012_miou           a linear head on frozen features: never to be set beside fine-tuning
+    segment_fcn16/voc2012_miou          fine-tuned on VOC 2012 with MoCo's head; segment_fcn16_images-8/...: with 8
+                                        images in a step
+    dense_linear/voc2012_miou           a linear head on frozen features: not comparable with fine-tuning
 
-The part before the measure (top1, map11, rank_me, ...) is the protocol. Each evaluator asks here for its own; tables,
-figures, run directories and searches ask here too, without torch. A setting that can change a number and is not the one
-of the recipe with that name stands in the name. What belongs to the run and not to the evaluator (precision, views,
-seed) does not."""
+The part before the measure (top1, map11, rank_me, ...) is the protocol. Each evaluator gets the name of its protocol
+here, and so do tables, figures, run directories and searches, without torch. A setting that can change a number appears
+in the name if it differs from the recipe of that name. Settings of the run rather than the evaluator (precision, views,
+seed) do not appear."""
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# The recipes as conf/eval/*.yaml has them.
+# The recipes as they are in conf/eval/*.yaml.
 PAPER = {
     "epochs": 100, "batch": 4096, "lr": 0.025, "reference_batch": 256, "momentum": 0.9, "weight_decay": 0.0,
     "larc": True,
@@ -49,8 +49,8 @@ FINE_TUNING = {
     "unit": "step",
     "scale": [0.08, 1.0], "interpolation": "bilinear",
 }  # fmt: skip
-FINE_TUNING_EPOCHS = {0.01: 60, 0.05: 60, 0.1: 30, 1.0: 30}  # by the share of the labels
-FROZEN_BELOW = {"semi": 0.0, "finetune": 0.0, "domain_labels": 0.1}  # the share from which on the whole network learns
+FINE_TUNING_EPOCHS = {0.01: 60, 0.05: 60, 0.1: 30, 1.0: 30}  # share of the labels -> epochs
+FROZEN_BELOW = {"semi": 0.0, "finetune": 0.0, "domain_labels": 0.1}  # from this share on the whole network learns
 PROBE = {"l2": 1e-3, "max_iterations": 500}
 TRANSFER = {
     "size": 224,
@@ -97,11 +97,11 @@ DOMAIN_WAYS: dict[str, Mapping[str, Any]] = {
 }  # fmt: skip
 
 KNN = "caco.evals.knn.KNN"
-BASELINES = ("untrained/", "pixels/")  # of an evaluation: what it gave stands as untrained/NAME
+BASELINES = ("untrained/", "pixels/")  # prefixes of an evaluation's baselines, as in untrained/NAME
 
 
 def knn(*, k: int = 20, temperature: float = 0.2, fraction: float = 1.0, choice: str = "random", **_: Any) -> str:
-    """The protocol of a k-NN evaluation."""
+    """The name of the protocol of a k-NN evaluation."""
     share = "" if fraction == 1 else f"_{100 * fraction:g}pct" + ("" if choice == "random" else f"_{choice}")
     return f"knn{k}{share}" + ("" if temperature == 0.2 else f"_t{temperature:g}")
 
@@ -111,17 +111,17 @@ def probe(**settings: Any) -> str:
 
 
 def linear(*, name: str = "linear", **recipe: Any) -> str:
-    """A name that no recipe here has is its user's, and says everything. A recipe of before there was `drop_last`
-    dropped it.
+    """If no recipe has this name, the user chose the name, and it stays as it is. Recipes without `drop_last` are from
+    before that setting existed, when the last batch was dropped.
     """
     return _with_changes(name, {**PAPER, "drop_last": True, **recipe}, LINEAR.get(name, {}))
 
 
 def fine_tuned(*, name: str, fraction: float, epochs: int, listed: bool, **recipe: Any) -> str:
-    """The protocol of one share of the labels.
+    """The name of the protocol for one share of the labels.
 
     Args:
-        listed: whether a list names the images; else they are drawn.
+        listed: whether a list names the images; otherwise they are drawn.
     """
     share = ("" if fraction == 1 else f"_{100 * fraction:g}") + ("_listed" if listed else "")
     of_share = {"epochs": FINE_TUNING_EPOCHS.get(fraction), "frozen_below": FROZEN_BELOW.get(name)}
@@ -142,12 +142,12 @@ def purity(**settings: Any) -> str:
 
 
 def detect(*, name: str = "detect_voc_c4", **settings: Any) -> str:
-    """A name that no recipe here has is its user's."""
+    """If no recipe has this name, the user chose the name, and it stays as it is."""
     return _with_changes(name, settings, DETECT.get(name, {}))
 
 
 def segment(**settings: Any) -> str:
-    """The head is in the name: numbers of different heads cannot be compared."""
+    """The name includes the head, because numbers of different heads cannot be compared."""
     return _with_changes("segment_fcn16", settings, SEGMENT)
 
 
@@ -156,7 +156,7 @@ def dense_linear(**settings: Any) -> str:
 
 
 def domain(*, ways: Iterable[str] = tuple(DOMAIN_WAYS), **settings: Any) -> list[str]:
-    """The protocol of each way."""
+    """The name of the protocol for each of `ways`."""
     return [
         _with_changes("pacs" if way == "frozen" else f"pacs_{way}", settings, DOMAIN_WAYS[way])
         for way in ways
@@ -182,7 +182,7 @@ def _text(value: Any) -> str:
 
 
 def protocols(evaluator: Mapping[str, Any]) -> list[str]:
-    """Those of an evaluator with this configuration; none of one that is not caco's own."""
+    """The names of the protocols of an evaluator with this configuration; [] if it is not one of caco's own."""
     settings = dict(evaluator)
     target = settings.pop("_target_")
     if target == "caco.evals.finetune.FineTune":
@@ -220,8 +220,8 @@ def knn_metric(evaluators: Mapping[str, Mapping[str, Any]]) -> str | None:
 
 
 def objective(summary: Mapping[str, Any], evaluators: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """What a search (Optuna) maximises, of what the run itself measured: k-NN accuracy, else a probe's, else
-    nothing.
+    """The number that a search (Optuna) maximises, from the run's own evaluations: k-NN accuracy, else that of a probe,
+    else None.
     """
     probes = (f"{probe(**node)}_top1" for node in evaluators.values() if node["_target_"] == "caco.evals.probe.Probe")
     return next(
@@ -230,19 +230,19 @@ def objective(summary: Mapping[str, Any], evaluators: Mapping[str, Mapping[str, 
 
 
 def accuracies(names: Iterable[str]) -> list[str]:
-    """Of these the top-1 accuracies of a run's own backbone on its own data, sorted."""
+    """The names of top-1 accuracies of a run's own backbone on its own data, sorted."""
     return sorted({name for name in names if name.endswith("_top1") and "/" not in name})
 
 
 def missing_at_the_end(summary: Mapping[str, Any]) -> list[str]:
-    """Why results of a run that came to its end are not there, an evaluator a line: those that failed then, not those
-    before.
+    """Why results are missing in a run that reached its end: one line for each evaluator that failed at the end.
+    Earlier failures do not count.
     """
     return [one["message"] for one in summary.get("failed_evaluations", ()) if one["step"] == summary["steps"]]
 
 
 def is_percent(metric: str) -> bool:
-    """Whether it is an accuracy, or another share of what there is to be right about."""
+    """Whether the metric is an accuracy or another share in percent."""
     names = (
         "top\\d+|mean_per_class|map11|ap_per_image|miou|mean_accuracy|pixel_accuracy|ap(50|75|_small|_medium|_large)?"
     )
@@ -250,7 +250,9 @@ def is_percent(metric: str) -> bool:
 
 
 def title(metric: str) -> str:
-    """As a heading: knn20_20pct_top1 -> k-NN (20 of 20 %); probe_top1 -> probe; others as they are."""
+    """A metric's name as a heading: knn20_20pct_top1 -> k-NN (20 of 20 %); probe_top1 -> probe; others stay as they
+    are.
+    """
     found = re.fullmatch(r"knn(\d+)(?:_([\d.]+)pct(_first)?)?(?:_t([\d.e-]+))?_top1", metric)
     if found is None:
         return metric.removesuffix("_top1")

@@ -1,13 +1,13 @@
-"""What a run will take, before anyone queues for a cluster: memory, messages, arithmetic and time.
+"""Estimates what a run will need before it is queued on a cluster: memory, messages, arithmetic and time.
 
     python -m caco.plan data.root=/anywhere bank=12M batch=4096 world=32
     python -m caco.plan preset=demo measure=true          with this machine's own speed
     python -m caco.plan data.root=/anywhere images=1281167 eval=[segment,dense_linear]
-        what these evaluations will take, too
+        also what these evaluations will need
 
 Counted from the configuration, on tensors without contents; neither data nor a GPU is needed. Time is arithmetic at an
-assumed speed plus messages at an assumed bandwidth, one after the other, as the trainer does them; loading, evaluation
-and saving are not in it. Evaluations that fine-tune for hours have lines of their own."""
+assumed speed plus messages at an assumed bandwidth, one after the other, as in the trainer; loading, evaluation and
+saving are not included. Evaluations that fine-tune for hours have lines of their own."""
 
 import functools
 import sys
@@ -29,9 +29,9 @@ from caco.errors import UserError
 from caco.nn.norm import groups_of_a_rank
 from caco.schedules import RunShape
 
-# Assumptions, nobody's measurement: tflops=, gbytes_per_s= and measure=true replace them.
+# Assumptions, not measurements: tflops=, gbytes_per_s= and measure=true replace them.
 _DEFAULTS = {"tflops": 60.0, "gbytes_per_s": 10.0}
-ROWS = (8192, 65_536, 98_304, 1 << 20, 10_000_000, 100_000_000)  # of the table of bank sizes
+ROWS = (8192, 65_536, 98_304, 1 << 20, 10_000_000, 100_000_000)  # the rows of the table of bank sizes
 
 
 def plan(
@@ -43,20 +43,21 @@ def plan(
     gbytes_per_s: float = _DEFAULTS["gbytes_per_s"],
     images: int | None = None,
 ) -> dict[str, float]:
-    """Figures of one run on `world` devices.
+    """The estimates for one run on `world` devices.
 
     Args:
-        cfg: a checked configuration without Hydra's own part.
-        tflops: 10^12 operations a second, of one device in the model; bank_tflops in the bank, None for the same.
-        gbytes_per_s: what one device sends to the others.
-        images: in the training split; None where the data set has one size or lies at data.root.
+        cfg: a checked configuration without Hydra's own settings.
+        tflops: speed of one device in the model, in 10^12 operations a second. bank_tflops: in the bank; None: the
+            same.
+        gbytes_per_s: what one device sends to the others, in 10^9 bytes a second.
+        images: number in the training split; None if the data set has a fixed size, or can be counted at data.root.
     Returns:
         steps, warm_start_steps (part of steps), images_per_second, step_seconds, run_hours;
-        flops_per_step over all devices, model_flops_per_step and bank_flops_per_step of it;
+        flops_per_step over all devices, and its parts model_flops_per_step and bank_flops_per_step;
         device_bytes, the sum of parameter_bytes (weights, gradients, twin, optimiser), bank_bytes, activation_bytes and
         workspace_bytes; sent_bytes_per_step by one device; checkpoint_bytes.
     Raises:
-        ValueError: ranks that cannot share the batch or the bank, or an unknown number of images.
+        UserError: the ranks cannot share the batch or the bank, or the number of images is unknown.
     """
     bank_tflops = tflops if bank_tflops is None else bank_tflops
     if world < 1 or min(tflops, bank_tflops, gbytes_per_s) <= 0:
@@ -70,14 +71,14 @@ def plan(
     count = _images(cfg) if images is None else images
     if count < cfg.batch:
         raise UserError(f"batch: expected at most the {count} images, got {cfg.batch}")
-    size = 0 if cfg.bank is None else cfg.bank.size or count  # of a bank with a row for each image, these
+    size = 0 if cfg.bank is None else cfg.bank.size or count  # a bank without a size has one row for each image
     if cfg.bank is not None and size < world:
-        raise UserError(f"a bank of {size} rows cannot be shared by {world} ranks: expected a row for each at least")
+        raise UserError(f"a bank of {size} rows cannot be shared by {world} ranks: expected at least one row each")
     one, method, bank = costs.counted(costs.parts(cfg, count))
 
     per_epoch = count // cfg.batch
     if bank is not None:
-        bank.size = size  # counted with few rows; how long a phase is depends on how many there are
+        bank.size = size  # it was counted with few rows, but the length of a phase depends on their number
     warm_start = sum(
         phase.steps or 0 for phase in method.phases(RunShape(cfg.epochs, per_epoch, cfg.batch, cfg.schedule.unit))
     )
@@ -87,9 +88,8 @@ def plan(
     images_per_device, dim = cfg.batch // world, cfg.projector.dim
     columns = one["in_batch_columns"] * cfg.batch + one["columns"]
     unit = 2 * cfg.batch * dim  # one product of the queries with one row
-    products = max(1, one["sums"]) * (4 if one["learnable"] else 2) + (
-        one["candidates"] > 0
-    )  # of the queries with all rows
+    # Products of the queries with all rows.
+    products = max(1, one["sums"]) * (4 if one["learnable"] else 2) + (one["candidates"] > 0)
     bank_flops = unit * (
         size * (products * one["bank_terms"] + one["scans"]) + 2 * one["drawn_terms"] * one["drawn_rows"]
     )
@@ -97,19 +97,18 @@ def plan(
         (columns + one["synthetic"]) * one["terms"] + dim * one["matrices"]
     )
 
-    row_bytes = dim * 4 * (2 if one["learnable"] else 1) + 8  # weight, velocity; uses
+    row_bytes = dim * 4 * (2 if one["learnable"] else 1) + 8  # weight and velocity; how often it was used
     bank_bytes = -(-size // world) * row_bytes
-    # One block of scores and its copies, or one part of drawn rows; the stream of queries and the sums of all ranks'
-    # queries.
+    # One block of scores with its copies, or one part of drawn rows; the stream of queries, and the sums of the queries
+    # of all ranks.
     block = max(3 * scoring.BLOCK_ELEMENTS if size else 0, noise.PART_ELEMENTS if one["drawn_rows"] else 0)
     workspace = 4 * block + 4 * 4 * cfg.batch * dim * max(1, one["bank_terms"] + one["drawn_terms"])
     workspace += -(-count // world) * one["pass_bytes"]
-    # What further negatives are made of: candidates, found and sorted, with their places; and rows, at most all.
+    # Sources of further negatives: candidates, found and sorted, with their places; and rows, at most all of them.
     queries, found = cfg.batch * one["bank_terms"], min(one["candidates"], -(-size // world))
     workspace += 2 * (queries * found * (4 + 8) + 4 * dim * min(size, queries * one["drawn"]))
-    logits = (columns + one["synthetic"]) * one["terms"] + one[
-        "scores"
-    ]  # of an image; they, their softmax and its gradient are held
+    # Logits of an image; they, their softmax and its gradient are held at once.
+    logits = (columns + one["synthetic"]) * one["terms"] + one["scores"]
     activations = images_per_device * (one["activation_bytes"] + one["view_bytes"]) + 3 * 4 * (
         images_per_device * logits + dim * dim * one["matrices"]
     )
@@ -136,7 +135,7 @@ def plan(
 
 
 def _images(cfg: DictConfig) -> int:
-    """Images of the training split: known, or counted where the data lie."""
+    """The number of training images: the data set's fixed size, or counted at data.root."""
     data = cfg.data
     known = num_images_of(composition.target(data))
     if known is not None and data.get("class_list") is None:
@@ -144,14 +143,15 @@ def _images(cfg: DictConfig) -> int:
         return min(known, data.get("limit") or known)
     if "root" in data and data.root is None:
         raise UserError(
-            "the number of training images is not known here: say images=N, or where they lie, data.root=PATH"
+            "the number of training images is not known here: give images=N, or data.root=PATH, where they can be"
+            " counted"
         )
     return len(instantiate(data).pretrain)
 
 
 def evaluations(cfg: DictConfig, *, world: int, tflops: float, measured: bool) -> list[str]:
-    """A line for each part of what the run's evaluators take, of those that say so; with `measured` how long one image
-    takes here.
+    """A line for each part of the work of the run's evaluators that estimate it; if `measured`, also the time of one
+    image on this machine.
     """
     device = pick_device(cfg.device)
 
@@ -176,7 +176,7 @@ def evaluations(cfg: DictConfig, *, world: int, tflops: float, measured: bool) -
 
 
 def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str, float], measured: bool = False) -> str:
-    """The plan in words, and a table of bank sizes up to 100 million rows."""
+    """The plan as text, with a table of bank sizes up to 100 million rows."""
     one = plan(cfg, world=world, images=images, **speeds)
     gib = {key: one[key] / 2**30 for key in one if key.endswith("_bytes")}
     lines = [
@@ -207,8 +207,8 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
     if costs.counted(costs.parts(cfg, count))[0]["left_out"]:
         lines.insert(
             5,
-            "the bank's passes    PyTorch's, in blocks: each query's positive is left out of its sums, which no kernel"
-            " does",
+            "the bank's passes    in PyTorch, block by block: each query's positive is left out of its sums, which no"
+            " kernel does",
         )
     if cfg.bank is not None:
         by_image = cfg.bank.size is None
@@ -233,11 +233,11 @@ USAGE = """\
 usage: python -m caco.plan [--config-dir DIR] [overrides as for caco.train] [world=N] [images=N]
     [tflops=X] [bank_tflops=X] [gbytes_per_s=X] [measure=true]
 
-  world         devices, 1
-  images        in the training split, where the data set does not say
-  tflops        of a device in the model, {tflops:g} assumed; bank_tflops in the bank, the same
-  gbytes_per_s  that a device sends, {gbytes_per_s:g} assumed
-  measure       tflops and bank_tflops of this machine, a few seconds"""
+  world         number of devices; default 1
+  images        number of training images, if the data set does not tell
+  tflops        speed of a device in the model; {tflops:g} is assumed; bank_tflops: in the bank; default the same
+  gbytes_per_s  what a device sends a second; {gbytes_per_s:g} is assumed
+  measure       measure tflops and bank_tflops on this machine, in a few seconds"""
 _NUMBERS = {"world": int, "images": int, "tflops": float, "bank_tflops": float, "gbytes_per_s": float}
 
 

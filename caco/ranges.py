@@ -1,13 +1,13 @@
-"""The ranges of numbers and the lengths of lists, as types.
+"""Ranges of numbers and lengths of lists, as types.
 
-What a constructor declares so, caco/config/annotations.py holds a configuration to before anything is built, and `held`
-whoever calls it:
+If a constructor declares its arguments like this, caco/config/annotations.py checks a configuration against them before
+anything is built, and `held` checks every caller in Python:
 
     @held
     def __init__(self, *, k: Count, temperature: AboveZero, scale: Interval): ...
 
-To Python and mypy they are plain numbers and lists. A component of your own may use them, or declare others:
-`Annotated[int, Range(8, 512)]`; the bounds have to be plain numbers, for they are read and not run.
+For Python and mypy they are plain numbers and lists. The user's own components may use them, or declare others such as
+`Annotated[int, Range(8, 512)]`. Bounds must be plain numbers, because they are read from the source and not executed.
 """
 
 import functools
@@ -23,12 +23,12 @@ from caco.errors import UserError
 
 P = ParamSpec("P")
 S = TypeVar("S")
-INT_MAX = 2**31 - 1  # more of anything is a slip, and too much for many a library's C
+INT_MAX = 2**31 - 1  # anything larger is a mistake, and too large for the C code of many libraries
 
 
 @dataclass(frozen=True)
 class Range:
-    """A number from `least` to `most`, both of them included, and between `above` and `below`, neither of which is."""
+    """A number from `least` to `most` inclusive, and between `above` and `below` exclusive."""
 
     least: float | None = None
     most: float | None = None
@@ -36,7 +36,7 @@ class Range:
     below: float | None = None
 
     def holds(self, value: Any) -> bool:
-        """Whether a number is in it; of what is none nothing is claimed, since other things than ranges say what it
+        """Whether a number is in the range. True for anything that is not a number, because other types say what it
         should be.
         """
         if not isinstance(value, Real):
@@ -74,11 +74,11 @@ class Length:
 
 
 def held(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
-    """A constructor that refuses what its declared types exclude, in one place for all: who builds a part in Python is
-    told what a configuration would be.
+    """A decorator for a constructor, which then refuses what its declared types exclude. So a part built in Python is
+    checked like one from a configuration.
 
-    Raises, as it is called:
-        UserError: each argument that is out of its range, of another length, or another word than those of its Literal.
+    Raises, when the constructor is called:
+        UserError: names each argument that is out of range, of a wrong length, or not a word of its Literal.
     """
 
     @functools.wraps(init)
@@ -90,7 +90,7 @@ def held(init: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P],
 
 
 def hold_fields(made: Any) -> None:
-    """What `held` does, for the `__post_init__` of a dataclass."""
+    """The same check as `held`, for the `__post_init__` of a dataclass."""
     refuse_outside(type(made).__name__, _hints(made.__class__), vars(made))
 
 
@@ -135,27 +135,27 @@ def _words(hint: Any) -> str:
     return f"list of {_words(parts[0])}" if origin in (list, Sequence) else getattr(hint, "__name__", str(hint))
 
 
-Count = Annotated[int, Range(least=1, most=2147483647)]  # of what there must be at least one
+Count = Annotated[int, Range(least=1, most=2147483647)]
 Several = Annotated[int, Range(least=2, most=2147483647)]
-Natural = Annotated[int, Range(least=0, most=2147483647)]  # steps, epochs, processes: none is a number of them
+Natural = Annotated[int, Range(least=0, most=2147483647)]  # such as numbers of steps, epochs, processes
 Small = Annotated[int, Range(least=0, most=1000)]
 Workers = Annotated[int, Range(least=0, most=1024)]  # processes of this machine
 Threads = Annotated[int, Range(least=1, most=1024)]
 Seed = Annotated[int, Range(least=0, most=4294967295)]
-Pixels = Annotated[int, Range(least=1, most=65535)]  # of a side
-Side = Annotated[int, Range(least=2, most=65535)]  # of an image with more than one place
-Width = Annotated[int, Range(least=1, most=1048576)]  # of a layer
+Pixels = Annotated[int, Range(least=1, most=65535)]  # a side of an image
+Side = Annotated[int, Range(least=2, most=65535)]  # a side of an image with several positions
+Width = Annotated[int, Range(least=1, most=1048576)]  # a layer's width
 Layers = Annotated[int, Range(least=1, most=1000)]
-Finite = Annotated[float, Range(least=-1e30, most=1e30)]  # within float32, and its square within float64
+Finite = Annotated[float, Range(least=-1e30, most=1e30)]  # fits float32; its square fits float64
 AboveZero = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, most=1)]
-ShareBelowOne = Annotated[float, Range(least=0, below=1)]  # momenta of optimisers: at 1 nothing is ever forgotten
+ShareBelowOne = Annotated[float, Range(least=0, below=1)]  # such as an optimiser's momentum, which at 1 forgets nothing
 ShareAboveZero = Annotated[float, Range(above=0, most=1)]
 ProperShare = Annotated[float, Range(above=0, below=1)]
-NumChannels = Annotated[int, Range(least=1, most=1024)]  # of an image as it is stored
+NumChannels = Annotated[int, Range(least=1, most=1024)]  # channels of an image as it is stored
 Channels = Annotated[list[float], Length(least=3, most=3)]  # red, green, blue
-Colour = Annotated[Sequence[Annotated[int, Range(least=0, most=255)]], Length(least=3, most=3)]  # a fill, of 8 bits
+Colour = Annotated[Sequence[Annotated[int, Range(least=0, most=255)]], Length(least=3, most=3)]  # an 8-bit fill colour
 PositiveChannels = Annotated[list[AboveZero], Length(least=3, most=3)]
 Betas = Annotated[Sequence[ShareBelowOne], Length(least=2, most=2)]
 Interval = Annotated[Sequence[NonNegative], Length(least=2, most=2)]  # lowest and highest

@@ -1,9 +1,8 @@
-"""Passwords and tokens: what they look like, and text without them. No message, log, file or parameter of a run holds
-one.
+"""Recognises passwords and tokens in text and hides them. No message, log, file or parameter of a run holds one.
 
 Settings are recorded (config.yaml, MLflow's parameters, the command in environment.json, the jobs of a sweep), so a
-secret in one of them is refused (caco/config/validation.py). Those that the environment holds reach libraries by
-themselves; what these then say is shown through `redacted`. Imports nothing of caco.
+setting that contains a secret is refused (caco/config/validation.py). Secrets in environment variables reach libraries
+directly; the messages of these libraries are shown through `redacted`. Imports nothing of caco.
 """
 
 import os
@@ -13,13 +12,13 @@ from urllib.parse import unquote
 
 HIDDEN = "***"
 OF_SECRETS = (
-    "holds a password or a token, and settings are written into files. Put it into the environment:"
+    "holds a password or a token, and settings are written into files. Put it into the environment instead:"
     " MLFLOW_TRACKING_URI=ADDRESS, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 )
 _WORDS = r"password|passwd|pwd|secret|token|api_?key|access_?key|credentials?"
-# postgresql://user:PASSWORD@host; with an @ in the password too, up to the last one before the path; with what
-# SQLAlchemy takes in one besides: /, blanks, quotes within. A port is no password. As a folder's name an address has
-# one slash for two.
+# postgresql://user:PASSWORD@host. The password may itself contain @ (it ends at the last one before the path) and what
+# SQLAlchemy allows in one: /, blanks, quotes inside. A port is not a password. In a folder's name, an address has one
+# slash instead of two.
 _IN_ADDRESS = re.compile(
     r"(?P<before>[a-zA-Z][\w+.-]*:/{1,2}(?!/)[^\s/:@'\"]*:)(?!\d{1,5}(?:[/?#\s'\",;)\]}]|$))"
     r"(?P<secret>[^\s/'\"]+|[^\s@'\"](?:[^\n@'\"]|(?<=[\w\\'\"])['\"](?=[\w\\'\"]))*)(?=@)"
@@ -27,12 +26,12 @@ _IN_ADDRESS = re.compile(
 # ?password=..., MLFLOW_TRACKING_TOKEN=..., "api_key: ..."
 _ASSIGNED = re.compile(rf"(?P<before>\b\w*(?:{_WORDS})[\"']?\s*[=:]\s*[\"']?)(?P<secret>[^\s&;,'\"}}]+)", re.IGNORECASE)
 _NAME = re.compile(rf"(?:^|[_.\-])(?:{_WORDS})$", re.IGNORECASE)
-_SHORTEST = 6  # of a value that is looked for as it is: shorter ones are words that occur by themselves
+_SHORTEST = 6  # values of variables that are shorter are not searched for, because they occur as ordinary words
 
 
 def redacted(text: str) -> str:
-    """The text with *** for each password and token in it: in addresses, in assignments, and those that the environment
-    holds.
+    """The text with *** in place of each password and token: in addresses, in assignments, and values of secret
+    environment variables.
     """
     for value in _of_the_environment(os.environ):
         text = text.replace(value, HIDDEN)
@@ -42,25 +41,27 @@ def redacted(text: str) -> str:
 
 
 def shortened(value: object, length: int) -> str:
-    """As `repr` shows it, no longer than so: hidden before it is cut, for half of an address is not known for one."""
+    """`repr` of a value, cut to `length`. Secrets are hidden first, because half an address is not recognised as
+    one.
+    """
     return redacted(repr(value))[:length]
 
 
 def holds_secret(text: str) -> bool:
-    """Whether a setting's text has one in it; what `redacted` has written has none."""
+    """Whether a setting's text contains a secret; text from `redacted` does not."""
     return any(found["secret"] != HIDDEN for pattern in (_IN_ADDRESS, _ASSIGNED) for found in pattern.finditer(text))
 
 
 def names_secret(key: str) -> bool:
-    """Whether a setting of this name is one, as `tracking.password`."""
+    """Whether the name of a setting says that it is a secret, such as `tracking.password`."""
     return _NAME.search(key) is not None and key not in ("PWD", "OLDPWD")  # the shell's folders
 
 
 def completed(address: str, known: str | None) -> str | None:
-    """An address that was written down without its password, with that of `known`, if that is the same place; None
-    where it is not.
+    """An address that was recorded without its password, completed with that of `known` if both name the same place,
+    else None.
 
-    One that has none is complete as it is.
+    An address without a hidden password is returned as it is.
     """
     if HIDDEN not in address:
         return address
@@ -68,7 +69,7 @@ def completed(address: str, known: str | None) -> str | None:
 
 
 def _of_the_environment(variables: Mapping[str, str]) -> list[str]:
-    """The values of variables whose names say that they are secret, and the passwords of addresses; longest first."""
+    """The values of variables whose names say that they are secret, and the passwords in addresses; longest first."""
     values = [value for name, value in variables.items() if names_secret(name)]
     for value in variables.values():
         values += [
@@ -79,7 +80,7 @@ def _of_the_environment(variables: Mapping[str, str]) -> list[str]:
 
 
 def _is_file(value: str) -> bool:
-    """Whether it says where a secret lies, and is none itself (GOOGLE_APPLICATION_CREDENTIALS)."""
+    """Whether the value is the path of a file, not a secret itself (GOOGLE_APPLICATION_CREDENTIALS)."""
     try:
         return value.startswith("/") and os.path.exists(value)
     except ValueError:

@@ -1,7 +1,7 @@
-"""`python -m caco.results runs/`: runs as a table in the terminal. Imports no torch.
+"""`python -m caco.results runs/`: show runs as a table in the terminal. Imports no torch.
 
-Without --columns it shows what differs between the runs, and nothing that they share, beside their results; runs that
-have not finished stand with their state, and runs of earlier versions by today's names.
+Without --columns, the table shows the results and those settings that differ between the runs. Unfinished runs are
+shown with their state, runs of earlier versions with today's names.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from caco.tracking.recorded import directories, outline
 EXAMPLES = """\
   python -m caco.results runs/                                        every run below runs/
   python -m caco.results runs/ --seeds --sort knn20_top1              means and standard deviations over seeds
-  python -m caco.results runs/ --where method=byol "epochs>=100"      of these conditions all
-  python -m caco.results runs/ --columns bank.size,lr,knn20_top1      settings and metrics by name, or by the end of it
+  python -m caco.results runs/ --where method=byol "epochs>=100"      runs for which all conditions hold
+  python -m caco.results runs/ --columns bank.size,lr,knn20_top1      settings and metrics by name, or the end of a name
   python -m caco.results runs/ --format csv > runs.csv
 """
 
@@ -43,15 +43,15 @@ def main(arguments: list[str] | None = None) -> None:
         nargs="+",
         default=[],
         metavar="CONDITION",
-        help="KEY=VALUE, or !=, <, <=, > and >=, of settings, metrics, state",
+        help="KEY=VALUE, or !=, <, <=, > or >=, on settings, metrics or state",
     )
-    parser.add_argument("--sort", metavar="KEY", help="by a setting or a metric; what has none comes last")
-    parser.add_argument("--reverse", action="store_true", help="the largest first")
-    parser.add_argument("--columns", metavar="KEY,...", help="settings, options and metrics, in place of what differs")
+    parser.add_argument("--sort", metavar="KEY", help="by a setting or a metric; runs without it come last")
+    parser.add_argument("--reverse", action="store_true", help="sort from the largest to the smallest")
+    parser.add_argument("--columns", metavar="KEY,...", help="settings, options and metrics to show")
     parser.add_argument(
         "--seeds",
         action="store_true",
-        help="one row for runs that differ in their seed alone: mean, standard deviation, n",
+        help="one row for runs that differ only in their seed: mean, standard deviation, n",
     )
     parser.add_argument("--format", choices=comparison.FORMATS, default="text")
     with shown():
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         total = len(runs)
         runs = comparison.chosen(runs, given.where)
         if not runs:
-            raise UserError(f"none of the {total} runs there is such that {' and '.join(given.where)}")
+            raise UserError(f"none of these {total} runs meets the conditions {' and '.join(given.where)}")
         title = f"{len(runs)} runs" if len(runs) == total else f"{len(runs)} of {total} runs"
         columns = given.columns.split(",") if given.columns else None
         print(

@@ -1,4 +1,4 @@
-"""How far something is that takes its time, in words: for reading, evaluations and training alike."""
+"""Prints the progress of slow work in words: for reading data, evaluations and training alike."""
 
 import contextlib
 import os
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 Say = Callable[..., None]  # say(text, passing=False): a passing line may be left out
 _SECONDS = 5.0
 _BAR_AFTER_SECONDS = 1.0
-_under_way: list[object] = []  # what `doing` is around, the innermost last
+_under_way: list[object] = []  # one entry for each `doing` that is open, the innermost last
 
 
 def silent(text: str, passing: bool = False) -> None:
-    """Says nothing; in the place of a `say` that nobody gave."""
+    """Print nothing; the default where no `say` is given."""
 
 
 def clock(seconds: float) -> str:
@@ -25,20 +25,18 @@ def clock(seconds: float) -> str:
 
 
 class Count(Protocol):
-    """What `counting` gives."""
+    """The function that `counting` returns."""
 
     def __call__(self, more: int, note: str = "") -> None:
-        """So many more are done; the note ends the line, if there is one now."""
+        """Count `more` items as done; the note is appended to the line, if one is printed now."""
 
 
 def counting(say: Say, what: str, total: int, done: int = 0) -> Count:
-    """A function that is told how many more are done, and says now and then how many that makes, how fast, and the time
-    left.
-
-    What is over within seconds says nothing.
+    """A function to be called with the number of items done since the last call. Now and then it prints the count, the
+    speed and the time left; nothing if the work is over within seconds.
 
     Args:
-        done: of `total`, before it began.
+        done: number of items of `total` that were done before.
     """
     began = told = time.monotonic()
     before, now_done = done, done
@@ -60,12 +58,12 @@ def counting(say: Say, what: str, total: int, done: int = 0) -> Count:
 
 
 class Sometimes:
-    """A `say` for a person at standard error, past a bar that is there: a passing line only if none was said for some
-    seconds.
+    """A `say` that prints to standard error, above a progress bar if there is one. A passing line is left out if
+    another line was printed within the last seconds.
 
     Args:
-        enabled: of several processes that work together the first one alone speaks.
-        bars: on a terminal, what is `counted` is a bar; not beside a training, which has its own.
+        enabled: whether this process prints; of several that work together only the first does.
+        bars: whether `counted` shows a bar on a terminal; not beside a training, which has its own.
     """
 
     def __init__(self, enabled: bool, *, bars: bool = False, seconds: float = _SECONDS) -> None:
@@ -81,11 +79,11 @@ class Sometimes:
 
 @contextlib.contextmanager
 def counted(say: Say, what: str, total: int, done: int = 0) -> Iterator[Count]:
-    """`counting` for what is done inside, or, where `say` draws bars, a bar that goes away at the end."""
+    """`counting` for the work inside or, if `say` draws bars, a bar that is removed at the end."""
     if not (isinstance(say, Sometimes) and say.draws):
         yield counting(say, what, total, done)
         return
-    from tqdm import tqdm  # here and not above: refusals do not wait for it
+    from tqdm import tqdm  # not at the top of the file, because refusals must not wait for it
 
     settings: dict[str, Any] = {"unit": "", "delay": _BAR_AFTER_SECONDS, "leave": False, "dynamic_ncols": True}
     with tqdm(total=total, initial=done, desc=f"caco: {what}", **settings) as bar:
@@ -99,11 +97,11 @@ def counted(say: Say, what: str, total: int, done: int = 0) -> Iterator[Count]:
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Around what may take its time and says nothing: after five seconds a line says what it is, and ever more rarely
-    for how long already.
+    """A context for slow work that prints nothing itself: after five seconds a line says what is being done, and then,
+    ever more rarely, for how long it has been going on.
 
-    What is over before says nothing, and so does what something inside it speaks for. Of several processes that work
-    together the first one alone speaks.
+    Shorter work prints nothing. While an inner `doing` is open, only that one prints. Of several processes that work
+    together only the first prints.
     """
     over = threading.Event()
     _under_way.append(over)
@@ -130,13 +128,13 @@ def doing(what: str) -> Iterator[None]:
 
 
 def is_under_way() -> bool:
-    """Whether `doing` is around what is done now."""
+    """Whether a `doing` is open now."""
     return bool(_under_way)
 
 
 def _write(line: str) -> None:
-    """Past a bar that is there."""
-    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)  # None, too, while the main thread still imports it
+    """Print a line to standard error, above a progress bar if there is one."""
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)  # also None while the main thread is importing it
     if bars is None:
         print(line, file=sys.stderr, flush=True)
     else:

@@ -1,4 +1,4 @@
-"""How long a run is, and numbers that change over it: tables with one number a step, made once, before the loop."""
+"""The length of a run, and numbers that change over it: tables with one number for each step, made before the loop."""
 
 import math
 from collections.abc import Sequence
@@ -7,20 +7,21 @@ from typing import Literal
 
 from caco.errors import UserError
 
-Table = list[float]  # one number a step
+Table = list[float]  # one number for each step
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """How long the training is, without what comes before epoch 0.
+    """The length of the training, without the phases before epoch 0.
 
     Args:
-        epochs: passes over the images.
-        steps_per_epoch: optimiser steps in each.
-        batch: images a step, over all ranks.
-        unit: "step" changes a schedule's number with every step; "epoch" holds it within an epoch, as CaCo's published
-            code does.
-        restart_epoch: how many epochs are over when all schedules begin anew (a run that is trained longer); 0: never.
+        epochs: number of passes over the images.
+        steps_per_epoch: number of optimiser steps in an epoch.
+        batch: images in a step, over all ranks.
+        unit: "step" changes a schedule's number with every step; "epoch" keeps it constant within an epoch, as CaCo's
+            published code does.
+        restart_epoch: the number of epochs after which all schedules begin anew (a run that is trained longer); 0: they
+            never do.
     """
 
     epochs: int
@@ -34,17 +35,17 @@ class RunShape:
         return self.epochs * self.steps_per_epoch
 
     def of_schedules(self) -> "RunShape":
-        """The stretch over which schedules go from their start to their end."""
+        """The part of the run over which schedules go from their start to their end."""
         return replace(self, epochs=self.epochs - self.restart_epoch, restart_epoch=0)
 
     def placed(self, table: Table) -> Table:
-        """A number for each step of the run, of a table over `of_schedules`. The steps before, which an earlier run
-        made, have its first.
+        """A number for each step of the run, from a table over `of_schedules`. The steps before it, which an earlier
+        run made, get the table's first number.
         """
         return table[:1] * (self.steps - len(table)) + table
 
     def ticks(self) -> tuple[list[int], float]:
-        """For each step, how many units have passed; and the units of an epoch."""
+        """For each step the number of units that have passed; and the number of units in an epoch."""
         if self.unit == "epoch":
             return [step // self.steps_per_epoch for step in range(self.steps)], 1
         return list(range(self.steps)), self.steps_per_epoch
@@ -71,13 +72,12 @@ def warmup_and_cosine(
     start: float | None = None,
     end: Literal["last", "next"] = "last",
 ) -> Table:
-    """A line from `start` times `highest` to `highest` in the warm-up's W units, then a half cosine from there to
-    `final`.
+    """A line from `start` times `highest` to `highest` over the W units of the warm-up, then a half cosine to `final`.
 
-    `start` None is 1 / W. The `end` of the line is the warm-up's "last" unit, which with 1 / W makes it highest * (t +
-    1) / W, or the
-    "next" one, the cosine's first, which with a start of 0 makes it highest * t / W. `final` equal to `highest` keeps
-    the number constant after the warm-up. A warm-up may be longer than the run.
+    A `start` of None means 1 / W. `end` says where the line reaches `highest`: at the "last" unit of the warm-up, which
+    with 1 / W gives highest * (t + 1) / W; or at the "next" one, the first of the cosine, which with a start of 0 gives
+    highest * t / W. With `final` equal to `highest` the number is constant after the warm-up. A warm-up may be longer
+    than the run.
     """
     ticks, per_epoch = run.ticks()
     warmup = warmup_epochs * per_epoch
@@ -87,7 +87,7 @@ def warmup_and_cosine(
 
     def value(t: int) -> float:
         if t < warmup and start is None and end == "last":
-            return highest * min(1.0, (t + 1) / max(warmup, 1))  # the line below without its rounding
+            return highest * min(1.0, (t + 1) / max(warmup, 1))  # the same as below, without its rounding error
         if t < warmup:
             return highest * min(1.0, first + (1 - first) * t / units)
         return final + (highest - final) * 0.5 * (1 + math.cos(math.pi * (t - warmup) / rest))
@@ -96,13 +96,13 @@ def warmup_and_cosine(
 
 
 def drops(run: RunShape, shares: Sequence[float], factor: float) -> Table:
-    """1, and `factor` times as much from each of these shares of the run on, rounded to whole epochs."""
+    """1 at first, multiplied by `factor` at each of these shares of the run, which are rounded to whole epochs."""
     epochs = [round(share * run.epochs) for share in shares]
     return [factor ** sum(step // run.steps_per_epoch >= epoch for epoch in epochs) for step in range(run.steps)]
 
 
 def scaled_lr(lr: float, batch: int, reference_batch: int | None) -> float:
-    """lr * batch / reference_batch; unscaled where there is no reference batch."""
+    """lr * batch / reference_batch; lr itself if there is no reference batch."""
     if lr <= 0:
         raise UserError(f"optimizer.lr must be positive; got {lr}")
     return lr * batch / reference_batch if reference_batch else lr

@@ -1,4 +1,4 @@
-"""Tables of text: what analysis.table and caco.results share. Imports no torch."""
+"""Tables of text, for analysis.table and caco.results. Imports no torch."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation (None of one value) of n values."""
+    """Mean, sample standard deviation (None for a single value) and number of values."""
 
     mean: float
     sd: float | None
@@ -16,14 +16,14 @@ class Spread:
 
     @classmethod
     def of_some(cls, values: Iterable[float]) -> "Spread":
-        """Of values of which there is at least one."""
+        """The spread of one or more values."""
         spread = cls.of(values)
         assert spread is not None, "at least one value"
         return spread
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread | None":
-        """None of no values."""
+        """The spread of values; None if there are none."""
         array = np.fromiter(values, dtype=float)
         if not len(array):
             return None
@@ -32,11 +32,11 @@ class Spread:
 
 @dataclass
 class Sheet:
-    """A table ready to be printed: nothing but text.
+    """A table ready for printing: only text.
 
     Args:
-        groups: (heading, number of columns) over the headers.
-        notes: what a reader must know; missing: what is not there, and the command that makes it.
+        groups: (heading, number of columns) above the headers.
+        notes: what a reader must know. missing: results that do not exist yet, with the commands that make them.
     """
 
     title: str
@@ -48,7 +48,7 @@ class Sheet:
 
 
 def number(value: float, *, percent: bool, signed: bool = False) -> str:
-    """Percent to 0.01; anything else to three digits, thousands in full."""
+    """Percentages to 0.01; other numbers to three digits, from 1,000 on all digits before the point."""
     sign = "+" if signed else ""
     if abs(value) >= 1000:
         return f"{value:{sign},.0f}"
@@ -60,7 +60,7 @@ def spread(of: Spread, *, percent: bool, signed: bool = False) -> str:
     return mean if of.sd is None else f"{mean} ± {number(of.sd, percent=percent)}"
 
 
-# The formats.
+# The output formats.
 
 
 def as_text(of: Sheet) -> str:

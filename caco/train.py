@@ -1,4 +1,4 @@
-"""`python -m caco.train` and `caco-train`: compose, check, open the run's directory, train.
+"""`python -m caco.train` and `caco-train`: compose and check the configuration, open the run's directory, train.
 
 Everything that can be refused without torch is refused before torch is imported.
 """
@@ -15,9 +15,7 @@ from typing import Any
 
 import hydra
 from hydra import initialize_config_dir
-from hydra._internal.utils import (
-    get_args_parser,
-)  # private, but the one that hydra.main reads the same command line with
+from hydra._internal.utils import get_args_parser  # private, but hydra.main reads the command line with this parser
 from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -39,31 +37,31 @@ from caco.runs.paths import require_writable, with_home
 from caco.saying import doing
 from caco.tracking import comparison, recorded
 
-_trained: dict[
-    Path, dict[str, Any]
-] = {}  # by this process, one job of a sweep after the other: what is in each directory
+# run directory -> flat configuration, of the runs that this process has trained, such as the jobs of a sweep.
+_trained: dict[Path, dict[str, Any]] = {}
 
 
-EVALUATION_FAILED = 3  # the exit code of a run that came to its end and lacks an evaluation
+EVALUATION_FAILED = 3  # exit code of a run that reached its end but lacks an evaluation
 
 
 def run(cfg: DictConfig, run_dir: Path) -> float | None:
-    """Train in run_dir, which is ours, what cfg says, which is checked."""
+    """Train a checked configuration in run_dir, which this process holds. Returns what a search maximises."""
     try:
         with Stop() as stop:
             with doing("loading PyTorch"):
-                from caco.engine.assembly import run_training  # here and not above: it imports torch
+                from caco.engine.assembly import run_training  # not at the top of the file, because it imports torch
 
             summary = run_training(cfg, run_dir, stop=stop, label=labels.label(HydraConfig.get()))
     except Stopped as stopped:
         leave(stopped, is_first_rank=directory.is_first_rank())
-    if metrics.missing_at_the_end(summary) and HydraConfig.get().mode != RunMode.MULTIRUN:  # whose other runs go on
+    # In a sweep the other runs must go on, so the process may not exit here.
+    if metrics.missing_at_the_end(summary) and HydraConfig.get().mode != RunMode.MULTIRUN:
         sys.exit(EVALUATION_FAILED)
     return metrics.objective(summary, cfg.eval)
 
 
 def job(cfg: DictConfig) -> float | None:
-    """One run: what Hydra calls with the composed configuration. Returns what a search maximises."""
+    """One run, called by Hydra with the composed configuration. Returns what a search maximises."""
     hydra_cfg = HydraConfig.get()
     run_dir = Path(hydra_cfg.runtime.output_dir)
     opened = False
@@ -71,7 +69,7 @@ def job(cfg: DictConfig) -> float | None:
     try:
         check(cfg, hydra_cfg)
         say_what_is_missing(cfg, hydra_cfg, run_dir)
-        if hydra_cfg.mode == RunMode.MULTIRUN:  # again: what a search draws was not known before
+        if hydra_cfg.mode == RunMode.MULTIRUN:  # checked again, because values drawn by a search were not known before
             before, leaves = _trained.setdefault(run_dir, flat(cfg)), flat(cfg)
             if leaves != before:
                 refuse_shared_directories([(run_dir, before), (run_dir, leaves)])
@@ -82,26 +80,26 @@ def job(cfg: DictConfig) -> float | None:
     except Exception as error:
         for_user = errors.is_for_user(error)
         if opened and for_user and is_new and hydra_cfg.mode != RunMode.MULTIRUN and directory.discard(run_dir):
-            pass  # it was refused before anything came of it
-        elif opened:  # else it is another process's
+            pass  # the run was refused before it wrote any result
+        elif opened:  # otherwise the directory belongs to another process
             directory.record_failure(run_dir, errors.message(error) if for_user else traceback.format_exc())
         if not for_user:
             raise
         errors.show(error)
         if hydra_cfg.mode == RunMode.MULTIRUN:
-            raise  # the sweep's other runs go on
+            raise  # Hydra goes on with the sweep's other runs
         sys.exit(2)
 
 
 def check(cfg: DictConfig, hydra_cfg: HydraConf) -> None:
-    """Refuse what cannot be run, as validation.check does."""
+    """Refuse a configuration that cannot be run, as validation.check does."""
     overrides = list(hydra_cfg.overrides.task)
     validation.check(cfg, overrides=overrides, choices={**continued.choices(), **hydra_cfg.runtime.choices})
 
 
 def say_what_is_missing(cfg: DictConfig, hydra_cfg: HydraConf, run_dir: Path) -> None:
-    """Say it where MLflow is missing but was not asked for."""
-    # Runs of one sweep, or of one table, lie side by side and go to MLflow together: one sentence for all of them.
+    """Tell the user if MLflow is missing and nobody chose the tracking."""
+    # Runs of one sweep or table are side by side and are sent to MLflow together, so one message covers all of them.
     together = Path(hydra_cfg.sweep.dir).absolute()
     say_if_mlflow_is_missing(
         cfg, list(hydra_cfg.overrides.task), together if together in run_dir.absolute().parents else run_dir
@@ -109,7 +107,7 @@ def say_what_is_missing(cfg: DictConfig, hydra_cfg: HydraConf, run_dir: Path) ->
 
 
 def say_if_mlflow_is_missing(cfg: DictConfig, overrides: list[str], folder: Path) -> None:
-    """That the ledger does instead of MLflow, unless the command line chooses the tracking itself.
+    """Tell the user that the ledger is used instead of MLflow, unless the command line chooses the tracking itself.
 
     Args:
         folder: the run's directory, or one that holds it.
@@ -119,7 +117,7 @@ def say_if_mlflow_is_missing(cfg: DictConfig, overrides: list[str], folder: Path
     if falls_back and not named and directory.is_first_rank():
         say_once(
             f"MLflow is not installed: the ledger keeps everything, and `python -m caco.tracking.sync {_shown(folder)}`"
-            f" sends it later, once MLflow is there ({command_to_install('mlflow')})"
+            f" sends it later, once MLflow is installed ({command_to_install('mlflow')})"
         )
 
 
@@ -134,9 +132,10 @@ def _shown(folder: Path) -> str:
 
 
 def jobs(overrides: list[str], *, multirun: bool) -> list[list[str]]:
-    """The command line of each job of a sweep; of a single run, its own.
+    """The command line of each job of a sweep; for a single run, its own.
 
-    What only a search (Optuna) draws is not known yet: then none, and each job checks itself as it starts.
+    The values that a search (Optuna) draws are not known yet. The result is then empty, and each job checks itself when
+    it starts.
     """
     if not multirun:
         return [overrides]
@@ -145,7 +144,7 @@ def jobs(overrides: list[str], *, multirun: bool) -> list[list[str]]:
         parsed = parser.parse_overrides(overrides)
         if any(item.is_sweep_override() and not item.is_discrete_sweep() for item in parsed):
             return []
-        choices = {}  # of a key that is given twice the last ones, as in Hydra
+        choices = {}  # if a key is given twice, the last one counts, as in Hydra
         for item in parsed:
             key = item.get_key_element()
             values = item.sweep_string_iterator() if item.is_sweep_override() else [item.get_value_element_as_str()]
@@ -154,19 +153,21 @@ def jobs(overrides: list[str], *, multirun: bool) -> list[list[str]]:
 
 
 def is_launched(overrides: list[str]) -> bool:
-    """Whether the jobs run elsewhere: launcher=slurm, launcher=local."""
+    """Whether a launcher runs the jobs in other processes: launcher=slurm or launcher=local."""
     chosen = [item.partition("=")[2] for item in overrides if item.startswith("launcher=")]
     return bool(chosen) and chosen[-1] != "none"
 
 
 def offer_launcher() -> None:
-    """Tell Hydra of caco/launch/sweep.py, which it does not find in an editable install.
+    """Register the launcher of caco/launch/sweep.py with Hydra, which does not find it in an editable install.
 
     Raises:
         UserError: submitit is not installed.
     """
     if not is_installed("submitit"):
-        raise UserError(f"launcher: needs submitit, which is not installed; {command_to_install('slurm')}")
+        raise UserError(
+            f"launcher: needs submitit, which is not installed; to install it: {command_to_install('slurm')}"
+        )
     from hydra_plugins.caco_launcher import SubmititLauncher
 
     Plugins.instance().register(SubmititLauncher)
@@ -174,10 +175,11 @@ def offer_launcher() -> None:
 
 @dataclass
 class Checked:
-    """A command line that can be run.
+    """What `check_command` found out about a command line that can be run.
 
-    unfinished: how many of its jobs are not done already. folders: the directory of each; of a search, which draws its
-    jobs later, none. derived: the overrides that were made to fit, `derived`, which records that, among them.
+    unfinished: number of its jobs that are not finished already. folders: the directory of each job; empty for a
+    search, which draws its jobs later. derived: the overrides for values that were derived (caco/engine/fitting.py),
+    including the override of `derived`, which records their names.
     """
 
     unfinished: int = 0
@@ -189,9 +191,9 @@ def check_command(overrides: list[str], *, multirun: bool, look: bool = False) -
     """Compose and check every job before the first one starts or a directory is made.
 
     Args:
-        look: at the images, too, where these lie in folders. Those of jobs that run elsewhere may lie there alone.
+        look: whether to look at the images in folders too. If jobs run elsewhere, the images may exist only there.
     Raises:
-        UserError: one line per problem, of all of them.
+        UserError: one line for each problem of all jobs.
     """
     refusals.refuse_unwritable(overrides)
     root = continued.root(overrides)
@@ -205,7 +207,7 @@ def check_command(overrides: list[str], *, multirun: bool, look: bool = False) -
             if cfg is None:
                 continue
             with open_dict(cfg.hydra.job):
-                cfg.hydra.job.num = number  # a directory may be named by it; Hydra counts in the same order
+                cfg.hydra.job.num = number  # a directory's name may contain it; Hydra counts in the same order
             before = len(problems)
             try:
                 check(cfg, cfg.hydra)
@@ -225,7 +227,7 @@ def check_command(overrides: list[str], *, multirun: bool, look: bool = False) -
                 require_writable(run_dir, "hydra.sweep.dir" if multirun else "hydra.run.dir")
                 checked.unfinished += not (run_dir / "summary.json").exists()
                 placed.append((run_dir, flat(cfg)))
-    except (*refusals.COMPOSITION_ERRORS, ValueError) as error:  # Hydra raises ValueErrors, too
+    except (*refusals.COMPOSITION_ERRORS, ValueError) as error:  # Hydra raises ValueError too
         if isinstance(error, UserError):
             raise
         raise UserError(refusals.explain(error, overrides, root)) from error
@@ -235,8 +237,8 @@ def check_command(overrides: list[str], *, multirun: bool, look: bool = False) -
             - {item for item in itertools.chain(*derivations) if item.startswith("derived=")}
         )
         problems.append(
-            f"the jobs of this sweep would need different values of what nobody gave: {', '.join(every)}; give them, or"
-            " a command for each"
+            f"the jobs of this sweep would need different values of settings that are not set: {', '.join(every)}; set"
+            " them, or start a command for each job"
         )
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
@@ -251,8 +253,8 @@ def run_directory(cfg: DictConfig, multirun: bool) -> Path:
 
 
 def compose_what_can_be(overrides: list[str], root: str, problems: list[str]) -> tuple[DictConfig | None, list[str]]:
-    """The configuration of those overrides that compose, and these; what is wrong with each other one is added to the
-    problems.
+    """The configuration made from those overrides that can be composed, and these overrides. For each other override,
+    an explanation is added to `problems`.
     """
     words = list(overrides)
     while True:
@@ -268,11 +270,13 @@ def compose_what_can_be(overrides: list[str], root: str, problems: list[str]) ->
 
 
 def refuse_shared_directories(placed: list[tuple[Path, dict[str, Any]]]) -> None:
-    """Of a sweep's jobs, the directory and the flat configuration of each: the second one that writes into a directory
-    would be refused, or taken for done already, and its numbers would be those of the first.
+    """Refuse a sweep in which several jobs would write into the same directory. The second of them would be refused or
+    taken for finished, and the numbers shown for it would be those of the first.
 
+    Args:
+        placed: the directory and the flat configuration of each job.
     Raises:
-        UserError: names the directory, in what the jobs differ, and what gives each its own.
+        UserError: names the directory, the settings in which the jobs differ, and how to give each its own directory.
     """
     together: dict[Path, list[dict[str, Any]]] = {}
     for folder, leaves in placed:
@@ -283,26 +287,28 @@ def refuse_shared_directories(placed: list[tuple[Path, dict[str, Any]]]) -> None
         differ = sorted(key for key in set().union(*those) if len({repr(leaves.get(key)) for leaves in those}) > 1)
         if not differ:
             raise UserError(f"{len(those)} jobs of this sweep are the same run, {_shown(folder)}: name each value once")
-        # A path's slashes would make folders of their own.
+        # A value with slashes would make subfolders.
         words = [f"${{{key}}}" for key in differ if all("/" not in str(leaves.get(key)) for leaves in those)]
         own = "-".join(words) if len(words) == len(differ) else "${hydra.job.num}"
         raise UserError(
-            f"{len(those)} jobs of this sweep have one directory, {_shown(folder)}: they differ in {', '.join(differ)}"
-            " alone, which is no part of what makes a run itself, so only the first would be trained. Leave that out"
-            f" of the sweep, or give each a directory of its own: hydra.sweep.subdir='${{run_name:}}-{own}'"
+            f"{len(those)} jobs of this sweep have the same directory, {_shown(folder)}: they differ only in"
+            f" {', '.join(differ)}, which is not part of a run's identity, so only the first would be trained. Leave it"
+            f" out of the sweep, or give each job its own directory: hydra.sweep.subdir='${{run_name:}}-{own}'"
         )
 
 
 def name_sweep(overrides: list[str], num_jobs: int) -> None:
-    """Tell the jobs of a sweep, through their environment, which one they are of; one job alone is no sweep."""
+    """Tell the jobs of a sweep, through an environment variable, to which sweep they belong; a single job is no
+    sweep.
+    """
     parsed = OverridesParser.create().parse_overrides(overrides)
     if varied := [item.get_key_element() for item in parsed if item.is_sweep_override()]:
         os.environ[labels.SWEEP] = labels.sweep_label(overrides, varied, num_jobs)
 
 
 def show_sweep(folders: list[Path]) -> None:
-    """The runs of a sweep side by side, whatever became of each; nothing of one that was refused before its first
-    run.
+    """Print the runs of a sweep side by side, whatever became of each; nothing if the sweep was refused before its
+    first run.
     """
     runs = comparison.outlines(dict.fromkeys(folders), recorded.outline)
     if runs:
@@ -310,7 +316,7 @@ def show_sweep(folders: list[Path]) -> None:
             comparison.table(
                 runs,
                 title=(
-                    f"The {len(runs)} runs of this sweep; again, with more to choose: python -m caco.results"
+                    f"The {len(runs)} runs of this sweep; for this table with more options: python -m caco.results"
                     f" {_shown(runs[0].run_dir.parent)}"
                 ),
             )
@@ -325,10 +331,10 @@ caco: pre-train with cooperative-adversarial contrastive learning.
   python -m caco.train bank=12M batch=4096          the last row of Table VI
   python -m caco.train -m bank=4M,8M seed=0,1,2     a sweep of six runs
 
-The same command again resumes its run. `--cfg job` prints every setting with its value and starts nothing; each is
-set by key=value, as batch=256, epochs=100, seed=1, bank.size=4096, optimizer.lr=0.1. `--config-dir DIR` adds options
-and components of your own (docs/own.md), `--hydra-help` lists Hydra's own flags. docs/options.md says what each group
-is, docs/glossary.md what the words mean, docs/how_to.md how to do what is often asked; `make docs` makes a site of it.
+The same command again resumes its run. `--cfg job` prints every setting with its value and starts nothing. Settings are
+given as key=value: batch=256, epochs=100, seed=1, bank.size=4096, optimizer.lr=0.1. `--config-dir DIR` adds your own
+options and components (docs/own.md), `--hydra-help` lists Hydra's own flags. docs/options.md describes each group,
+docs/glossary.md the words, docs/how_to.md how to do common things; `make docs` builds a web site from these pages.
 
 Groups, chosen by group=option:
 
@@ -339,16 +345,16 @@ Groups, chosen by group=option:
 @errors.shown(interrupted="the same command goes on from the last checkpoint")
 def main() -> None:
     """The console script: Hydra's command line, with refusals in plain words and exit code 2."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them its own way
-    if "--version" in sys.argv[1:]:  # of which Hydra would give its own
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises errors instead of printing them in its own way
+    if "--version" in sys.argv[1:]:  # otherwise Hydra would print its own version
         print(f"caco {version()}")
         return
-    sys.argv[1:] = with_home(sys.argv[1:])  # which Hydra reads again
+    sys.argv[1:] = with_home(sys.argv[1:])  # in place, because Hydra reads sys.argv again
     args = get_args_parser().parse_args(folders.take(sys.argv[1:]))
     starts = not (args.hydra_help or args.cfg or args.info or args.shell_completion)
     elsewhere = args.config_name or args.config_path or args.experimental_rerun
-    refusals.refuse_unwritable(args.overrides)  # also where the configuration is but shown
-    of_sweep: list[Path] | None = None  # the runs of one that has begun
+    refusals.refuse_unwritable(args.overrides)  # even if the configuration is only shown
+    of_sweep: list[Path] | None = None  # the directories of a sweep that has begun
     try:
         if args.help:
             print(HELP.format(groups=folders.listed()), end="")
@@ -359,12 +365,10 @@ def main() -> None:
             if args.multirun or launched:
                 of_sweep = checked.folders
                 name_sweep(args.overrides, checked.unfinished)
-            sys.argv += checked.derived  # which Hydra reads
+            sys.argv += checked.derived  # Hydra reads these words
         if launched:
             if elsewhere:
-                raise UserError(
-                    "launcher: a job composes the root conf/config.yaml; take launcher=none or no other root"
-                )
+                raise UserError("launcher: jobs compose the root conf/config.yaml; use launcher=none, or no other root")
             offer_launcher()
         root = "config" if elsewhere else continued.root(args.overrides)
         hydra.main(config_path=str(composition.CONF), config_name=root, version_base="1.3")(job)()
@@ -377,11 +381,11 @@ def main() -> None:
         sys.exit(1)
     finally:
         if of_sweep is not None and directory.is_first_rank():
-            show_sweep(of_sweep or list(_trained))  # a search draws its runs one after the other
+            show_sweep(of_sweep or list(_trained))  # for a search, of_sweep is empty and _trained has its runs
 
 
 if __name__ == "__main__":
-    # Not main() as it stands here: a job that a launcher pickles must belong to caco.train, not to __main__.
+    # Not main() of this module, which is called __main__: a job that a launcher pickles must belong to caco.train.
     from caco.train import main as importable_main
 
     importable_main()

@@ -4,13 +4,13 @@
   python -m caco.write data=folder data.root=/path/to/photos out=photos max_resolution=500
   python -m caco.train data=beton data.root=photos backbone=resnet18 batch=256
 
-Options, besides data=..., data.KEY=... and --config-dir DIR as of caco.train:
+Options, besides data=..., data.KEY=... and --config-dir DIR, which are those of caco.train:
 
-  out=FOLDER          where train.beton, test.beton and their sidecars (.json) go
-  mode=jpeg           jpeg | raw (pixels: larger, and nothing to decode)
-  quality=null        of JPEGs; null keeps JPEG files as they are, to the byte, and encodes all else with 90
-  max_resolution=null shrink images whose longer side is longer than this
-  num_workers=null    processes; null takes one a core
+  out=FOLDER          the folder for train.beton, test.beton and their sidecar files (.json)
+  mode=jpeg           jpeg | raw (pixels: larger, but nothing to decode)
+  quality=null        of JPEGs; null keeps JPEG files as they are, to the byte, and encodes all else with quality 90
+  max_resolution=null shrink images whose longer side exceeds this number of pixels
+  num_workers=null    number of processes; null is one for each core
 """
 
 import io
@@ -42,10 +42,10 @@ def write_splits(
     max_resolution: int | None = None,
     num_workers: int | None = None,
 ) -> list[Path]:
-    """Each split's .beton in the folder `out`; returns their paths.
+    """Write each split as a .beton file into the folder `out`; returns their paths.
 
     Raises:
-        ValueError: a value out of its range, an image that cannot be read.
+        ValueError: a value is out of its range, or an image cannot be read.
     """
     if mode not in ("jpeg", "raw"):
         raise UserError(f"mode: expected jpeg or raw, got {mode!r}")
@@ -57,8 +57,8 @@ def write_splits(
         raise UserError(f"num_workers: expected at least 1, got {num_workers}")
     if splits.pretrain.channels is not None:
         raise UserError(
-            "data.channels: a .beton holds photographs, RGB of 8 bits, and these images would not be the same in it;"
-            " train on them as they are, data=folder, which reads them in num_workers processes or keeps them in memory"
+            "data.channels: a .beton file holds photographs as 8-bit RGB, which changes these images; train on them"
+            " directly with data=folder, which reads them in num_workers processes or keeps them in memory"
             " (data.in_memory_mb)"
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def write_splits(
 
 
 class _Encoder:
-    """An index to (mode, height, width, content), or to the error that the image is."""
+    """From an image's index to (mode, height, width, content), or to the error if the image cannot be read."""
 
     def __init__(self, source: Source, mode: str, quality: int | None, max_resolution: int | None):
         self.source, self.mode, self.quality, self.max_resolution = source, mode, quality, max_resolution
@@ -112,7 +112,7 @@ _CHUNK = 16
 
 
 def _encoded(encoder: _Encoder, num_workers: int) -> Iterator[tuple[int, int, int, bytes]]:
-    """All images encoded, in order; no more of them at a time than a few for each process."""
+    """All images encoded, in order; at any time only a few for each process are in memory."""
     total = len(encoder.source)
 
     def encode(start: int) -> list[tuple[int, int, int, bytes] | UnreadableImage]:
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
                 raise UserError(f"{argument}: expected data=..., data.KEY=... or one of {', '.join(options)}")
         out = options.pop("out")
         if not out:
-            raise UserError("expected out=FOLDER, where the files go, got none")
+            raise UserError("expected out=FOLDER, the folder for the files, got none")
         try:
             cfg = compose(["eval=[]", "tracking=ledger", *overrides])
         except COMPOSITION_ERRORS as error:

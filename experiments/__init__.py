@@ -1,1 +1,1 @@
-"""The paper's tables as experiments: what is run, how, and the records of what came out."""
+"""The paper's tables as experiments: which runs a table needs, how each run is trained, and the records of results."""

@@ -1,12 +1,13 @@
-"""The demo over the processor's instruction sets and several seeds: does it learn everywhere?
+"""Run the demo with every instruction set of this processor and several seeds: does it learn with all of them?
 
-    python -m experiments.demo                    all cells on held-out training images, then each encoder once on the
-                                                  test images
+    python -m experiments.demo                    evaluate every cell on held-out training images, then each encoder
+                                                  once on the test images
     python -m experiments.demo --check            what the continuous integration runs: one seed, two instruction sets
 
-The first makes experiments/records/demo/, cells.json and README.md (make demo-record); runs that are there already are
-not run again. The recipe is chosen on training images that are held out (data.validation_fraction), and it must reach
-the goals below in every cell there. The test images are looked at once per cell, whatever comes out."""
+A cell is one run of the demo: one instruction set and one seed. The first command (make demo-record) writes
+experiments/records/demo/cells.json and README.md; it does not repeat runs that exist already. The recipe was chosen on
+held-out training images (data.validation_fraction), and every cell must reach the goals below on them. Each encoder is
+evaluated on the test images exactly once, and that result changes nothing in the recipe."""
 
 import argparse
 import json
@@ -29,7 +30,7 @@ HELD_OUT = 0.2  # of the 1,400 training images: 280 to evaluate with, 1,120 to l
 
 ACCURACIES = (f"{metrics.knn()}_top1", f"{metrics.probe()}_top1")  # what preset=demo measures
 
-# On held-out images, in every cell; k-NN in percent.
+# Goals for every cell, on held-out images; k-NN in percent.
 GOALS = {
     "k-NN of at least 97.0 at the end": lambda cell: cell.knn_end >= 97.0,
     "three points above the untrained network": lambda cell: cell.knn_end >= cell.knn_untrained + 3,
@@ -41,7 +42,7 @@ GOALS = {
     "at most 25 % near-duplicate rows": lambda cell: cell.near_duplicates <= 25,
     "no warning of a collapse": lambda cell: not cell.warnings,
 }
-# On test images, of the check: wider, as it looks at one seed on whatever processor it runs.
+# Goals of --check, on test images. They are wider, because the check sees one seed, on an unknown processor.
 CHECKED = {
     "k-NN at least 95.5": lambda cell: cell.knn_end >= 95.5,
     "two points above the untrained network": lambda cell: cell.knn_end >= cell.knn_untrained + 2,
@@ -51,16 +52,14 @@ CHECKED = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the demo, read from its directory."""
+    """One run of the demo, read from its directory; accuracies and shares of rows are in percent."""
 
     level: str
     seed: int
     split: str
-    knn: list[tuple[float | str, float]]  # epochs that are over, or "warm start", and k-NN accuracy in percent
+    knn: list[tuple[float | str, float]]  # (finished epochs or "warm start", k-NN accuracy) of each evaluation
     probe: float
-    test: dict[
-        str, float
-    ]  # the same encoder on the test images, looked at once all cells were done; empty for a run that saw none held out
+    test: dict[str, float]  # the encoder's metrics on the test images; empty until look_at_test_images has evaluated it
     rows_used: float
     near_duplicates: float
     warnings: list[str]
@@ -88,7 +87,7 @@ class Cell:
 
 
 def read(run_dir: Path, level: str, seed: int, split: str) -> Cell:
-    """The cell of a finished run."""
+    """Read the directory of a finished run as a cell."""
     run = recorded.read(run_dir)
     knn, probe = ACCURACIES
     environment = read_json(run_dir / "environment.json")
@@ -109,10 +108,10 @@ def read(run_dir: Path, level: str, seed: int, split: str) -> Cell:
 
 
 def run(level: str, seed: int, split: str, *, folder: Path, threads: int | None) -> Cell:
-    """Run the demo, or read what an earlier call ran, in a process of its own that is held to `level`.
+    """Run the demo in a child process that uses the instruction set `level`, or read the run if it exists already.
 
     Raises:
-        RuntimeError: the run failed; with its last words.
+        RuntimeError: the run failed; the message quotes the end of its standard error.
     """
     run_dir = folder / f"{level}-seed{seed}-{split}"
     command = [
@@ -145,7 +144,10 @@ def run(level: str, seed: int, split: str, *, folder: Path, threads: int | None)
 
 
 def look_at_test_images(cell: Cell, folder: Path) -> Cell:
-    """The cell with its encoder's accuracy on the test images; k-NN and probe have all 1,400 training images."""
+    """Evaluate a cell's encoder on the test images, if that was not done before, and return the cell with the result.
+
+    k-NN and probe use all 1,400 training images here, the 280 held-out ones included.
+    """
     run_dir = folder / f"{cell.level}-seed{cell.seed}-{cell.split}"
     if not cell.test:
         command = [sys.executable, "-m", "caco.evaluate", f"run={run_dir}", "data.validation_fraction=null",
@@ -173,17 +175,18 @@ def table(cells: list[Cell]) -> str:
         "",
         (
             f"`make demo-record`, on {machine['cpu']} with {machine['cores']} cores, torch {machine['torch']}, Python"
-            f" {machine['python']}; one thread a run, two runs at a time. `plain`, `avx2`, ... hold caco's compiled"
-            " parts and PyTorch to that instruction set (`CACO_INSTRUCTIONS`); `torch` is PyTorch at its best without"
-            " caco's compiled parts."
+            f" {machine['python']}; one thread per run, two runs at a time. `plain`, `avx2`, ... limit caco's compiled"
+            " code and PyTorch to that instruction set (`CACO_INSTRUCTIONS`); `torch` runs without caco's compiled"
+            " code, and PyTorch uses the best instruction set of the processor."
         ),
         "",
-        f"Trained with {HELD_OUT:.0%} of the 1,400 training images held out, which chose the recipe"
-        " ([how](../README.md)): k-NN and probe on these 280 images, in percent (one image is 0.36). Goals in every"
-        " cell: " + "; ".join(GOALS) + ".",
+        f"Training held out {HELD_OUT:.0%} of the 1,400 training images; the recipe was chosen on these 280 images"
+        " ([how](../README.md)). The columns from untrained to probe give accuracies on them, in percent (one image is"
+        " 0.36). Goals for every cell: " + "; ".join(GOALS) + ".",
         (
-            "At the right the same encoders on the 397 test images (one is 0.25; k-NN over all 1,400 training images),"
-            " looked at once, when all cells were done; nothing was changed for it."
+            "The last two columns evaluate the same encoders on the 397 test images (one image is 0.25), with all 1,400"
+            " training images as neighbours. This was done once, after all cells had finished, and the recipe was not"
+            " changed afterwards."
         ),
         "",
         (
@@ -203,8 +206,9 @@ def table(cells: list[Cell]) -> str:
 
 
 def make_record(folder: Path, seeds: Iterable[int], jobs: int) -> int:
-    """Every cell on held-out images; then, and only then, each encoder on the test images. The number of goals
-    missed.
+    """Run every cell on held-out images, and only then evaluate each encoder on the test images; write the record.
+
+    Returns the number of missed goals over all cells.
     """
     todo = [(level, seed) for level in levels() for seed in seeds]
     with ThreadPoolExecutor(jobs) as pool:
@@ -218,7 +222,10 @@ def make_record(folder: Path, seeds: Iterable[int], jobs: int) -> int:
 
 
 def check(folder: Path) -> int:
-    """One seed on the test images under the processor's best and, where it has one, a lower instruction set."""
+    """Run seed 0 on the test images with the processor's two highest instruction sets; return how many runs failed.
+
+    A processor with a single instruction set runs that one and PyTorch without caco's compiled code.
+    """
     failed = 0
     for level in instructions.processor()[-2:] if len(instructions.processor()) > 1 else levels():
         cell = run(level, 0, "test", folder=folder, threads=None)
@@ -232,13 +239,13 @@ def check(folder: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--check", action="store_true", help="one seed under two instruction sets, test images, wider goals"
+        "--check", action="store_true", help="run one seed with two instruction sets on test images, with wider goals"
     )
     parser.add_argument(
-        "--folder", type=Path, default=Path("runs/demo-record"), help="of the runs; default: %(default)s"
+        "--folder", type=Path, default=Path("runs/demo-record"), help="where the runs go; default: %(default)s"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: a run a core")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: one per core")
     options = parser.parse_args()
     missed = check(options.folder) if options.check else make_record(options.folder, options.seeds, options.jobs)
     sys.exit(1 if missed else 0)

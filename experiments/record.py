@@ -1,12 +1,12 @@
-"""Gather finished runs into one record, and merge records: what was run, on what, and what came out.
+"""Gather finished runs into one record file, merge records, or print a record as a table.
 
     python -m experiments.record runs/mini/* > experiments/records/mini.json
     python -m experiments.record --merge experiments/records/mini.json theirs.json --into experiments/records/mini.json
     python -m experiments.record --table experiments/records/mini.json
 
-A record holds each run's command line, configuration (what differs, and the hash), seed, data, hardware, versions,
-final metrics, its curve (the ledger's rows of kind epoch and eval), and the row of a table that it was run for. Two
-runs of one configuration and seed are one run: the hash tells.
+A record holds for each run: the command line, configuration and its hash, seed, data, hardware, versions, final
+metrics, curve (the ledger's rows of kind epoch and eval), and the table row that it was run for. Settings that all runs
+share are stored once. Two runs with the same configuration hash count as the same run; the hash includes the seed.
 """
 
 import argparse
@@ -28,14 +28,14 @@ MACHINE = (
     "gpus", "platform",
     "python", "torch", "torchvision", "timm", "numpy", "git_sha", "git_dirty",
 )  # fmt: skip
-LABEL = "experiment.json"  # in a run's directory: the table, row and scale that it was run for
+LABEL = "experiment.json"  # a file in a run's directory that names the table, row and scale that it was run for
 
 
 def gather(run_dirs: Iterable[Path]) -> dict[str, Any]:
-    """The record of finished runs.
+    """Make the record of finished runs.
 
     Raises:
-        UserError: a directory holds no finished run.
+        UserError: a directory does not hold a finished run.
     """
     return pack([_run(Path(run_dir)) for run_dir in run_dirs])
 
@@ -64,7 +64,7 @@ def _run(run_dir: Path) -> dict[str, Any]:
 
 
 def pack(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Runs as one record, what all share said once."""
+    """Pack runs into one record; configuration and environment entries that all runs share are stored once."""
     record: dict[str, Any] = {}
     for part in ("config", "environment"):
         everywhere = [set(map(json.dumps, run[part].items())) for run in runs]
@@ -78,12 +78,12 @@ def _without(mapping: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpack(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
-    """A record's runs, each whole and by today's names.
+    """The runs of a record, each with its full configuration and with the names that caco uses today.
 
     Args:
-        source: what to call the record.
+        source: how messages call the record.
     Raises:
-        UserError: it is no record; a run's configuration is not the one that its hash says.
+        UserError: this is not a record, or a run's configuration does not match its hash.
     """
     try:
         parts = ("config", "environment")
@@ -98,7 +98,7 @@ def unpack(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
                     f"{source}: run {run['name']}: expected the configuration {run['config_hash']}, got {found}: the"
                     " record was changed by hand"
                 )
-            run["seed"]  # noqa: B018 - that it is there
+            run["seed"]  # noqa: B018 - raises KeyError if the record lacks it
             names = renamed.Names(renamed.nested(run["config"]))
             run["config"], run["config_hash"] = identity(names.config), run_hash(names.config)
             run["summary"] = names.summary(run["summary"], run["curve"])
@@ -111,10 +111,10 @@ def unpack(record: dict[str, Any], source: str) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The runs in a record's file.
+    """Read the runs of a record file.
 
     Raises:
-        UserError: there is no such file, or it is no record.
+        UserError: the file does not exist, or is not a record.
     """
     try:
         return unpack(json.loads(path.read_text()), str(path))
@@ -127,9 +127,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def merge(parts: Iterable[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Each run once, and a line for each that came twice with different results, of which the first is kept.
+    """Merge lists of runs; returns each run once, and a message for every run that occurs with different results.
 
-    A run is its configuration, which holds the seed: equal hash, equal run, whatever row it was run for.
+    Runs with the same configuration hash (which includes the seed) are the same run, whatever table row they were run
+    for. Of two with different results the first is kept.
     """
     kept: dict[str, dict[str, Any]] = {}
     messages = []
@@ -143,10 +144,10 @@ def merge(parts: Iterable[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], 
             ]
             if differing:
                 messages.append(
-                    f"{run['name']}: run twice, with another {differing[0]}; {first['name']} of the first record is"
-                    " kept"
+                    f"{run['name']}: recorded twice, with different values of {differing[0]}; {first['name']} of the"
+                    " first record is kept"
                 )
-            else:  # one of the two may have been evaluated once more
+            else:  # one of the two may have been evaluated again after training, so keep the metrics of both
                 longer = max(first, run, key=lambda run: len(run["curve"]))
                 summary = {**run["summary"], **first["summary"]}
                 kept[run["config_hash"]] = first | {"summary": summary, "curve": longer["curve"]}
@@ -154,12 +155,12 @@ def merge(parts: Iterable[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], 
 
 
 def numbers(run: dict[str, Any]) -> dict[str, Any]:
-    """What two equal runs share: the final metrics without the rate."""
+    """The final metrics that must agree between two equal runs: all but images per second."""
     return {key: value for key, value in run["summary"].items() if key != "images_per_second"}
 
 
 def table(record: dict[str, Any]) -> str:
-    """A Markdown table: a line a run."""
+    """Show a record as a Markdown table with one line per run."""
     columns = metrics.accuracies(name for run in record["runs"] for name in run["summary"])
     columns += ["loss", "max_probability", "bank/rows_used", "bank/near_duplicates", "bank/row_norm_mean"]
     words = [run["command"].split()[3:] for run in record["runs"]]
@@ -180,12 +181,12 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "paths", nargs="+", type=Path, help="run directories; with --merge, records; with --table, one record"
+        "paths", nargs="+", type=Path, help="run directories; with --merge: records; with --table: one record"
     )
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--merge", action="store_true", help="records into one")
+    kind.add_argument("--merge", action="store_true", help="merge records into one")
     kind.add_argument("--table", action="store_true", help="print a record as a Markdown table")
-    parser.add_argument("--into", type=Path, help="a file for the record, in place of the standard output")
+    parser.add_argument("--into", type=Path, help="write the record to this file instead of the standard output")
     arguments = parser.parse_args()
     with errors.shown():
         if arguments.table:

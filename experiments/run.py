@@ -1,7 +1,8 @@
-"""`python -m experiments.run table7 scale=mini`: train and evaluate what a table of the paper needs, at a scale.
+"""`python -m experiments.run table7 scale=mini`: train and evaluate all runs that a table needs, at a scale.
 
-What is done, here or in a record, is skipped; what was begun goes on; what has failed is tried again with --retry. Runs
-lie in runs/SCALE/, and runs/SCALE/record.json holds what has come out so far: send it to others, and merge theirs by
+Runs that are finished, in this folder or in a committed record, are skipped; interrupted runs continue from their
+checkpoint; failed runs are repeated only with --retry. Run directories are in runs/SCALE/, and runs/SCALE/record.json
+collects the results so far. Send that file to others, and merge theirs with
 `python -m experiments.record --merge MINE THEIRS --into FILE`.
 """
 
@@ -31,14 +32,14 @@ from experiments.tables import HERE, Experiment, experiments, load_scale, load_t
 
 RECORDS = HERE / "records"
 OWN_KEYS = ("scale", "seed", "rows")
-# They can change a number although their keys do not belong to a run's identity (which holds what comes of them), or
-# are chosen here.
+# Refused on the command line. `weights` and `bank_learning` can change results, although a run's identity does not
+# list them (it lists the settings that they resolve to); `hydra` and `name` are set by this command.
 NOT_PASSED_ON = ("weights", "bank_learning", "hydra", "name")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row with one seed, and where it lies."""
+    """One row of a table with one seed, and its directory."""
 
     experiment: Experiment
     seed: int
@@ -50,14 +51,14 @@ class Run:
 
     @cached_property
     def directory(self) -> Path:
-        """runs/SCALE/...-HASH, whichever table's row made it."""
+        """runs/SCALE/...-HASH. A directory that another table's row made for the same hash is used as it is."""
         folder, hash = Path("runs") / self.experiment.scale.id, self.experiment.hash(self.seed)
         made = sorted(folder.glob(f"*-{hash}"))
         return made[0] if made else folder / f"{self.experiment.name.replace('/', '-')}-seed{self.seed}-{hash}"
 
     @property
     def state(self) -> str:
-        """recorded | done | failed | begun | to do"""
+        """One of "recorded", "done", "failed", "begun" and "to do"."""
         if (self.directory / "summary.json").exists():
             return "done"
         if self.recorded:
@@ -75,7 +76,7 @@ class Run:
         return shlex.join(["python", "-m", "caco.train", *folders.flag(), *self.overrides])
 
     def label(self) -> None:
-        """Make the directory and write down what the run is for, unless it was begun for another table's row."""
+        """Create the directory and record the run's table row there, unless it was started for another row."""
         path = self.directory / record.LABEL
         if not path.exists():
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -84,14 +85,14 @@ class Run:
 
 
 def runs_of(chosen: Sequence[Experiment], seeds: Sequence[int] | None, *, here: bool = False) -> list[Run]:
-    """The runs of these rows, each once: seed by seed, so that whole tables come first.
+    """The runs that these rows need, each once: all rows of the first seed first, so that a table is complete early.
 
     Args:
-        here: those that have a record in experiments/records count as not done.
+        here: ignore the results in experiments/records, so that runs recorded there are trained again.
     """
     records = [] if here else sorted(RECORDS.glob("*.json"))
     recorded = {run["config_hash"] for path in records for run in record.read(path)}
-    # Of an earlier version's run the hash in the directory's name is another one; the record knows today's.
+    # Directories made by an earlier version of caco carry an older hash; record.read translates it to today's.
     scale_dir = Path("runs") / chosen[0].scale.id
     known = record.read(scale_dir / "record.json") if (scale_dir / "record.json").is_file() else []
     recorded |= {run["config_hash"] for run in known if (scale_dir / run["name"] / "summary.json").is_file()}
@@ -105,7 +106,11 @@ def runs_of(chosen: Sequence[Experiment], seeds: Sequence[int] | None, *, here: 
 
 
 def estimate(experiment: Experiment, *, world: int) -> str:
-    """What a run will cost, by caco.plan."""
+    """A line with the cost of a run as caco.plan estimates it, or with the reason why there is no estimate.
+
+    Args:
+        world: the number of processes that would share the run.
+    """
     if importlib.util.find_spec("caco.plan") is None:
         return "no estimate"
     from caco.plan import plan
@@ -122,14 +127,14 @@ def estimate(experiment: Experiment, *, world: int) -> str:
 
 
 def train_here(runs: Sequence[Run]) -> list[Run]:
-    """One after another in this process; returns those that did not finish."""
+    """Train the runs one after another in this process; return those that did not finish."""
     unfinished = []
     for number, run in enumerate(runs, start=1):
         say(f"{run.name}, run {number} of {len(runs)}, in {run.directory}")
         run.label()
         started = time.monotonic()
         code = _train(run.overrides)
-        if code in (130, 143):  # interrupted or told to stop, and saved: no more of them
+        if code in (130, 143):  # Ctrl-C or SIGTERM: the run has saved itself, and no other run must start
             sys.exit(code)
         if code == 0:
             summary = read_json(run.directory / "summary.json")
@@ -143,14 +148,14 @@ def train_here(runs: Sequence[Run]) -> list[Run]:
 
 
 def _train(overrides: list[str]) -> int | str | None:
-    """caco.train's exit code, as if it had been typed; a bug shows its traceback and counts as 1."""
+    """Run caco.train as if typed with these overrides, and return its exit code; any other exception gives 1."""
     before = sys.argv
     sys.argv = [train.__file__, *folders.flag(), *overrides]
     try:
         train.main()
     except SystemExit as end:
         return end.code
-    except Exception:  # noqa: BLE001 - one run's bug must not take the others with it; it is in its failure.txt, too
+    except Exception:  # noqa: BLE001 - a bug in one run must not stop the others; the run's failure.txt has it, too
         traceback.print_exc()
         return 1
     finally:
@@ -159,7 +164,7 @@ def _train(overrides: list[str]) -> int | str | None:
 
 
 def train_elsewhere(runs: Sequence[Run], words: Sequence[str]) -> list[Run]:
-    """As jobs of launcher=local or launcher=slurm; returns those that did not finish."""
+    """Train the runs as jobs of launcher=local or launcher=slurm; return those that did not finish."""
     from caco.launch.sweep import follow
 
     launcher = build_launcher(runs[0].experiment, words)
@@ -176,10 +181,10 @@ def train_elsewhere(runs: Sequence[Run], words: Sequence[str]) -> list[Run]:
 
 
 def build_launcher(experiment: Experiment, words: Sequence[str]) -> Any:
-    """What `launcher=...` and `launcher.KEY=...` ask for; None without them.
+    """The launcher that `launcher=...` and `launcher.KEY=...` choose; None if neither was given.
 
     Raises:
-        UserError: there is no such launcher, or it lacks submitit.
+        UserError: there is no such launcher, or submitit is not installed.
     """
     if not train.is_launched(list(words)):
         return None
@@ -190,7 +195,7 @@ def build_launcher(experiment: Experiment, words: Sequence[str]) -> Any:
 
 
 def write_record(scale: str) -> Path:
-    """Everything that is finished in runs/SCALE, as one record beside it."""
+    """Write runs/SCALE/record.json, the record of all finished runs in runs/SCALE; return its path."""
     folder = Path("runs") / scale
     path = folder / "record.json"
     write_json(path, record.gather(summary.parent for summary in sorted(folder.glob("*/summary.json"))))
@@ -202,10 +207,11 @@ def say(text: str) -> None:
 
 
 def parse(words: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
-    """A command line's own settings (scale, seed, rows), the launcher's, and what goes on to caco.train.
+    """Split the command line into settings of this command (scale, seed, rows), launcher overrides, and overrides that
+    are passed on to caco.train.
 
     Raises:
-        UserError: something that is no key=value, or whose place is in a scale.
+        UserError: a word is not key=value, or is a setting that only the table and the scale may choose.
     """
     own, launcher, further = {}, [], []
     for word in words:
@@ -218,7 +224,7 @@ def parse(words: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
         elif root == "launcher":
             launcher.append(word)
         elif root in NOT_PASSED_ON:
-            raise UserError(f"{word}: cannot be given here; the table and the scale say what is run, and where it lies")
+            raise UserError(f"{word}: cannot be given here, because the table and the scale choose it")
         else:
             further.append(word)
     return own, launcher, further
@@ -231,21 +237,28 @@ def numbers(text: str) -> list[int]:
 
 
 def need_data(chosen: Sequence[Experiment]) -> None:
-    """Refuse, before anything starts, to train on images that nobody said where to find."""
+    """Check, before anything starts, that the images of every row can be found or downloaded.
+
+    Raises:
+        UserError: data.root is not given, or does not exist.
+    """
     for experiment in chosen:
         data = experiment.cfg.data
         if "root" in data and (data.root is None or not (expanded(data.root).exists() or data.get("download"))):
-            where = "data.root=PATH must be given" if data.root is None else f"data.root={data.root}: there is nothing"
+            where = "data.root=PATH must be given" if data.root is None else f"data.root={data.root}: does not exist"
             raise UserError(f"{where}: scale {experiment.scale.id} reads {data._target_.rpartition('.')[2]}")
 
 
 def show(runs: Sequence[Run], world: int) -> None:
-    """Every run's state and command, and what those that are left will cost."""
+    """Print every run's state; for those that are not done also the expected cost and the command.
+
+    The cost is measured if another seed of the row was trained here, and else estimated for `world` processes.
+    """
     costs: dict[str, str] = {}
     for run in runs:
         if run.state == "done":
             summary = read_json(run.directory / "summary.json")
-            if rate := summary.get("images_per_second"):  # else unknown
+            if rate := summary.get("images_per_second"):  # missing or 0 if the rate is unknown
                 hours = summary["steps"] * run.experiment.cfg.batch / rate / 3600
                 costs[run.experiment.name] = f"took {hours:.2g} h here with seed {run.seed}, evaluation not counted"
     for run in runs:
@@ -264,8 +277,9 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
-            f"scales: {', '.join(scales())}. What they are: experiments/scale/*.yaml; the tables: experiments/*.yaml. "
-            "--config-dir DIR adds options and components of your own, and tables and scales in DIR/experiments."
+            f"scales: {', '.join(scales())}. They are described in experiments/scale/*.yaml, the tables in"
+            " experiments/*.yaml. --config-dir DIR adds options and components of your own, and the tables and scales"
+            " in DIR/experiments."
         ),
     )
     parser.add_argument("table", help=", ".join(tables()))
@@ -274,15 +288,17 @@ def main() -> None:
         nargs="*",
         metavar="key=value",
         help=(
-            "scale=NAME; seed=0,1 and rows=a,b in place of all; launcher=slurm, launcher.KEY=...; and what cannot"
-            " change a number: data.root=PATH, tracking=..., loader.num_workers=..."
+            "scale=NAME (required); seed=0,1 and rows=a,b select some of the runs; launcher=slurm, launcher.KEY=...;"
+            " and any setting that cannot change a result: data.root=PATH, tracking=..., loader.num_workers=..."
         ),
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="list every run's state, command and cost; start nothing"
     )
-    parser.add_argument("--retry", action="store_true", help="also what has failed before")
-    parser.add_argument("--here", action="store_true", help="also what the records of experiments/records have")
+    parser.add_argument("--retry", action="store_true", help="also repeat runs that failed before")
+    parser.add_argument(
+        "--here", action="store_true", help="also train runs whose results are already in experiments/records"
+    )
     sys.exit(_main(parser.parse_args(words)))
 
 
@@ -316,13 +332,13 @@ def _main(arguments: argparse.Namespace) -> int:
     recorded = sum(run.state == "recorded" for run in done)
     say(
         f"{table.id} at scale {scale.id}: {len(runs)} runs, {len(done) - recorded} done already, {len(left)} to do"
-        + f", {recorded} in the records of experiments/records, which --here trains here, too" * (recorded > 0)
+        + f", {recorded} in the records of experiments/records (--here trains them here, too)" * (recorded > 0)
     )
     if left:
         if scale.toy_sets is not None and any(
             word.endswith(f".root={scale.toy_sets}") for run in left for word in run.overrides
         ):
-            from experiments.toy_sets.whole import draw  # here and not above: it imports torch
+            from experiments.toy_sets.whole import draw  # not at the top: the import loads torch
 
             draw(Path(scale.toy_sets))
         need_data(chosen)

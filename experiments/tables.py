@@ -1,7 +1,8 @@
-"""The paper's tables, and ours, and the scales at which they are run: from two YAML files to the command of every run.
+"""Tables (the paper's and our own) and scales: from the YAML files of both to the command of every run.
 
-A table is free of any scale: its rows choose a method and name the paper's epochs, batch and bank. A scale says how to
-train everything, and by how much the paper's numbers shrink. Imports no torch.
+A table does not depend on a scale: each of its rows chooses a method and gives the paper's epochs, batch size and bank
+size. A scale says which data, network and recipe all rows use, and by how much it shrinks the paper's sizes. This
+module does not import torch.
 """
 
 import functools
@@ -26,17 +27,17 @@ SCALED = ("epochs", "batch", "bank")
 
 @dataclass
 class Row:
-    """A line of a table.
+    """One row of a table.
 
     Args:
-        label: as the paper prints it.
-        epochs, batch, bank: the paper's; bank in rows, null where it has none or the paper does not say.
-        run: overrides of caco.train that choose the method; null where caco does not have it.
-        after: overrides that come after the scale's, where a row is there for what they change (a study of a setting).
+        label: the row's name as the paper prints it.
+        epochs, batch, bank: the paper's sizes; bank in rows. null: the method has no bank, or the paper does not say.
+        run: overrides of caco.train that choose the method; null if caco does not implement the method.
+        after: overrides applied after the scale's, for a row that studies a setting which the scale also sets.
         published: the paper's numbers by column.
-        columns: those that its runs are evaluated for; null for all.
-        note: what a reader must know about them.
-        seeds: null for the table's.
+        columns: the columns for which the row's runs are evaluated; null for all.
+        note: what a reader must know about the row.
+        seeds: the row's seeds; null for those of the scale or the table.
     """
 
     label: str = MISSING
@@ -53,14 +54,15 @@ class Row:
 
 @dataclass
 class Table:
-    """One table of the paper, or one of ours.
+    """One table of the paper, or one of our own.
 
     Args:
-        id: of its file, as table7; table: the paper's numeral, or a letter.
-        reference: the row that gains are counted from.
-        columns: the paper's columns and their headers.
-        compare: gains as a difference, or as a ratio (of times).
-        note: what a reader must know.
+        id: the name of its file, as table7.
+        table: the paper's numeral, or a letter for our own.
+        reference: the row against which gains are computed.
+        columns: key and header of each column.
+        compare: "difference" or, for times, "ratio": how a gain is computed.
+        note: what a reader must know about the table.
     """
 
     id: str = MISSING
@@ -76,23 +78,25 @@ class Table:
 
 @dataclass
 class Scale:
-    """How large everything is and how it is trained.
+    """The data, sizes and recipe with which the rows of a table are trained.
 
     Args:
-        like: another scale, to whose overrides ours are added and whose other settings hold where we have none.
-        times: factors of the paper's epochs, batch and bank; exactly: numbers in place of them.
-        overrides: of every row, after the row's own.
-        where: further ones of the rows that have a certain override, as `pn=both`.
-        toy_sets: a folder that overrides name as a root, into which toy sets are drawn before the first such run
-            (experiments/toy_sets).
-        without: rows with a certain override cannot be run, and why.
-        seeds: in place of the table's.
-        metrics: what we measure for a column of the paper, the main one first.
-        same_as_paper: whether data, recipe and metric are the paper's, so that differences to its numbers mean
-            something.
-        controls: what others published for exactly one of our runs, by TABLE/ROW.
-        theirs: of a column of the paper what others published for rows with a certain override, as `method=byol`, whose
-            recipe the scale has; theirs_are: what these numbers are, as a heading.
+        like: another scale to start from. Its overrides come before this scale's; its other settings hold unless this
+            scale sets them.
+        times: factors by which the paper's epochs, batch and bank are multiplied.
+        exactly: epochs, batch or bank in numbers, instead of the paper's times a factor.
+        overrides: overrides of caco.train for every row, applied after the row's own.
+        where: further overrides for the rows that contain a given override, as `pn=both`.
+        toy_sets: a folder that some overrides name as a data root. Toy sets are drawn into it before the first run
+            that reads it (experiments/toy_sets).
+        without: for a given override, the reason why rows that contain it cannot be run at this scale.
+        seeds: these seeds instead of the table's.
+        metrics: the metrics that we measure for each column of the table, the main metric first.
+        same_as_paper: whether data, recipe and metric are the paper's, so that our numbers can be compared with its
+            numbers.
+        controls: by TABLE/ROW, what others published for exactly that run.
+        theirs: by column and override (as `method=byol`), what others published for the recipe of this scale.
+        theirs_are: the heading of the column with these numbers.
     """
 
     id: str = MISSING
@@ -112,8 +116,8 @@ class Scale:
     theirs_are: str = "theirs"
 
     def evaluator_of(self, metric: str) -> str | None:
-        """The overrides that choose the evaluator of a metric, with the settings that this scale gives it; None if
-        there is none.
+        """The overrides that choose the evaluator of a metric, with the settings that this scale gives that evaluator;
+        None if no evaluator measures the metric.
         """
         protocol = metrics.protocol_of(metric)
         overrides = [*self.overrides, *(override for further in self.where.values() for override in further)]
@@ -121,22 +125,26 @@ class Scale:
             file = folders.option_file("eval", option)
             assert file is not None, "`groups` lists files"
             text = file.read_text(encoding="utf-8")
-            package = text.partition("# @package ")[2].partition("\n")[0].strip()  # eval.knn: also of knn_all
+            package = text.partition("# @package ")[2].partition("\n")[0].strip()  # knn_all has the package eval.knn
             own = [override for override in overrides if override.startswith(f"{package}.")]
             given = OmegaConf.from_dotlist([override.removeprefix(f"{package}.") for override in own])
             known = metrics.protocols(plain(DictConfig(OmegaConf.merge(OmegaConf.create(text), given))))
-            if protocol in (known or [option]):  # one from elsewhere says nothing beforehand
+            if protocol in (known or [option]):  # a user's evaluator may not declare its protocols; then go by name
                 return " ".join([f"eval=[{option}]", *own])
         return None
 
 
 def _files(pattern: str) -> dict[str, Path]:
-    """Files by name, ours and those of the user's own, which lie in DIR/experiments of --config-dir DIR."""
+    """Files by name: those of this folder, and those in DIR/experiments for each --config-dir DIR.
+
+    Raises:
+        UserError: two files have the same name.
+    """
     found: dict[str, Path] = {}
     for folder in (HERE, *(own / "experiments" for own in folders.own())):
         for path in sorted(folder.glob(pattern)):
             if found.setdefault(path.stem, path) != path:
-                raise UserError(f"{path}: there is {found[path.stem]} already; give yours another name")
+                raise UserError(f"{path}: {found[path.stem]} has the same name already; give yours another name")
     return dict(sorted(found.items()))
 
 
@@ -157,7 +165,11 @@ def _pick(kind: str, name: str, known: Sequence[str]) -> str:
 
 
 def _read(path: Path, schema: type, **more: Any) -> Any:
-    """A YAML file as an object of `schema`, whose types it must have."""
+    """Read a YAML file as an object of the dataclass `schema`.
+
+    Raises:
+        UserError: a key is unknown or missing, or has a value of the wrong type.
+    """
     try:
         content = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path), more)
         missing = sorted(OmegaConf.missing_keys(content))
@@ -169,10 +181,10 @@ def _read(path: Path, schema: type, **more: Any) -> Any:
 
 
 def load_table(name: str) -> Table:
-    """The table of that name: table7, 7, rivals or negatives.
+    """Load a table by its name, as table7, 7, rivals or negatives.
 
     Raises:
-        UserError: there is none; its file is wrong.
+        UserError: there is no such table, or its file has a mistake.
     """
     name = _pick("table", f"table{name}" if name.isdigit() else name, tables())
     path = _files("*.yaml")[name]
@@ -190,10 +202,10 @@ def _pick_in(path: Path, key: str, name: str, known: Any) -> None:
 
 
 def load_scale(name: str) -> Scale:
-    """The scale of that name.
+    """Load a scale by its name.
 
     Raises:
-        UserError: there is none; its file is wrong.
+        UserError: there is no such scale, or its file has a mistake.
     """
     path = _files("scale/*.yaml")[_pick("scale", name, scales())]
     scale: Scale = _read(path, Scale, id=name)
@@ -212,12 +224,12 @@ def load_scale(name: str) -> Scale:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One row of a table at a scale; a run is this and a seed."""
+    """One row of a table at a scale. Together with a seed it makes a run."""
 
     table: Table
     row_id: str
     scale: Scale
-    further: tuple[str, ...] = ()  # overrides of the user, which cannot change a number
+    further: tuple[str, ...] = ()  # overrides from the command line, which cannot change a result
 
     @property
     def row(self) -> Row:
@@ -233,18 +245,18 @@ class Experiment:
 
     @cached_property
     def why_not(self) -> str | None:
-        """Why it cannot be run, or None if it can."""
+        """Why the row cannot be run at this scale, or None if it can."""
         if self.row.run is None:
             return f"caco has no {self.row.label}; the number is cited"
         return next((why for override, why in self.scale.without.items() if override in self.row.run), None)
 
     def theirs(self, column: str) -> float | None:
-        """What others published for it at this scale; None where nobody did."""
+        """The number that others published for this row with the scale's recipe; None if there is none."""
         by_override = self.scale.theirs.get(column, {})
         return next((value for override, value in by_override.items() if override in (self.row.run or ())), None)
 
     def sized(self, key: str) -> int | None:
-        """The row's epochs, batch or bank at this scale."""
+        """The row's epochs, batch or bank at this scale; None if the row gives none."""
         published = getattr(self.row, key)
         if published is None:
             return None
@@ -253,7 +265,7 @@ class Experiment:
         )
 
     def overrides(self, seed: int) -> list[str]:
-        """What caco.train gets; of two settings of one key the later holds and the earlier is left out."""
+        """The overrides for caco.train. If several set the same key, only the last one is kept."""
         sizes = {"epochs": self.sized("epochs"), "batch": self.sized("batch"), "bank.size": self.sized("bank")}
         parts = [
             f"name={self.scale.id}",
@@ -279,8 +291,9 @@ class Experiment:
         return list(by_key.values())
 
     def _shown_beside(self) -> list[str]:
-        """The row's published values, for MLflow to show beside ours, where it was asked for and they are of the same
-        data, recipe and metric.
+        """The override that makes MLflow show the row's published values beside ours.
+
+        Empty unless the user chose tracking=mlflow and the scale has the paper's data, recipe and metric.
         """
         by_metric = {
             metric: value
@@ -293,10 +306,10 @@ class Experiment:
 
     @cached_property
     def cfg(self) -> DictConfig:
-        """The configuration of its first seed, composed and checked, without Hydra's own part.
+        """The configuration of the row's first seed, composed and validated, without Hydra's own node.
 
         Raises:
-            UserError: one line per problem.
+            UserError: the configuration is not valid; one line per problem.
         """
         overrides = self.overrides(self.seeds[0])
         try:
@@ -309,12 +322,12 @@ class Experiment:
         return _with_seed(self.cfg, seed)
 
     def hash(self, seed: int) -> str:
-        """What tells its runs from all others."""
-        self.cfg  # noqa: B018 - composes, or says what is wrong with it
+        """The hash of the run with this seed: equal for two runs only if all settings that can change a result are."""
+        self.cfg  # noqa: B018 - raises a readable UserError if the configuration does not compose
         return _hash(tuple(self.overrides(self.seeds[0])), seed)
 
     def command(self, seed: int | str | None = None) -> str:
-        """What a user types to have it run, with a seed or several, as 0,1."""
+        """The command that runs this row. `seed` is one seed, or several as "0,1"; None for all."""
         words = [
             "python -m experiments.run",
             *folders.flag(),
@@ -329,7 +342,7 @@ class Experiment:
 
 @functools.cache
 def _composed(overrides: tuple[str, ...]) -> DictConfig:
-    """Composed and checked once a process: it takes half a second."""
+    """Compose and validate a configuration. Cached, because this takes half a second."""
     cfg = composition.compose(list(overrides))
     hydra_cfg = cfg.hydra
     validation.check(cfg, overrides=list(hydra_cfg.overrides.task), choices=dict(hydra_cfg.runtime.choices))
@@ -350,10 +363,13 @@ def _with_seed(cfg: DictConfig, seed: int) -> DictConfig:
 def experiments(
     table: Table, scale: Scale, *, rows: Sequence[str] | None = None, further: Sequence[str] = ()
 ) -> Iterator[Experiment]:
-    """The rows of a table at a scale, in the table's order; those named, or all.
+    """The rows of a table at a scale, in the table's order.
 
+    Args:
+        rows: only these rows; None for all.
+        further: overrides from the command line, which must not be able to change a result.
     Raises:
-        UserError: no such row; a further override that could change a number.
+        UserError: there is no such row, or an override could change a result.
     """
     for row in rows or ():
         _pick("row", row, list(table.rows))
@@ -364,7 +380,7 @@ def experiments(
             raise UserError(f"{override}: no such key{refusals.nearest(root, known)}")
         if not is_neutral(key):
             raise UserError(
-                f"{override}: could change a number, and then this would not be scale {scale.id}; put it into a scale"
-                " of its own, experiments/scale/NAME.yaml"
+                f"{override}: could change a number, and then this would not be scale {scale.id} any more; make a scale"
+                " with it, experiments/scale/NAME.yaml"
             )
     return (Experiment(table, id, scale, tuple(further)) for id in table.rows if rows is None or id in rows)

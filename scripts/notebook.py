@@ -1,9 +1,9 @@
-"""Runs a notebook from its first cell to its last and writes it with its outputs: python scripts/notebook.py FILE.ipynb
+"""Run a notebook from its first cell to its last, and write it with its outputs: python scripts/notebook.py FILE.ipynb
 [--to FILE.ipynb]
 
-Plain Python cells, which need no kernel: what a cell prints, the value of its last line and Matplotlib's figures are
-its outputs. A cell that raises ends it with that error. So a test runs the notebooks with nothing installed for them;
-in Jupyter they run as any other.
+The cells are plain Python, so no Jupyter kernel is needed, and tests can run the notebooks without Jupyter. The outputs
+of a cell are what it prints, the value of its last line, and Matplotlib figures. If a cell raises, the script ends with
+that error. In Jupyter the notebooks run as usual.
 """
 
 import argparse
@@ -18,11 +18,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import caco  # noqa: F401 - before torch, whose instructions it may choose
+import caco  # noqa: F401 - before torch, because it may set torch's instruction set
 
 
 def outputs_of(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a cell leaves below it, as the notebook format has it (nbformat 4)."""
+    """Run a cell in the namespace `names`, and return its outputs in the notebook format (nbformat 4)."""
     body = ast.parse(source).body
     last = body[-1] if body else None
     if isinstance(last, ast.Expr):
@@ -37,7 +37,7 @@ def outputs_of(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
         outputs.append(
             {"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(keepends=True)}
         )
-    if value is not None and not source.rstrip().endswith(";"):  # as in Jupyter
+    if value is not None and not source.rstrip().endswith(";"):  # a final ";" hides the value, as in Jupyter
         outputs.append(
             {
                 "output_type": "execute_result",
@@ -62,7 +62,7 @@ def outputs_of(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--to", type=Path, help="where it is written with its outputs; without it, in its place")
+    parser.add_argument("--to", type=Path, help="the file to write; default: overwrite the notebook")
     chosen = parser.parse_args()
     os.environ.setdefault("MPLBACKEND", "agg")
     notebook = json.loads(chosen.file.read_text(encoding="utf-8"))

@@ -1,9 +1,10 @@
-"""pip install in few lines: one for each large wheel and what is left after it. All that pip says goes into a log.
+"""Run pip install with short output: one line for each large wheel, with the size that is left. All that pip prints
+goes into a log file.
 
 python scripts/pip_install.py LOG MEGABYTES ARGUMENT ...
 
-MEGABYTES is about what the wheels of this step have together. An argument @NAME stands for what the extra NAME of
-pyproject.toml needs, and @ for what caco itself needs.
+MEGABYTES is the approximate total size of the wheels. An argument @NAME stands for the requirements of the extra NAME
+in pyproject.toml, and @ for caco's own requirements.
 """
 
 import re
@@ -17,7 +18,7 @@ UNITS = {"kB": 1e-3, "MB": 1.0, "GB": 1e3}
 
 
 def wheel(line: str) -> tuple[str, float] | None:
-    """The package and megabytes of a wheel that pip begins to fetch, from one line of its output."""
+    """(package, megabytes) of the wheel that pip starts to download, from one line of its output; None for others."""
     if found := re.match(r"\s*(?:Downloading|Using cached) (\S+)\.whl \(([\d.]+) (\w+)\)", line):
         return found[1].partition("-")[0].replace("_", "-"), float(found[2]) * UNITS.get(found[3], 0)
     if found := re.match(r"Processing (/\S+\.whl)", line):

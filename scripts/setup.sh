@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv step by step, as far as is needed for: setup.sh demo | dashboard | docs | all. Called by make.
-# A step that is done is not done again until what it is made from changes, or AGAIN is set (make -B).
+# Sets up .venv with what one purpose needs: setup.sh demo | dashboard | docs | all. Called by make.
+# A step that was done is repeated only if one of its input files has changed, or if AGAIN is set (make -B).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -8,7 +8,8 @@ log=build/setup.log
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
-# Asks for abilities, not packages: another Python or distribution that has them needs none of Debian's.
+# These functions print the Debian packages that are missing. They test for the tools themselves and not for packages,
+# because another Python or distribution may have the tools without Debian's packages.
 missing_python() {
   if ! command -v "$python" >/dev/null; then
     echo python3 python3-venv
@@ -30,7 +31,7 @@ missing_for_ffcv() {
   fi
 }
 
-# Only for tests: a SLURM that they start on this machine. Found where root's PATH looks, too.
+# The tests start a SLURM of their own on this machine. Its programs may be in folders that only root's PATH has.
 missing_for_tests() {
   local PATH=$PATH:/usr/sbin:/usr/local/sbin
   command -v munged >/dev/null || echo munge
@@ -39,7 +40,7 @@ missing_for_tests() {
   { command -v sbatch && command -v srun; } >/dev/null || echo slurm-client
 }
 
-install_packages() { # returns non-zero where it may not or cannot
+install_packages() { # returns non-zero if apt-get or root rights are missing, or if apt-get fails
   command -v apt-get >/dev/null || return 1
   local root=()
   if [ "$(id -u)" -ne 0 ]; then
@@ -55,7 +56,7 @@ install_packages() { # returns non-zero where it may not or cannot
 
 pip_install() { .venv/bin/python scripts/pip_install.py "$log" "$@"; }
 
-# One function a step, each with a line that says what it does and how large it is.
+# Each step has two functions: about_STEP prints what the step installs and how large it is, do_STEP does it.
 
 about_system() { echo "Debian packages for FFCV and for the tests on SLURM (up to 155 MB, 690 MB on the disk; as root or with sudo)"; }
 do_system() {
@@ -125,7 +126,8 @@ do_rest() {
   fi
 }
 
-# Of what a step has done. That of caco without its native parts is another one: where a compiler comes, they come too.
+# The file that marks a step as done. caco without its native parts has its own mark, so that they are built as soon as
+# there is a compiler.
 stamp() {
   if [ "$1" = caco ] && ! command -v g++ >/dev/null; then
     echo .venv/.caco-without-native-parts
@@ -150,7 +152,7 @@ case "${1:-}" in
     ;;
 esac
 
-[ -x .venv/bin/python ] || rm -rf .venv # gone, or of a Python that is gone; no step is done then
+[ -x .venv/bin/python ] || rm -rf .venv # its Python was removed, so every step must be repeated
 left=()
 for step in "${steps[@]}"; do
   is_done "$step" || left+=("$step")

@@ -1,9 +1,9 @@
-"""Which of timm's models serve as backbones: each one of timm.list_models() is made once, on tensors without contents,
-and docs/backbones.md is written from what came of it.
+"""Find out which of timm's models can be backbones, and write docs/backbones.md. Each model of timm.list_models() is
+built once, on tensors without contents.
 
-  python scripts/timm_models.py          goes on where it stopped (docs/backbones.csv); some 30 minutes on an idle core;
-                                         Ctrl-C ends it
-  python scripts/timm_models.py NAME...  these names alone, shown and not written down
+  python scripts/timm_models.py          continues after the last model in docs/backbones.csv; takes some 30 minutes on
+                                         an idle core; Ctrl-C stops it
+  python scripts/timm_models.py NAME...  tries only these models, and prints the results without writing them
 """
 
 import collections
@@ -47,35 +47,35 @@ def page(rows: list[dict[str, str]], num_models: int) -> str:
     for row in unfit:
         reasons[row["at_its_own_size"][:110]].append(row["name"])
     lines = [
-        "# Backbones of timm's",
+        "# Backbones from timm",
         "",
         (
-            "`backbone.name=NAME` takes a model of timm's that makes of images [B, 3, H, W] one feature each, [B,"
-            " width]. Before a run draws a weight"
+            "`backbone.name=NAME` chooses a model of timm as the backbone. It must turn images [B, 3, H, W] into one"
+            " feature vector each, [B, width]. caco"
         ),
         (
-            "this is tried on tensors without contents, with the sizes of the run's views; what does not fit is"
-            " refused, with what helps: another"
+            "checks this before a run draws its weights, on tensors without contents and with the sizes of the run's"
+            " views. A model that does not fit is"
         ),
         (
-            "`backbone.image_size`, another `augmentation.size`, or the nearest names that fit. Where a layer between"
-            " pooling and classifier gives the"
+            "refused with a hint: another `backbone.image_size`, another `augmentation.size`, or the nearest names"
+            " that fit. If a model has a layer between"
         ),
-        "feature (MobileNetV3, VGG, ...), it is that layer's.",
+        "pooling and classifier (MobileNetV3, VGG, ...), the feature is the output of that layer.",
         "",
-        f"Of the {num_models:,} names of `timm.list_models()` of timm {timm.__version__}, {len(rows):,} were tried so",
-        "(`python scripts/timm_models.py`; what came of each: [backbones.csv](backbones.csv)):",
+        f"Of the {num_models:,} models in `timm.list_models()` of timm {timm.__version__}, {len(rows):,} were tried",
+        "by `python scripts/timm_models.py`; [backbones.csv](backbones.csv) has the result of each:",
         "",
-        "| what | how many |",
+        "| result | number of models |",
         "|---|---|",
-        f"| fit, images of 224 pixels too, which our configurations have | {len(at_224):,} |",
-        f"| fit for 224 pixels with `backbone.image_size=224` | {len(sized):,} |",
-        f"| fit for images of their own size alone (`augmentation.size`) | {len(own):,} |",
-        f"| are refused | {len(unfit):,} |",
+        f"| fits, also for images of 224 pixels, the size of our ImageNet configurations | {len(at_224):,} |",
+        f"| fits for 224 pixels with `backbone.image_size=224` | {len(sized):,} |",
+        f"| fits only for images of its own size (`augmentation.size`) | {len(own):,} |",
+        f"| is refused | {len(unfit):,} |",
         "",
     ]
     if unfit:
-        lines += ["| refused | because |", "|---|---|"]
+        lines += ["| refused | reason |", "|---|---|"]
         lines += [
             f"| {', '.join(f'`{name}`' for name in names)} | {reason.replace('|', '/')} |"
             for reason, names in sorted(reasons.items())
@@ -86,7 +86,7 @@ def page(rows: list[dict[str, str]], num_models: int) -> str:
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    for name in dir(nn.init):  # values mean nothing here, and drawing them takes half of the time
+    for name in dir(nn.init):  # initial weights do not matter, and drawing them takes half of the time
         if name.endswith("_") and not name.startswith("_"):
             setattr(nn.init, name, lambda tensor, *_, **__: tensor)
     torch.set_num_threads(1)
@@ -108,7 +108,7 @@ def main() -> None:
                     rows.append(tried(name))
                     writer.writerow(rows[-1])
                     file.flush()
-    finally:  # Ctrl-C, too: the page says of how many it is
+    finally:  # also after Ctrl-C: the page says how many models were tried
         PAGE.write_text(page(rows, len(names)))
 
 

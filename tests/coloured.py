@@ -1,6 +1,4 @@
-"""Small images with colours and shapes, made when they are asked for: for methods that digits are too small and too
-grey for.
-"""
+"""Small synthetic images with colours and shapes, for methods that need larger or coloured images than digits."""
 
 import numpy as np
 
@@ -10,7 +8,9 @@ from caco.data.sets.sources import ImagesInMemory, Splits
 def images(
     *, size: int = 32, limit: int | None = None, validation_fraction: float | None = None, seed: int = 0
 ) -> Splits:
-    """512 to train on and 64 to test, of four classes: washes of two colours in one of four directions, with noise."""
+    """512 training and 64 test images of four classes: noisy gradients between two colours in one of four
+    directions.
+    """
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / size
     directions = np.stack([x, y, (x + y) / 2, (x - y + 1) / 2])

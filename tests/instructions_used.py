@@ -1,4 +1,6 @@
-"""Which instructions a process uses, by what they do: JSON, after what oneDNN and MKL say of themselves."""
+"""Print, as JSON, which instruction set each part of this process uses, found from what it computes; before it come the
+lines that oneDNN and MKL print about themselves.
+"""
 
 import hashlib
 import json
@@ -17,7 +19,7 @@ from caco.runs.environment import environment
 
 
 def bank_bits() -> str:
-    """Of sums over a bank by the kernel: each of its levels adds in an order of its own."""
+    """The bits of sums over a bank; each instruction set of the kernel adds in a different order, so they differ."""
     draw = np.random.default_rng(0)
     q, w = (torch.from_numpy(draw.standard_normal((rows, 50), np.float32)) for rows in (40, 700))
     z, peak, sums = fused.forward(q / 7, w, [0.1], [0.0], with_sums=True, bf16=False)
@@ -25,7 +27,7 @@ def bank_bits() -> str:
 
 
 def views_level() -> str:
-    """What views.cpp says, after a call, that it has used."""
+    """The instruction set that views.cpp reports after a call."""
     library, served = native.library(), []
 
     class Listening:

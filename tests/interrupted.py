@@ -1,6 +1,4 @@
-"""Runs that are told to stop, or killed, at a moment that the test chooses: whatever else the machine does
-meanwhile.
-"""
+"""Runs that are stopped or killed at a moment that the test chooses, independent of how busy the machine is."""
 
 import os
 import signal
@@ -18,7 +16,7 @@ from caco.tracking.ledger import LedgerTracker
 
 
 def signal_in_step(monkeypatch, step, signum):
-    """The process signals itself within its step number `step`, counted from its start."""
+    """Make the process send itself a signal during its step number `step`, counted from its start."""
     original = trainer.distributed.mean_gradients
     made = []
 
@@ -38,7 +36,7 @@ def train_with_rank_1_told_to_stop(step, *overrides):
 
 
 def train_told_to_stop(rows, *overrides):
-    """SIGTERM to the run's whole process group, loader workers included, when so many rows are in the ledger."""
+    """Train, and send SIGTERM to the whole process group, loader workers included, at a given number of ledger rows."""
     original = LedgerTracker.log
     logged = []
 
@@ -46,7 +44,7 @@ def train_told_to_stop(rows, *overrides):
         original(self, *arguments, **options)
         logged.append(1)
         if len(logged) == rows:
-            # By another process: workers end when the one that trains tells them to.
+            # Sent by another process, because workers must end only when the training process tells them to.
             code = "import os, sys; os.killpg(int(sys.argv[1]), int(sys.argv[2]))"
             command = [sys.executable, "-S", "-c", code, str(os.getpgrp()), str(int(signal.SIGTERM))]
             subprocess.run(command, start_new_session=True, check=True)
@@ -56,11 +54,10 @@ def train_told_to_stop(rows, *overrides):
 
 
 def train_killed(seconds, *overrides):
-    """Ended by the kernel after so many seconds of the process's own computing, counted from its first checkpoint's
-    start.
+    """Train, and be killed after a number of seconds of processor time, counted from the start of the first checkpoint.
 
-    Nobody waits for SIGPROF, so it ends a process as abruptly as SIGKILL; and its clock stands still while others
-    compute.
+    The process does not handle SIGPROF, which therefore ends it as abruptly as SIGKILL; and the timer of SIGPROF stops
+    while other processes compute.
     """
     original = Checkpoints.save
     begun = []
@@ -76,8 +73,8 @@ def train_killed(seconds, *overrides):
 
 
 def embed_killed(seconds, *words):
-    """As `train_killed`, counted from the first look for features that are kept; prints what it has cost if nothing
-    ended it.
+    """Like `train_killed` for caco.embed, counted from the first look for stored features; prints the processor time if
+    it was not killed.
     """
     original = FeatureFiles.get
     begun = []

@@ -6,7 +6,9 @@ import socket
 
 
 def unused_port() -> int:
-    """Of those that kernels give to nobody who asks for any port: so no other test gets it before the daemon has it."""
+    """A free port outside the range from which the kernel assigns ports, so that no other test gets it before the
+    daemon.
+    """
     while True:
         port = 20_000 + secrets.randbelow(10_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):

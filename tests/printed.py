@@ -1,4 +1,4 @@
-"""Finds every command that the project prints: in its pages, in the headers of its YAML files, and in the docstrings,
+"""Find every command that the project prints: in its pages, in the comments of its YAML files, and in the docstrings,
 messages and help texts of its Python files.
 """
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/*.md", "experiments/records/**/*.md", "benchmarks/*.md"]
 HEADERS = ["conf/**/*.yaml", "experiments/**/*.yaml"]
 SOURCES = [f"{folder}/**/*.py" for folder in ("caco", "experiments", "analysis", "benchmarks", "scripts")]
-HOLE = "\N{WHITE SQUARE}"  # stands for what an f-string puts in
+HOLE = "\N{WHITE SQUARE}"  # stands for a value that an f-string inserts
 
 _PROGRAM = (
     r"(?:torchrun (?:--\S+ )*-m (?P<ranks>caco\.\w+)"
@@ -23,16 +23,22 @@ _PROGRAM = (
     r"|(?<=[`$] )(?P<first>pip install)|(?<=`)(?P<quoted>pip install))"
 )
 START = re.compile(r"(?P<set>(?:\b[A-Z_]+=\w+ )*)" + _PROGRAM)
-# In running text a command ends with the first word that no command has.
+# In running text, a command ends before the first word that cannot be a part of a command.
 _WORD = re.compile(r"""(?:[+~]?[\w./@-]+=\S+|--?[a-z]\S*|~\S+|'[^']*'|"[^"]*"|[\w.-]*/\S*|[A-Z][A-Z_]+|\d+)$""")
 _FIRST = {"experiments.run", "experiments.compare", "make", "ruff"}
-# Words of English that follow a program's name in a sentence.
+# English words that follow a program's name in sentences.
 _ENGLISH = re.compile(r"make (?!demo\b|test\b|test-long\b|setup\b|lint\b|docs\b|dashboard\b|clean\b|[a-z]+-[a-z]+\b)")
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command. where: file and line. words: after the program's name. whole: nothing of the line was left out."""
+    """One command.
+
+    Args:
+        where: its file and line.
+        words: the words after the program's name.
+        whole: whether nothing of the line was left out.
+    """
 
     where: str
     program: str
@@ -47,12 +53,12 @@ class Command:
 
 
 def commands() -> list[Command]:
-    """Every command of the project, once for each place."""
+    """Every command of the project, once for each place where it is printed."""
     found = []
     for patterns, parts in ((PAGES, _of_page), (HEADERS, _of_yaml), (SOURCES, _of_python)):
         for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern)}):
             if path.relative_to(ROOT).as_posix() == "experiments/records/demo/README.md":
-                continue  # made by a program, whose text is read
+                continue  # written by a program whose text is searched
             for line, text, is_code in parts(path.read_text(encoding="utf-8")):
                 where = f"{path.relative_to(ROOT).as_posix()}:{line}"
                 found += [Command(where, program, words) for program, words in _in(text, is_code)]
@@ -60,7 +66,7 @@ def commands() -> list[Command]:
 
 
 def _of_page(text: str) -> Iterator[tuple[int, str, bool]]:
-    """Lines of code blocks, and spans of code in sentences, which may go over two lines."""
+    """The commands of a Markdown page, from code blocks and from inline code, which may extend over two lines."""
     fenced = False
     prose: list[str] = []
     number = 1
@@ -80,7 +86,9 @@ def _of_page(text: str) -> Iterator[tuple[int, str, bool]]:
 
 
 def _of_yaml(text: str) -> Iterator[tuple[int, str, bool]]:
-    """Comments; a command that stands at the beginning of one is a line of code, which may go on in a deeper one."""
+    """The commands in the comments of a YAML file. A command at the start of a comment line may continue on lines that
+    are indented more.
+    """
     lines = text.splitlines()
     for number, line in enumerate(lines, start=1):
         _, mark, comment = line.partition("#")
@@ -91,7 +99,9 @@ def _of_yaml(text: str) -> Iterator[tuple[int, str, bool]]:
 
 
 def _of_python(text: str) -> Iterator[tuple[int, str, bool]]:
-    """String literals, docstrings among them; in an f-string HOLE stands for what is put in."""
+    """The commands in the string literals of a Python file, docstrings included; HOLE stands for a value in an
+    f-string.
+    """
     tree = ast.parse(text)
     inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):

@@ -1,7 +1,7 @@
-"""Other processes for tests, forked from one that has imported everything: each starts in a moment, where a new
+"""Processes for tests, forked from a server process that has imported everything. They start at once, while a new
 interpreter takes seconds to import torch.
 
-What only a new interpreter shows (what `python -m caco.train` imports, and when) is tested by starting one.
+Only tests about what `python -m caco.train` imports, and when, start a new interpreter.
 """
 
 import functools
@@ -17,7 +17,7 @@ import pytest
 from torch.distributed import TCPStore
 
 HERE = Path(__file__).parent
-# Whatever a run imports: what is missing here each process imports again.
+# All modules that a run imports; each process must import again what is missing here.
 IMPORTED = [
     "pytest", "caco.train", "caco.engine.assembly", "caco.evaluate", "caco.engine.embedding", "caco.nn.backbones",
     "caco.methods.nnclr",
@@ -28,7 +28,8 @@ IMPORTED = [
     "caco.evals.linear",
     "caco.tracking.ledger", "sklearn.datasets", "timm", "torchvision",
 ]  # fmt: skip
-# A process that hangs is ended after so long; a machine with ten times the work that it has cores for is not too slow.
+# A process that hangs is killed after this time, which is long enough for a machine with ten times as much work as
+# cores.
 PATIENCE_S = 240
 
 
@@ -43,11 +44,11 @@ def _server() -> multiprocessing.context.ForkServerContext:
 
 
 class Process:
-    """`function(*arguments)`, which a module must hold by name, at work in a process of its own.
+    """A process that runs `function(*arguments)`; the function must be importable by name.
 
     Args:
-        environment: its variables; those of this process are not inherited but given here.
-        session: whether it leads a process group of its own, as a command of a shell does.
+        environment: the environment variables of the process; it inherits none from this one.
+        session: whether the process leads its own process group, as a command in a shell does.
     """
 
     def __init__(
@@ -61,14 +62,14 @@ class Process:
 
     @property
     def pid(self) -> int:
-        assert self._process.pid is not None, "it has been started"
+        assert self._process.pid is not None, "the process was started"
         return self._process.pid
 
     def running(self) -> bool:
         return self._process.is_alive()
 
     def end(self) -> tuple[int, str, str]:
-        """Its exit code (below 0: the signal that ended it), standard output and standard error, when it has ended."""
+        """Wait for its end; returns its exit code (-N if signal N ended it), standard output and standard error."""
         self._process.join(PATIENCE_S)
         hangs = self._process.is_alive()
         if hangs:
@@ -80,7 +81,7 @@ class Process:
         self._folder.cleanup()
         if hangs:
             pytest.fail(f"a process has not ended within {PATIENCE_S} s; its standard error:\n{errors}")
-        assert code is not None, "it has ended"
+        assert code is not None, "the process has ended"
         return code, output, errors
 
 
@@ -95,12 +96,12 @@ def _begin(function: Callable, arguments: tuple, environment: dict[str, str], fo
 
 
 def ranks(world: int, function: Callable, *arguments) -> tuple[list[int], list[tuple[str, str]]]:
-    """`function(*arguments)` in `world` processes, which find one another as those that torchrun starts do.
+    """Run `function(*arguments)` in `world` processes that form a group, as torchrun would start them.
 
     Returns:
         the exit codes and the outputs (standard output, standard error), in the order of the ranks.
     """
-    # As torchrun does: a store in this process, on a port that nobody else can take meanwhile.
+    # As in torchrun, this process holds the store, on a port that no other process can take meanwhile.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {
         "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1",
@@ -115,7 +116,7 @@ def ranks(world: int, function: Callable, *arguments) -> tuple[list[int], list[t
 
 
 def caco_train(*overrides: str) -> None:
-    """What `caco-train` does with this command line."""
+    """Do what `caco-train` does with this command line."""
     from caco.train import main
 
     sys.argv = ["caco-train", *overrides]

@@ -1,6 +1,4 @@
-"""What the processes of a test of several ranks do; each function runs in every rank, and rank 0 writes what came of
-it.
-"""
+"""Functions that tests with several ranks run in every rank; rank 0 writes the result."""
 
 import json
 import os
@@ -24,7 +22,7 @@ from caco.runs.checkpoint import Checkpoints
 from caco.schedules import RunShape
 
 GLOBAL_BATCH, STEPS = 16, 3
-# Of these a test does not choose the bank's size: they have none, or a row for each image.
+# Methods without a bank or with a row for each image, for which tests do not set the size of the bank.
 WITHOUT_BANK = {"pn=none"} | {
     f"method={path.stem}"
     for path in (CONF / "method").glob("*.yaml")
@@ -37,8 +35,8 @@ def start() -> None:
 
 
 def own_batch(cfg, step, dtype=torch.float64):
-    """This rank's part of the global batch of a step: every view, multi-crop's small ones and patches where the
-    configuration has them."""
+    """This rank's part of the global batch of a step: all views, with small crops and patches if the configuration has
+    them."""
     part = GLOBAL_BATCH // distributed.world()
     views, patches = noise(cfg, GLOBAL_BATCH, torch.Generator().manual_seed(100 + step), torch.float64)
     own = [distributed.own(view, part).to(dtype) for view in views]
@@ -47,14 +45,14 @@ def own_batch(cfg, step, dtype=torch.float64):
 
 
 def placed(method, cfg):
-    """On this rank, as a run has it."""
+    """The method on this rank, wrapped as in a run."""
     images = GLOBAL_BATCH // distributed.world()
     return in_groups(method, torch.device("cpu"), cfg.norm_groups, images=images, shuffle_keys=cfg.shuffle_keys)
 
 
 class FewImages:
-    """Some images for passes over all of them, as caco.data.loaders.images.Images gives them: a rank's part of each
-    batch.
+    """A few images for passes over all images, with the interface of caco.data.loaders.images.Images: each rank gets
+    its part of every batch.
     """
 
     def __init__(self, number, sizes):
@@ -73,7 +71,7 @@ class FewImages:
 
 
 def steps(case):
-    """Losses, encoder, gradients of the last step, and the whole bank after a few steps in float64."""
+    """Train a few steps in float64; returns losses, encoder, gradients of the last step, and the whole bank."""
     overrides = case.split()
     cfg = compose(*overrides, bank=not WITHOUT_BANK & set(overrides))
     method = placed(build_method(cfg), cfg).double().train()
@@ -111,13 +109,13 @@ def write_steps(path, case):
 
 
 def write_sent(path, cases):
-    """The bytes that the collectives of one step send from a rank, as a ring would send them, for each
-    configuration.
+    """For each configuration, write how many bytes a rank sends in the collectives of one step, if they run as a
+    ring.
     """
     sent = {"bytes": 0.0}
 
     def counting(original, passes):
-        """A collective that also counts; `passes` of the tensor's bytes leave a rank."""
+        """Wrap a collective so that it also counts its bytes; a rank sends `passes` times the bytes of the tensor."""
 
         def collective(*arguments, **options):
             tensor = arguments[-1] if isinstance(arguments[0], list) else arguments[0]
@@ -147,12 +145,12 @@ def write_sent(path, cases):
 
 
 def in_float64() -> None:
-    """From here on this process trains in float64, for comparisons that go over several steps.
+    """Make this process train in float64, for comparisons over several steps.
 
-    A step is chaotic where a key's nearest row or a ReLU's sign hangs on the rounding: in float32 two orders of
-    summation give two runs within a few steps. In float64 they begin 1e-16 apart, and twelve steps at these tests'
-    rates make 1e-10 of it: far from any row's choice, and far below what a wrong gradient or a row in the wrong place
-    would do (1e-3).
+    Training is chaotic where rounding decides a key's nearest row or the sign before a ReLU: in float32, two orders of
+    summation lead to two different runs within a few steps. In float64 the runs start 1e-16 apart, and after twelve
+    steps at these tests' rates they are 1e-10 apart. That is too little to change the choice of a row, and far less
+    than the effect of a wrong gradient or a row in the wrong place (1e-3).
     """
     spread = assembly.in_groups
 
@@ -175,7 +173,7 @@ def train_in_float64(*overrides):
 
 
 def write_what_was_loaded(path, *overrides):
-    """The state that a run would go on from, gathered anew from its ranks, instead of the run."""
+    """Instead of training, write the state that a run would resume from, gathered again from its ranks."""
     in_float64()
 
     def fit(self):
@@ -219,7 +217,7 @@ def train_and_lose_rank_1(*overrides):
 
 
 def train_with_a_late_file_on_rank_1(*overrides):
-    """The newest checkpoint has not come to the second rank's machine yet."""
+    """Train while the newest checkpoint is not visible yet to the second rank, as on a slow shared file system."""
     files = Checkpoints._files
     late = int(os.environ["RANK"])
     Checkpoints._files = lambda self, kind="": files(self, kind)[: 2 - late]
@@ -231,7 +229,7 @@ def scores_of_all_ranks():
 
 
 def write_balanced(path):
-    """SwAV's codes of ten images, of which each rank has its part."""
+    """Write SwAV's codes of ten images that are divided over the ranks."""
     from caco.methods.assignments import balanced
 
     start()
@@ -247,7 +245,7 @@ def embeddings_of_all_ranks():
 
 
 def print_rank_me():
-    """RankMe after an epoch whose last step had ten images, of which each rank has its part."""
+    """Print RankMe after an epoch whose last step had ten images, divided over the ranks."""
     from caco.methods.diagnostics import Signs
 
     start()

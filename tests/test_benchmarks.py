@@ -1,5 +1,5 @@
-"""Benchmarks: each runs without an argument and ends with one table; what the machine has no unit for is said and not
-run.
+"""Benchmarks: each runs without an argument and ends with one table, and says what it leaves out because the machine
+lacks the hardware.
 """
 
 import json
@@ -11,8 +11,10 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import benchmarks.bank
 import benchmarks.contenders
@@ -20,18 +22,19 @@ import benchmarks.evals
 import benchmarks.gpu_check
 import benchmarks.kernels
 import benchmarks.loader
+import benchmarks.peers
 import benchmarks.reading
 import benchmarks.step
 from benchmarks import common
 from caco import instructions
 from caco.train import check_command
 
-NAMES = ["bank", "evals", "kernels", "loader", "reading", "step"]
+NAMES = ["bank", "evals", "kernels", "loader", "peers", "reading", "step"]
 
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """run(name, ...): what a benchmark prints at its tests' size, and its figures."""
+    """run(name, ...) runs a benchmark at the size for tests; returns what it prints, and its figures."""
 
     def ran(name: str, *arguments: str) -> tuple[str, dict]:
         module, file = getattr(benchmarks, name), tmp_path / f"{name}.json"
@@ -48,7 +51,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def no_bf16(monkeypatch):
-    """A processor of AVX2, where a product of bfloat16 would take minutes: here it is an error."""
+    """Simulate an AVX2 processor, on which bfloat16 products would take minutes; they raise an error here."""
     monkeypatch.setattr(instructions, "flags", lambda: {"avx2", "fma"})
     monkeypatch.setattr(instructions, "used", lambda part: "avx2")
     product, autocast = torch.Tensor.__matmul__, torch.autocast
@@ -66,7 +69,7 @@ def no_bf16(monkeypatch):
 
 
 def test_without_an_argument_there_is_a_table_and_the_machine(run):
-    """The others: the tests below, and the long one."""
+    """The other benchmarks are tested below and in the long tier."""
     printed, figures = run("evals")
     progress, _, end = printed.partition("\n\n| ")
     assert re.match(r"\[ +\d+ s\] ", progress) and end.count("\n| ") > 1
@@ -79,15 +82,17 @@ def test_the_bank_leaves_out_bfloat16_where_it_has_no_unit(run, no_bf16):
     for what in ("the bf16 matrix product", "the bank in bf16", "the step in bf16"):
         before, _, after = printed.partition(f"left out: {what}: ")
         assert after and figures["left_out"][what] in after
-    assert printed.index("left out: the bf16 matrix product") < printed.index("turn 1 of 1")  # said before, not instead
+    assert printed.index("left out: the bf16 matrix product") < printed.index("turn 1 of 1")  # before anything is timed
     assert "bf16" not in figures["d128"] and "bf16_peak_gflops" not in figures["d128"]
-    way = "streamed" if instructions.LEVEL == "torch" else "fp32"  # PyTorch's blocks, or the kernel
+    way = "streamed" if instructions.LEVEL == "torch" else "fp32"  # PyTorch code in blocks, or the kernel
     assert figures["vs_published_d128"] == figures["d128"][way]["ratio"] and figures["d128"]["fp32_peak_gflops"] > 0
     assert figures["step"]["precision"] == "fp32" and figures["curve"][0]["way"] == way
 
 
 def test_what_pytorch_has_for_parts_of_the_step_is_set_beside_the_bank_or_said_to_be_left_out(run, monkeypatch):
-    """Both are held to the published step before they are timed: this fails where one computes something else."""
+    """Each contender is compared with the published step before it is timed, so this fails if one computes something
+    else.
+    """
     printed, figures = run("bank", "speed")
     for name in ("linear_cross_entropy", "attention"):
         assert (figures["d128"][name]["ratio"] > 0) == (f"step of {name}, " in printed) is True
@@ -147,11 +152,11 @@ def test_reading_compares_features_with_decoding_and_looks_with_reading(run):
         figures[name][of]["median"] > 0
         for name, of in (("features", "vs_decode"), ("digests", "vs_read"), ("overlap", "vs_read"))
     )
-    assert "features / decoding alone, images a second" in printed
+    assert "features / decoding alone, images per second" in printed
 
 
 def test_made_photographs_have_the_texture_of_real_ones(tmp_path):
-    """As many bytes as one of ImageNet's, 108,000 on average; nothing in them repeats."""
+    """A photograph has about as many bytes as an ImageNet image (108,000 on average), and no two are alike."""
     common.make_photos(tmp_path / "photos", 3, 500)
     sizes = [file.stat().st_size for file in sorted((tmp_path / "photos").iterdir())]
     assert all(80_000 < size < 140_000 for size in sizes) and len(set(sizes)) == 3
@@ -161,6 +166,58 @@ def test_kernels_without_triton_say_so(run, monkeypatch):
     monkeypatch.setattr(benchmarks.kernels, "lacks_triton", lambda: "Triton is not installed here")
     printed, figures = run("kernels")
     assert figures["left_out"] == {"every kernel": "Triton is not installed here"} and "kernels" not in figures
+
+
+@pytest.fixture
+def few_images(tmp_path):
+    """16 to train on and 10 to test with, of two classes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 5)):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{number}.png")
+    return tmp_path / "images"
+
+
+def test_peers_train_the_same_and_one_without_an_environment_is_left_out_by_name(run, few_images, monkeypatch):
+    """lightly from the environment of the tests; both trainings end with weights that the k-NN can read."""
+    pytest.importorskip("lightly")
+    peers = benchmarks.peers
+    monkeypatch.setattr(peers, "ENVIRONMENTS", few_images / "none")
+    lacks, python_of = peers.lacks, peers.python_of
+    monkeypatch.setattr(peers, "lacks", lambda peer: None if peer == "lightly" else lacks(peer))
+    monkeypatch.setattr(peers, "python_of", lambda peer: sys.executable if peer == "lightly" else python_of(peer))
+    printed, figures = run("peers", "--images", str(few_images), "--methods", "mocov2", "--workers", "0")
+    assert "MoCo v2, a tiny ResNet, batch 8: caco / lightly |" in printed
+    found = figures["mocov2_small_resnet"]
+    assert found["images"] == 16 and found["vs"]["lightly"]["median"] > 0
+    assert {name: len(top1) for name, top1 in found["knn_top1"].items()} == {"caco": 1, "lightly": 1}
+    why = f"it has no environment yet: {peers.MAKE}"
+    assert figures["left_out"] == {"stable-pretraining": why} and f"left out: stable-pretraining: {why}" in printed
+    assert figures["versions"]["lightly"]["torch"] == figures["versions"]["caco"]["torch"]
+
+
+@pytest.mark.long
+def test_stable_pretraining_trains_the_same(run, few_images):
+    if why := benchmarks.peers.lacks("stable-pretraining"):
+        pytest.skip(f"stable-pretraining: {why}")
+    printed, figures = run("peers", "--images", str(few_images), "--peers", "stable-pretraining", "--workers", "0")
+    for method in ("mocov2", "simclr"):
+        assert figures[f"{method}_small_resnet"]["vs"]["stable-pretraining"]["median"] > 0
+    assert "not the same: stable-pretraining: its MoCo v2 makes a third forward pass" in printed
+
+
+def test_peers_refuse_what_they_do_not_know_before_anything_starts(run, capsys, tmp_path):
+    for arguments, why in (
+        (["--methods", "byol"], "--methods: expected some of mocov2, simclr; got byol"),
+        (["--epochs", "1"], "--epochs: expected at least 2"),
+        (["--images", str(tmp_path / "none")], "--images: expected a folder"),
+    ):
+        with pytest.raises(SystemExit):
+            run("peers", *arguments)
+        assert why in capsys.readouterr().err
 
 
 @pytest.mark.long
@@ -183,13 +240,15 @@ def test_each_runs_without_an_argument_from_any_folder(name, repo_root, tmp_path
 
 
 def test_their_imports_go_one_way(repo_root):
-    """common, published and contenders know no benchmark, and of those bank alone knows another."""
+    """common, published, contenders and peer_loops import no benchmark, and of the benchmarks only bank imports another
+    one.
+    """
     known = {
         file.stem: set(re.findall(r"^from benchmarks(?:\.(\w+))? import (\w+)?", file.read_text(), re.MULTILINE))
         for file in (repo_root / "benchmarks").glob("*.py")
     }
     other = {
-        name: {module or first for module, first in found} - {"common", "published", "contenders"}
+        name: {module or first for module, first in found} - {"common", "published", "contenders", "peer_loops"}
         for name, found in known.items()
     }
     assert other == {
@@ -202,6 +261,8 @@ def test_their_imports_go_one_way(repo_root):
                 "evals",
                 "kernels",
                 "loader",
+                "peer_loops",
+                "peers",
                 "published",
                 "reading",
                 "step",
@@ -270,15 +331,15 @@ def test_a_stage_that_fails_or_takes_too_long_is_written_down_and_the_next_one_s
     assert benchmarks.gpu_check.stages(["A"], tmp_path, None) == 2
     files = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("fails", "hangs", "works")}
     results = {name: file["stage"]["result"] for name, file in files.items()}
-    assert results == {"fails": "failed with exit code 3", "hangs": "ended by its limit", "works": "done"}
-    assert files["hangs"]["known"] == 1, "what it had written before it was ended"
+    assert results == {"fails": "failed with exit code 3", "hangs": "stopped at its time limit", "works": "done"}
+    assert files["hangs"]["known"] == 1, "the file must keep what the stage wrote before it was stopped"
     assert "what it printed" in files["hangs"]["stage"]["printed_last"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "child", "fails.json", "hangs.json", "stages.json", "works.json",
     ]  # fmt: skip
     child = int((tmp_path / "child").read_text())
     with pytest.raises(ProcessLookupError):
-        for _ in range(100):  # it was killed with its parent; whoever inherits it has to notice
+        for _ in range(100):  # it was killed with its parent; the process that inherits it needs time to notice
             os.kill(child, 0)
             time.sleep(0.1)
 
@@ -286,19 +347,19 @@ def test_a_stage_that_fails_or_takes_too_long_is_written_down_and_the_next_one_s
 @pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, it is the check itself: make gpu-check")
 def test_the_stages_of_the_check_of_a_gpu_run_at_a_tiny_size_without_one(tmp_path, monkeypatch):
-    """Those of other benchmarks are seen with these, above; the three methods that learn differ in settings alone,
-    which are composed here.
+    """Stages that run another benchmark are tested with that benchmark, above. The methods that learn differ only in
+    their settings, so one is trained here and the settings of all are composed.
     """
     all_stages = benchmarks.gpu_check.STAGES
     chosen = {name: all_stages[name] for name in ("kernels", "waits", "learn-caco")}
     for stage in chosen.values():
-        monkeypatch.setattr(stage, "limit_s", 300)  # on two cores that others use too
+        monkeypatch.setattr(stage, "limit_s", 300)  # two cores, shared with other tests
     monkeypatch.setattr(benchmarks.gpu_check, "STAGES", chosen)
     assert benchmarks.gpu_check.stages(["A", "B"], tmp_path, None) == 0
     files = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in chosen}
     assert all(file["stage"]["result"] == "done" for file in files.values())
     assert files["waits"]["waits"] == {"caco": {"places": {}}} and files["learn-caco"]["knn"] > 10
-    assert len(list(tmp_path.iterdir())) == len(chosen) + 1, "no run, no images: little has to travel"
+    assert len(list(tmp_path.iterdir())) == len(chosen) + 1, "runs and images must not be left among the results"
     for name, settings in benchmarks.gpu_check.LEARNING.items():
         check_command(
             [*benchmarks.gpu_check.TRAINING, *settings, "data=digits", "augmentation=digits", "batch=64", "epochs=2"],
@@ -320,7 +381,7 @@ def test_the_images_of_the_check_lie_in_a_folder_that_git_ignores(repo_root):
 
 
 def test_the_settings_of_the_check_are_settings(monkeypatch):
-    """Of the methods in which it is seen where they wait; none is run."""
+    """Composes the settings of all methods of the stage `waits`; none is run."""
     composed = []
     monkeypatch.setattr(
         benchmarks.gpu_check, "run_training", lambda cfg, folder: composed.append(cfg.method._target_) or {}
@@ -331,7 +392,7 @@ def test_the_settings_of_the_check_are_settings(monkeypatch):
 
 
 def test_figures_are_written_as_they_come(tmp_path):
-    """Of a benchmark that is ended before its end, what it had found is in its file."""
+    """The file of a benchmark that is stopped early contains what it had found."""
     report = common.Report(["what", "figure"], tmp_path / "figures.json")
     report.figures["peak"] = 3
     report.row("a product", "3 GFLOP/s")
@@ -343,7 +404,7 @@ def test_figures_are_written_as_they_come(tmp_path):
 
 
 def test_a_contender_that_fails_on_a_gpu_is_left_out_by_its_name(monkeypatch, tmp_path):
-    """There it may be the first time that it runs; here a failure would be ours."""
+    """On a GPU it may run for the first time; on a CPU, a failure would be an error of ours."""
     contender = benchmarks.bank.contenders(torch.device("cpu"))["attention"]
 
     class Fails(contender):
@@ -370,6 +431,6 @@ def test_contenders_of_a_gpu_that_are_not_there_are_named(monkeypatch):
     monkeypatch.setattr(benchmarks.contenders.importlib.util, "find_spec", lambda name: None)
     reasons = {name: benchmarks.contenders.lacks(name, gpu) for name in benchmarks.contenders.contenders(gpu)}
     assert reasons == {
-        "linear_cross_entropy": f"PyTorch {torch.__version__} has none", "attention": None,
-        "Liger": "liger_kernel is not installed here", "cut-cross-entropy": "cut_cross_entropy is not installed here",
+        "linear_cross_entropy": f"PyTorch {torch.__version__} has no such function", "attention": None,
+        "Liger": "liger_kernel is not installed", "cut-cross-entropy": "cut_cross_entropy is not installed",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`python -m caco.train` as a user types it."""
+"""`python -m caco.train` on the command line."""
 
 import os
 import re
@@ -19,7 +19,8 @@ from caco.installed import command_to_install, version
 
 
 def caco(*arguments: str, cwd, **environment: str) -> subprocess.CompletedProcess:
-    environment |= {"PYTHONPATH": str(Path(train.__file__).parents[1])}  # a checkout need not be installed to be tested
+    # so that a checkout can be tested without installing it
+    environment |= {"PYTHONPATH": str(Path(train.__file__).parents[1])}
     command = [sys.executable, "-m", "caco.train", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **environment}
@@ -31,20 +32,20 @@ def test_a_mistake_costs_seconds_one_line_and_exit_code_2(tmp_path):
     done = caco("preset=demo", "bach=3", cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert seconds < 5, "of computing, whatever else the machine does: about one, and torch alone takes two to five"
+    assert seconds < 5, "expected about one second of processor time; importing torch alone takes two to five"
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "caco: bach: no such key; did you mean batch?\n"
 
 
 def test_one_refusal_names_everything_and_leaves_nothing_behind(tmp_path):
-    """Two typos, a wrong type, a wrong value, a folder that is not there; of settings and images alike, before torch is
-    imported.
+    """The command has two typos, a wrong type, a wrong value and a folder that does not exist; all are reported
+    together, before torch is imported.
     """
     begun = resource.getrusage(resource.RUSAGE_CHILDREN)
     wrong = ["data=folder", "data.root=nowhere", "bach=3", "bank=13M", "epochs=five", "method.temperature=-1"]
     done = caco(*wrong, cwd=tmp_path)
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert ended.ru_utime - begun.ru_utime < 8, "of computing; 1.3 to 2.2 s by the clock where it was measured"
+    assert ended.ru_utime - begun.ru_utime < 8, "this limits processor time; 1.3 to 2.2 s by the clock were measured"
     starts = ["caco: bank=13M: no such option", "bach: no such key; did you mean batch?",
     "epochs: expected int, got 'five'",
               "method.temperature: expected float above 0",
@@ -93,7 +94,7 @@ SWEEPS = [
 
 @pytest.mark.parametrize("overrides", SWEEPS)
 def test_the_jobs_that_are_checked_are_those_that_hydra_then_runs(overrides):
-    """Its sweeper says so in a private place; that one job more or less was checked would show nowhere else."""
+    """Hydra's sweeper splits a sweep in a private function; no other test would notice a job more or less."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     expected = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), max_batch_size=None)[0]
@@ -116,9 +117,9 @@ def here(monkeypatch, tmp_path):
         return 0
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fitting, "images_of", lambda data: None)  # there are none, and what trains them is not started
+    monkeypatch.setattr(fitting, "images_of", lambda data: None)  # there are no images, and training is not started
     for name, value in {"HYDRA_FULL_ERROR": "0", "CACO_SWEEP": "null"}.items():
-        monkeypatch.setenv(name, value)  # main sets it; this puts it back afterwards
+        monkeypatch.setenv(name, value)  # main() sets it; monkeypatch restores it afterwards
     return main
 
 
@@ -132,14 +133,14 @@ def test_bare_command_without_imagenet_says_in_two_lines_what_to_do(here, capsys
 
 @pytest.fixture
 def no_mlflow(monkeypatch):
-    """As where it is not installed; train itself does nothing."""
+    """Make MLflow look as if it was not installed, and training do nothing."""
     monkeypatch.setitem(sys.modules, "mlflow", None)
     monkeypatch.setattr(train, "run", lambda cfg, run_dir: None)
     train.say_once.cache_clear()
 
 
 def trackers(folder: Path) -> set[str]:
-    """The classes that the runs below a folder have recorded."""
+    """The tracker classes that the runs below a folder have recorded."""
     return {OmegaConf.load(file).tracking._target_ for file in folder.rglob("config.yaml")}
 
 
@@ -158,9 +159,9 @@ def test_without_mlflow_a_run_says_once_that_the_ledger_keeps_everything(
     assert (
         capsys.readouterr().err
         == f"caco: MLflow is not installed: the ledger keeps everything, and `python -m caco.tracking.sync {told}` "
-        f"sends it later, once MLflow is there ({command_to_install('mlflow')})\n"
+        f"sends it later, once MLflow is installed ({command_to_install('mlflow')})\n"
     )
-    assert trackers(tmp_path) == {"caco.tracking.ledger.LedgerTracker"}, "what the run records is what it did"
+    assert trackers(tmp_path) == {"caco.tracking.ledger.LedgerTracker"}, "the run must record the tracker that it used"
 
 
 def test_without_mlflow_nothing_is_said_where_tracking_was_chosen(here, no_mlflow, capsys):
@@ -174,7 +175,7 @@ def test_without_mlflow_nothing_is_said_where_tracking_was_chosen(here, no_mlflo
 def test_mlflow_named_and_missing_is_refused_before_anything_is_made(here, no_mlflow, command, capsys, tmp_path):
     assert here(*command, "preset=demo") == 2
     said = capsys.readouterr().err
-    assert f"MLflow is not installed; to have it: {command_to_install('mlflow')}" in said and said.count("\n") == 1
+    assert f"MLflow is not installed; to install it: {command_to_install('mlflow')}" in said and said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -287,12 +288,14 @@ def test_what_is_wrong_with_one_run_is_kept_in_its_directory(here, monkeypatch, 
     assert here("seed=0", "hydra.run.dir=refused") == 2
     with pytest.raises(ValueError, match="a bug"):
         here("seed=1", "hydra.run.dir=bug")
-    assert not (tmp_path / "refused").exists(), "refused before it wrote anything: nothing is left behind"
+    assert not (tmp_path / "refused").exists(), (
+        "a run that was refused before it wrote anything must leave no directory"
+    )
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "job.json").write_text("{}")
     here("seed=0", "hydra.run.dir=job")
     assert (tmp_path / "job" / "failure.txt").read_text() == "no such images\n", (
-        "a sweep reads there why a job of its failed"
+        "a sweep reads the reason of a failed job in failure.txt"
     )
     assert "Traceback" in (tmp_path / "bug" / "failure.txt").read_text()
 
@@ -305,5 +308,5 @@ def test_the_version_is_cacos_and_not_hydras(here, capsys, monkeypatch):
 
 
 def test_jobs_are_pickled_by_name():
-    """Not as part of __main__, which a launcher's process does not have."""
+    """A job must not refer to __main__, which is another module in a launcher's process."""
     assert train.job.__module__ == "caco.train"

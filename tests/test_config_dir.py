@@ -1,5 +1,5 @@
-"""Methods, sources, evaluators, images and backbones of the user's own, found through --config-dir (those in
-tests/own).
+"""A user's own methods, sources of positives, evaluators, images and backbones (those in tests/own), which caco finds
+through --config-dir.
 """
 
 import json
@@ -43,7 +43,7 @@ RUN = [
 
 
 def typed(monkeypatch, command, *arguments: str) -> int | str | None:
-    """The exit code of a command that is typed with these arguments, in this process."""
+    """Run a command with these arguments in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", [command.__file__, *arguments])
     try:
         command.main()
@@ -54,7 +54,7 @@ def typed(monkeypatch, command, *arguments: str) -> int | str | None:
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(monkeypatch, tmp_path):
-    """With a copy of tests/own, named own; what main() leaves in the process is put back."""
+    """Work in an empty folder with a copy of tests/own, named own; restores what main() changes in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setenv("CACO_SWEEP", "null")
@@ -65,7 +65,7 @@ def in_a_folder_of_its_own(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """What `caco-train --config-dir own method=agree ...` leaves behind: own and runs."""
+    """A folder in which `caco-train --config-dir own method=agree ...` has run: it has own/ and runs/."""
     home = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -78,7 +78,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run_dir(finished, tmp_path):
-    """The finished run, moved here, and its folder with it."""
+    """The directory of the finished run, after it and own/ were moved to this folder."""
     shutil.copytree(finished / "run", tmp_path / "run")
     cfg = OmegaConf.load(tmp_path / "run" / "config.yaml")
     assert cfg.config_dir == str(finished / "own")
@@ -106,7 +106,7 @@ def test_a_run_is_made_of_own_parts_and_records_their_folder_and_files(finished)
 def test_where_the_folder_lies_does_not_make_another_run(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(
         train, "run", lambda cfg, run_dir: write_config(run_dir, cfg)
-    )  # as training does once it goes on
+    )  # as training does when it resumes
     assert typed(monkeypatch, train, "--config-dir", "own", "method=agree", *RUN) == 0
     (tmp_path / "own").rename("moved")
     assert typed(monkeypatch, train, f"--config-dir={tmp_path / 'moved'}", "method=agree", *RUN) == 0
@@ -148,12 +148,12 @@ def test_evaluate_says_what_is_missing_and_takes_it_from_elsewhere(monkeypatch, 
     (tmp_path / "own").rename("moved")
     assert typed(monkeypatch, evaluate, "run=run", "eval=[knn]") == 2
     said = (
-        f"backbone._target_: mine.Flat is not installed here; the run had it from {tmp_path / 'own'}, which is not"
-        " there any more: say --config-dir DIR, where that is now"
+        f"backbone._target_: mine.Flat is not installed here; the run had it from {tmp_path / 'own'}, which no longer"
+        " exists: say --config-dir DIR with its present place"
     )
     assert said in capsys.readouterr().err
     assert typed(monkeypatch, evaluate, "run=run", "eval=[spread]") == 2
-    assert f"Perhaps it was in {tmp_path / 'own'}, which is not there any more" in capsys.readouterr().err
+    assert f"Perhaps it was in {tmp_path / 'own'}, which no longer exists" in capsys.readouterr().err
     assert typed(monkeypatch, evaluate, "run=run", "--config-dir", "moved", "eval=[spread]") == 0
 
 
@@ -231,7 +231,7 @@ MISTAKES = {
     (
         "method=agree",
         "config_dir=elsewhere",
-    ): "config_dir: expected it not to be set; --config-dir DIR does, got 'elsewhere'",
+    ): "config_dir: expected this key left out; use --config-dir DIR instead, got 'elsewhere'",
 }
 
 
@@ -239,7 +239,9 @@ MISTAKES = {
 def test_own_parts_have_the_early_refusals_of_all_others(monkeypatch, capsys, tmp_path, words):
     assert typed(monkeypatch, train, "--config-dir", "own", *RUN, *words) == 2
     assert f"caco: {MISTAKES[words]}" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists() and "mine" not in sys.modules, "nothing was made, and nothing imported"
+    assert not (tmp_path / "runs").exists() and "mine" not in sys.modules, (
+        "a refusal must come before anything is written or imported"
+    )
 
 
 METHOD = "# @package _global_\nbank: null\nmethod:\n  _target_: "
@@ -253,18 +255,18 @@ BAD_FILES = {
     "no YAML": ("method/bad.yaml", "method: [1\nbank: 2\n", "{own}/method/bad.yaml, line 2: "),
     "no Python": ("mine.py", "class Agree:\n    def f(:\n", "{own}/mine.py, line 2: invalid syntax: def f(:"),
     "another group's folder": ("methods/bad.yaml", METHOD + "mine.Agree",
-    "{own}/methods/bad.yaml would have to lie in a folder method/ there"),
+    "{own}/methods/bad.yaml would have to be in a folder method/ there"),
     "a package further down": ("method/bad.yaml", "# mine\n" + METHOD,
-    "{own}/method/bad.yaml: # @package has to be its first line"),
+    "{own}/method/bad.yaml: # @package must be in the first line"),
     "an option of caco's": ("method/caco.yaml", METHOD,
-    "{own}/method/caco.yaml: caco has method/caco.yaml already and would take its own"),
+    "{own}/method/caco.yaml: caco has its own method/caco.yaml and would use that one"),
     "a root of caco's": ("config.yaml", "batch: 3",
-    "{own}/config.yaml: caco has config.yaml already and would take its own"),
+    "{own}/config.yaml: caco has its own config.yaml and would use that one"),
     "Python's own name": ("code.py", "",
-    "{own}/code.py: Python would import its own by the name code; give yours another one"),
-    "an installed name": ("timm/__init__.py", "", "/timm/__init__.py by the name timm; give yours another one"),
+    "{own}/code.py: Python would import its own under the name code; give yours another name"),
+    "an installed name": ("timm/__init__.py", "", "/timm/__init__.py under the name timm; give yours another name"),
     "caco's name": ("caco.py", "",
-    f"{{own}}/caco.py: Python would import {caco.__file__} by the name caco; give yours another one"),
+    f"{{own}}/caco.py: Python would import {caco.__file__} under the name caco; give yours another name"),
 }  # fmt: skip
 
 
@@ -283,25 +285,25 @@ def test_without_the_folder_a_refusal_says_how_to_name_it(monkeypatch, capsys):
     assert typed(monkeypatch, train, "--config-dir", "nowhere", "method=agree") == 2
     assert (
         capsys.readouterr().err
-        == f"caco: --config-dir: expected a folder, got {Path('nowhere').absolute()}, which is not there\n"
+        == f"caco: --config-dir: expected a folder, got {Path('nowhere').absolute()}, which does not exist\n"
     )
     assert typed(monkeypatch, train, "--config-dir", "own", "-cd", "other", "method=agree") == 2
     assert capsys.readouterr().err == "caco: --config-dir: expected one folder, got own, other\n"
     assert typed(monkeypatch, train, "preset=smoke", "backbone._target_=mine.Flat") == 2
     assert (
-        "mine.Flat is not installed here; a file of your own is found in the folder that --config-dir names"
+        "mine.Flat is not installed here; to use a file of your own, name its folder with --config-dir"
         in capsys.readouterr().err
     )
 
 
 def test_the_folder_may_be_the_one_that_one_works_in(monkeypatch, capsys):
     monkeypatch.chdir("own")
-    monkeypatch.syspath_prepend(Path.cwd())  # as python -m does
+    monkeypatch.syspath_prepend(Path.cwd())  # as python -m does it
     path = list(sys.path)
     assert typed(monkeypatch, train, "--config-dir", ".", "--help", "method=agree") == 0
     Path("code.py").touch()
     assert typed(monkeypatch, train, "--config-dir", ".", "--help", "method=agree") == 2
-    assert "code.py: Python would import its own by the name code" in capsys.readouterr().err
+    assert "code.py: Python would import its own under the name code" in capsys.readouterr().err
     assert sys.path == path
 
 
@@ -367,7 +369,7 @@ def test_two_ranks_find_it(tmp_path):
 
 @pytest.mark.long
 def test_a_local_sweep_runs_the_folder_as_it_was_submitted(tmp_path):
-    """Two jobs, one after the other; before the second starts the folder is edited."""
+    """There are two jobs, one after the other, and the folder is edited before the second one starts."""
     command = [
         sys.executable,
         "-P",

@@ -1,4 +1,6 @@
-"""What every method and every P/N setting in conf/ promises, found there: a new one is held to it by being there."""
+"""What every method and every setting of pn in conf/ must do. The tests find the options in conf/, so they test new
+ones automatically.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ def test_it_runs_records_and_goes_on_to_the_same_bits(tmp_path, case):
     train(tmp_path, *overrides, bank=bank)
     whole, rows = final(tmp_path), record(tmp_path)
     losses = [row["loss"] for row in rows if "loss" in row]
-    assert len(set(losses)) == 7, "every step gives another loss"
+    assert len(set(losses)) == 7, "every step must give a different loss"
     (tmp_path / "checkpoints" / "step_000000007.pt").unlink()
     (tmp_path / "summary.json").unlink()
     train(tmp_path, *overrides, bank=bank)
@@ -47,7 +49,7 @@ def test_bank_and_twin_move_only_when_told(case):
         method.after_step(now(bank_lr=0.5))
         assert not torch.equal(rows, method.bank.rows.weight)
     assert all(p.grad is not None for group in method.parameter_groups() for p in group.parameters), (
-        "every parameter takes part"
+        "every parameter must get a gradient"
     )
 
 
@@ -57,7 +59,7 @@ QUEUED = [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for
 
 @pytest.mark.parametrize("case", QUEUED)
 def test_no_key_is_a_negative_of_its_own_image(case):
-    """A queue that hands keys back at once would hold a vector equal to the step's own key; none may."""
+    """A queue that returned this step's keys at once would contain a vector equal to the query's own key."""
     cfg = compose(*CASES[case], bank=has_bank(CASES[case]))
     method = build_method(cfg).train()
     for step in range(3):

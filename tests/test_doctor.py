@@ -1,4 +1,6 @@
-"""`python -m caco.doctor` says what works here, what does not, and what to do; each against a machine made that way."""
+"""`python -m caco.doctor` reports what works on this machine, what does not, and what to do; each finding is tested
+with a simulated machine.
+"""
 
 import importlib.util
 import json
@@ -52,8 +54,10 @@ def test_the_command_says_what_is_here_and_what_stops_one_by_its_exit_code(tmp_p
     assert states["data", "data=folder data.validation_fraction=0.1 data.root=mine"] == "works"
     assert states["data", "absent: no such folder"] == "broken"
     assert {"python", "caco", "torch", "gpu", "ffcv", "slurm", "mlflow", "disk", "data"} <= {part for part, _ in states}
-    assert all(found["do"] for found in told["findings"] if found["state"] != "works"), "each with what to do"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"], "nothing was written"
+    assert all(found["do"] for found in told["findings"] if found["state"] != "works"), (
+        "every finding that does not work must say what to do"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"], "the doctor must write nothing"
 
 
 def test_what_is_absent_stops_only_those_who_need_it():
@@ -137,7 +141,9 @@ def test_a_native_part_that_setup_py_has_and_the_package_has_not_is_named(tmp_pa
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler, as the native parts do")
 def test_the_native_parts_are_built_where_a_compiler_is_and_the_level_at_which_they_serve_is_said(monkeypatch):
-    """setup.py goes on without them, and the tests of them are skipped: so that would be seen nowhere else."""
+    """setup.py continues without them, and their tests are skipped then, so no other test would notice that they fail
+    to build.
+    """
     monkeypatch.setattr(instructions, "LEVEL", "plain")
     assert only(doctor.native()) == Finding(
         "native", "works", "caco.banks.kernels._kernel (plain), caco.data.views._views (plain)"
@@ -150,7 +156,7 @@ def test_the_native_parts_are_built_where_a_compiler_is_and_the_level_at_which_t
         "turned off by CACO_INSTRUCTIONS=torch: caco.banks.kernels._kernel, caco.data.views._views",
     )
     monkeypatch.setattr(instructions, "LEVEL", None)
-    assert only(doctor.cpu()).what.endswith("; the best serves, CACO_INSTRUCTIONS is not set")
+    assert only(doctor.cpu()).what.endswith("; the best is used, because CACO_INSTRUCTIONS is not set")
 
 
 def test_a_driver_whose_gpus_torch_does_not_see_is_no_machine_without_gpus(monkeypatch):

@@ -1,5 +1,5 @@
-"""caco.embed: each image of a folder to its features, under its name, in two formats, to the same bytes however often
-it was stopped.
+"""caco.embed writes the features of each image of a folder under the image's name, in two formats, and gives the same
+bytes however often it was interrupted.
 """
 
 import json
@@ -33,7 +33,7 @@ WEIGHTS = [
 
 
 def caco_embed(*words):
-    """What `caco-embed` does with this command line; its exit code."""
+    """Run `caco-embed` with this command line; returns its exit code."""
     before, sys.argv = sys.argv, ["caco-embed", *map(str, words)]
     try:
         embed.main()
@@ -46,7 +46,7 @@ def caco_embed(*words):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Forty images in folders and beside them, of other sizes, some grey, one of an odd name."""
+    """Forty images of different sizes, some in subfolders, some grey, one with an unusual name."""
     root = tmp_path_factory.mktemp("folder")
     draw = np.random.default_rng(0)
     for number in range(40):
@@ -125,14 +125,14 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path, folder, we
     seen.clear()
     monkeypatch.setattr(type(small_resnet(width=8)), "forward", counted)
     assert caco_embed(*common, f"to={tmp_path / f'stopped.{kind}'}") == 0
-    assert seen == [8, 8]  # three of the five batches were kept
+    assert seen == [8, 8]  # three of the five batches had been stored
     assert (tmp_path / f"whole.{kind}").read_bytes() == (tmp_path / f"stopped.{kind}").read_bytes()
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["npz", "parquet"])
 def test_killed_at_whatever_instants_it_goes_on_to_the_same_bytes(tmp_path, folder, weights, kind):
-    """Ended from outside, again and again, while it computes features and writes them."""
+    """The process is killed from outside several times, while it computes and writes features."""
     if kind == "parquet":
         pytest.importorskip("pyarrow")
     common = [f"weights={weights}", *WEIGHTS, f"data.root={folder}", "batch=1"]
@@ -159,10 +159,10 @@ def test_a_second_time_it_is_said_and_another_file_is_never_written_over(tmp_pat
     capsys.readouterr()
     assert caco_embed(*common, f"to={to}") == 0 and "finished already on 20" in capsys.readouterr().err
     assert caco_embed(*common, "augmentation.plain_crop=0.5", f"to={to}") == 2
-    assert "is there already, of another plain_view; choose another name" in capsys.readouterr().err
+    assert "exists and was made from another plain_view; choose another name" in capsys.readouterr().err
     assert to.read_bytes() == content
     to.write_bytes(b"mine")
-    assert caco_embed(*common, f"to={to}") == 2 and "is no file of caco.embed's" in capsys.readouterr().err
+    assert caco_embed(*common, f"to={to}") == 2 and "was not written by caco.embed" in capsys.readouterr().err
     assert to.read_bytes() == b"mine" and [path.name for path in tmp_path.iterdir()] == ["features.npz"]
 
 
@@ -178,8 +178,11 @@ def test_a_runs_own_views_and_labels_of_other_data(tmp_path, folder):
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["to=features.csv"], "to: expected a file to write to, as to=FILE.npz or to=FILE.parquet, got 'features.csv'"),
-        (["loader.corrupt=skip", "to=x.npz"], "would get another's features"),
+        (
+            ["to=features.csv"],
+            "to: expected the file to write to, as to=FILE.npz or to=FILE.parquet, got 'features.csv'",
+        ),
+        (["loader.corrupt=skip", "to=x.npz"], "would get the features of another image"),
         (["data.root=nowhere", "to=x.npz"], "data=images needs images"),
     ],
 )
@@ -207,8 +210,8 @@ def test_two_ranks_write_what_one_does(tmp_path, folder, weights):
 
 
 def test_images_as_they_are_stored_are_embedded_and_prepared_as_their_run_has_them(tmp_path, monkeypatch, capsys):
-    """Four channels of 16 bits: caco.embed's features are those of caco.load's backbone and preprocessing; photographs
-    are refused.
+    """With four channels of 16 bits, caco.embed gives the same features as caco.load's backbone and preprocessing, and
+    refuses photographs.
     """
     generator = np.random.default_rng(0)
     for number in range(40):

@@ -1,4 +1,4 @@
-"""The equations agree with autograd in float64, with arithmetic by hand, and with each other."""
+"""The equations in caco/equations.py agree with autograd in float64, with arithmetic by hand, and with each other."""
 
 import math
 
@@ -23,12 +23,14 @@ def problem():
 
 
 def test_by_hand_two_rows_in_the_plane():
-    """q = (1, 0), rows (0.6, 0.8) and (0, 1), tau 0.5: every number below comes from a pocket calculator."""
+    """For q = (1, 0), rows (0.6, 0.8) and (0, 1), and tau 0.5, all numbers below were computed with a pocket
+    calculator.
+    """
     q = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     m = torch.tensor([[0.6, 0.8], [0.0, 1.0]], dtype=torch.float64)
     positive = eq.most_probable_positive(q, m)
     assert positive.tolist() == [0]
-    p0 = math.exp(1.2) / (math.exp(1.2) + 1)  # cosines 0.6 and 0, over 0.5: logits 1.2 and 0
+    p0 = math.exp(1.2) / (math.exp(1.2) + 1)  # cosines 0.6 and 0, divided by 0.5: logits 1.2 and 0
     assert eq.probabilities(q, m, 0.5)[0].tolist() == pytest.approx([p0, 1 - p0], abs=1e-12)
     assert p0 == pytest.approx(0.768525, abs=1e-6)
     assert eq.contrastive_loss(q, m, positive, 0.5).item() == pytest.approx(0.263282, abs=1e-6)
@@ -43,7 +45,7 @@ def test_info_nce_by_hand():
     q = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     k = torch.tensor([[0.8, 0.6]], dtype=torch.float64)
     m = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
-    by_hand = math.log(1 + math.exp(-1.6) + math.exp(-3.6))  # logits 1.6, 0, -2 at tau 0.5
+    by_hand = math.log(1 + math.exp(-1.6) + math.exp(-3.6))  # logits 1.6, 0 and -2 with tau 0.5
     assert eq.info_nce(q, k, m, 0.5).item() == pytest.approx(by_hand, abs=1e-12)
 
 
@@ -87,7 +89,9 @@ def test_equations_8_and_9_are_autograd_through_normalised_rows(problem):
 @pytest.mark.parametrize("with_extra", [False, True])
 @pytest.mark.parametrize(("pull", "push"), [(1, 1), (0, 1), (1, 0), (0, 0), (0.5, 2)])
 def test_the_bank_gradient_is_autograd_with_the_negatives_sign_flipped(problem, pull, push, with_extra):
-    """An oracle that shares no formula: per query, autograd of Eq. 3 at rows of any norm; negatives ascend (Eq. 6)."""
+    """The oracle uses no formula of the code: for each query, autograd of Eq. 3 with rows of any norm; negative rows
+    ascend (Eq. 6).
+    """
     q, k, m, positive = problem
     norms = torch.linspace(0.5, 3, 7, dtype=torch.float64)[:, None]
     extra = q @ k.T if with_extra else None
@@ -109,7 +113,7 @@ def test_the_bank_gradient_is_autograd_with_the_negatives_sign_flipped(problem, 
 
 
 def test_equation_10_is_descent_on_the_bank_gradient_at_unit_rows(problem):
-    """Eq. 10 sums over the batch where the code takes the mean: one step of eta is one of eta * B."""
+    """Eq. 10 sums over the batch and the code takes the mean, so a step with eta is a step with eta * B in the code."""
     q, _, m, positive = problem
     moved = eq.bank_step_equation_10(q, m, positive, TAU, eta=0.2)
     gradient = eq.bank_gradient(q, m, positive, TAU)
@@ -131,7 +135,7 @@ def test_the_two_readings_differ_by_the_norm_alone(problem):
 
 
 def test_two_rows_of_a_symmetric_batch_sum(problem):
-    """Weights of the queries add: a batch is the sum of its parts."""
+    """The contributions of the queries add up, so a batch gives the sum of its parts."""
     q, _, m, positive = problem
     weight = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     whole = eq.bank_gradient(q, m, positive, TAU, weight_B=weight)

@@ -1,4 +1,4 @@
-"""One class says what a user did; every command shows it in the same way, and a bug keeps its traceback."""
+"""UserError reports mistakes of a user; every command shows it in the same way, and a bug keeps its traceback."""
 
 import ast
 import errno
@@ -15,7 +15,7 @@ from test_imports import MODULES, ROOT
 from caco import errors
 from caco.errors import FileError, UserError
 
-# Each with something it cannot do, found out late: after the command line was read.
+# Each command with arguments that it refuses only after it has read its command line.
 COMMANDS = {
     "caco.evaluate": ("got nowhere, which is not there", ["run=nowhere"]),
     "caco.export": ("got nowhere, which is not there", ["run=nowhere", "to=x"]),
@@ -33,9 +33,9 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_shows_a_refusal_alone_and_ends_with_exit_code_2(command, tmp_path, monkeypatch, capsys):
-    """The commands run as `python -m` runs them: their own functions are then those of __main__."""
+    """The commands are run as by `python -m`, so that their functions belong to __main__."""
     importlib.import_module(command)
-    monkeypatch.delitem(sys.modules, command)  # else runpy warns
+    monkeypatch.delitem(sys.modules, command)  # otherwise runpy warns
     expected, arguments = COMMANDS[command]
     monkeypatch.setattr("sys.argv", [command, *arguments])
     monkeypatch.chdir(tmp_path)
@@ -95,7 +95,7 @@ def test_who_catches_value_errors_and_os_errors_catches_these():
 
 
 def test_a_component_s_arguments_are_the_user_s():
-    """Constructors take what a configuration says, so what they refuse is for the user."""
+    """A component's arguments come from the user's configuration, so its errors are shown as mistakes of the user."""
     wrong = []
     for module, path in MODULES.items():
         for made in ast.walk(ast.parse(path.read_text())):
@@ -128,7 +128,7 @@ def test_the_class_comes_without_anything_heavy():
         (errno.ENOSPC, "Make room there"), (errno.EDQUOT, "a larger quota"),
         (errno.EROFS, "a place that can be written to"),
         (errno.EACCES, "a place that you may use"), (errno.EIO, "the disk or the network storage fails"),
-        (errno.ESTALE, "see that it is mounted"),
+        (errno.ESTALE, "check that it is mounted"),
     ],
 )  # fmt: skip
 def test_what_a_machine_cannot_do_is_one_sentence_with_exit_code_2(number, advice, capsys):

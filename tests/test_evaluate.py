@@ -1,4 +1,6 @@
-"""`python -m caco.evaluate` as a user types it: what it takes, where results go, what it refuses, that it goes on."""
+"""`python -m caco.evaluate` on the command line: what it evaluates, where results go, what it refuses, and that it
+resumes.
+"""
 
 import json
 import shutil
@@ -30,14 +32,14 @@ QUICK = ["eval=[knn,probe,linear]", "eval.knn.fraction=1", "eval.linear.epochs=1
 def finished(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "tiny"
     train(run_dir, *TRAINING)
-    # What the command line does around `train`.
+    # The command line of caco.train writes this file before it trains.
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(compose(*TRAINING), resolve=True))
     return run_dir
 
 
 @pytest.fixture
 def run_dir(tmp_path, finished) -> Path:
-    """A finished run of six steps, with checkpoints after three and six."""
+    """A finished run of six steps with checkpoints after steps three and six."""
     return Path(shutil.copytree(finished, tmp_path / "tiny"))
 
 
@@ -93,7 +95,7 @@ def test_the_numbers_are_those_of_the_checkpoints_backbone_the_first_weights_and
     method = assembly.build_method(cfg)
     method.load_state_dict(load(run_dir / "checkpoints" / "step_000000006.pt")["method"])
     trained.load_state_dict(method.backbone.state_dict())
-    # To one image of 397: other batches are rounded otherwise, which may turn a vote.
+    # Equal up to one image of 397, because other batches are rounded differently, which may change a vote.
     for prefix, backbone in (("", trained), ("untrained/", untrained), ("pixels/", torch.nn.Flatten())):
         knn = {"knn": instantiate(compose("eval=[knn]").eval.knn)}
         expected = Evaluation(knn, splits, views, batch=200, device="cpu", precision="fp32", seed=0).run(
@@ -106,7 +108,7 @@ def test_the_numbers_are_those_of_the_checkpoints_backbone_the_first_weights_and
 
 @pytest.fixture(scope="module")
 def monitored(tmp_path_factory) -> Path:
-    """As `finished`, with the paper's monitor, k-NN over 20 % of each class, measured by training."""
+    """Like `finished`, with the paper's monitor (k-NN over 20 % of each class) evaluated during training."""
     run_dir = tmp_path_factory.mktemp("runs") / "monitored"
     overrides = [*TRAINING, "eval=[knn]"]
     train(run_dir, *overrides)
@@ -132,17 +134,17 @@ def test_the_same_protocol_gives_training_s_number_by_training_s_name_and_anothe
 
 def test_another_number_of_the_same_name_never_replaces_training_s(here, knn_run, capsys):
     before, rows = read_json(knn_run / "summary.json"), evals(knn_run)
-    for _ in range(2):  # measured; and answered from its file
+    for _ in range(2):  # first computed, then answered from its file
         assert here(f"run={knn_run}", "eval=[knn]", "seed=1") == 0
         assert (read_json(knn_run / "summary.json"), evals(knn_run)) == (before, rows)
         (kept,) = (knn_run / "evaluations").glob("knn-*.json")
         (number,) = read_json(kept)["results"].values()
-        assert number != before["knn20_20pct_top1"], "else this shows nothing"
+        assert number != before["knn20_20pct_top1"], "the numbers must differ, or the test would show nothing"
         out, err = capsys.readouterr()
         assert out.split() == ["knn20_20pct_top1", f"{number:.6g}"]
         assert (
-            err == f"caco: knn20_20pct_top1: training measured {before['knn20_20pct_top1']:.6g}, which stays; the"
-            f" {number:.6g} of this evaluation is in {kept} alone\n"
+            err == f"caco: knn20_20pct_top1: training measured {before['knn20_20pct_top1']:.6g}, which is kept; the"
+            f" {number:.6g} of this evaluation is in {kept} only\n"
         )
 
 
@@ -176,9 +178,9 @@ def test_nothing_is_done_twice_and_a_cut_command_goes_on(here, run_dir, monkeypa
         {"probe_top1"},
         {"linear_epochs-1_batch-256_top1", "linear_epochs-1_batch-256_top5"},
     ]
-    assert capsys.readouterr().out.count("knn20_top1") == 2, "each command tells all results"
+    assert capsys.readouterr().out.count("knn20_top1") == 2, "each command must print all results"
     assert here(f"run={run_dir}", *QUICK, "eval.knn.k=5") == 0
-    assert done[3:] == ["knn"], "another question is answered anew"
+    assert done[3:] == ["knn"], "another setting must be evaluated again"
 
 
 def test_a_result_whose_row_was_lost_is_written_again_without_work(here, run_dir, monkeypatch):
@@ -230,7 +232,7 @@ def test_without_mlflow_a_run_that_was_tracked_there_is_evaluated_into_its_ledge
     assert told in capsys.readouterr().err
     assert "knn20_20pct_top1" in evals(run_dir)[-1]
     assert here(f"run={run_dir}", "eval=[knn]", "tracking=mlflow") == 2
-    assert "tracking=mlflow: MLflow is not installed; to have it: " in capsys.readouterr().err
+    assert "tracking=mlflow: MLflow is not installed; to install it: " in capsys.readouterr().err
 
 
 def test_weights_from_elsewhere_get_a_folder_of_their_own(here, run_dir, tmp_path):
@@ -278,8 +280,8 @@ def test_the_parts_that_the_run_recorded_are_taken_unless_chosen_anew(run_dir):
         ([], "expected run=RUN or weights=FILE, got neither"),
         (["run={run}", "weights={file}", "format=caco"], "expected run=RUN or weights=FILE, got both"),
         (["run=nowhere"], "run: expected a run's directory, a checkpoint file or an MLflow run id, got nowhere"),
-        (["run={run}/checkpoints"], "with config.yaml, got {run}/checkpoints, which has none"),
-        (["run={run}/config.yaml"], "expected a checkpoint file where its run left it"),
+        (["run={run}/checkpoints"], "with a config.yaml, got {run}/checkpoints, which has none"),
+        (["run={run}/config.yaml"], "expected a checkpoint file inside its run's directory"),
         (["run={run}", "eval=[knn,linaer]"], "eval=linaer: no such option; did you mean linear"),
         (["run={run}", "eval=[]"], "eval: expected at least one evaluator"),
         (["run={run}", "eval.linear.epoch=3"], "eval.linear.epoch: no such key; did you mean epochs?"),
@@ -301,7 +303,7 @@ def test_a_mistake_is_refused_with_what_was_expected(run_dir, overrides, expecte
     with pytest.raises(UserError) as refusal:
         pretrained.compose("evaluate", filled or ["device=cpu"])
     if not overrides:
-        expected = "backbone: must be given"  # the first thing that is missing
+        expected = "backbone: must be given"  # the first setting that is missing
     assert expected.format(run=run_dir) in str(refusal.value)
 
 
@@ -373,11 +375,11 @@ def test_a_run_that_another_process_trains_is_left_alone(run_dir, tmp_path):
 
 
 def test_two_ranks_train_the_classifiers_that_one_trains(here, run_dir):
-    """Five convex steps of the linear one; two of the whole network, at a rate of 0.014, so that rounding is not led
-    astray.
+    """The linear classifier makes five steps, which are convex; the whole network makes two at a rate of 0.014, so that
+    rounding errors stay small.
 
-    A float32 network of some twenty layers rounds statistics and gradients by some 1e-6 of their size. Another share of
-    the images, or gradients of one rank alone, would change them by hundredths.
+    A float32 network of some twenty layers rounds statistics and gradients by about 1e-6 of their size. Another share
+    of the images, or the gradients of one rank alone, would change them by hundredths.
     """
     command = [f"run={run_dir}", "eval=[linear,semi,knn]", "eval.linear.epochs=1"]
     command += ["eval.linear.batch=256", "eval.linear.larc=false", "eval.linear.lr=1", "eval.semi.fractions=[0.1]"]
@@ -408,5 +410,6 @@ def test_linear_evaluation_at_the_end_of_training_gives_what_it_gives_afterwards
     during = train(tmp_path / "during", *TRAINING, *linear)
     assert here(f"run={run_dir}", *linear, "batch=64") == 0
     name = "linear_epochs-1_batch-256_larc-no_top1"
-    # To one image of 397: other batches are rounded otherwise, which may turn one that lies between two classes.
+    # Equal up to one image of 397, because other batches are rounded differently, which may change an image between two
+    # classes.
     assert read_json(run_dir / "summary.json")[name] == pytest.approx(during[name], abs=0.26)

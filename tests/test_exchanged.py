@@ -1,5 +1,5 @@
-"""Exchange files of equal names and sizes, and no answer of before comes back: evaluations, transfer, pixels, overlap,
-resume.
+"""If image files are exchanged for others with the same names and sizes, no earlier result is used again: in
+evaluations, transfer, raw pixels, the overlap check and resuming.
 """
 
 import shutil
@@ -19,7 +19,9 @@ TRAINING = ["max_steps=2", "epochs=1", "eval=[]", "bank.size=64", "warm_start.st
 
 
 def write_bitmaps(folder, *, swapped, seed, count=6):
-    """BMP images of two classes, each told by its colour; of the same names and sizes, `swapped` or not."""
+    """Write BMP images of two classes with different colours; `swapped` exchanges the colours, not the names and
+    sizes.
+    """
     rng = np.random.default_rng(seed)
     for c, name in enumerate("ab"):
         (folder / name).mkdir(parents=True)
@@ -45,7 +47,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def evaluated(tmp_path, finished, monkeypatch):
-    """evaluated("eval=[knn]", ...): its exit code, and all results of the run by name."""
+    """evaluated("eval=[knn]", ...) evaluates the run; returns the exit code and all results of the run by name."""
     run_dir = shutil.copytree(finished, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("caco.runs.directory._locks", {})
@@ -63,7 +65,9 @@ def evaluated(tmp_path, finished, monkeypatch):
 
 
 def test_evaluations_and_pixels(tmp_path, evaluated):
-    """The test images' classes are exchanged: what was right becomes wrong, in results, features and baselines."""
+    """The classes of the test images are exchanged, so right predictions become wrong, in results, features and
+    baselines.
+    """
     write_bitmaps(tmp_path / "set" / "train", swapped=0, seed=0)
     write_bitmaps(tmp_path / "set" / "test", swapped=0, seed=1)
     write_bitmaps(tmp_path / "set" / "other", swapped=1, seed=1)
@@ -106,10 +110,10 @@ def test_transfer(tmp_path, evaluated):
     exchange(tmp_path / "sets" / "own" / "test", tmp_path / "sets" / "own" / "other")
     results = evaluated(*command)[1]
     (other,) = (key for key in results if key.startswith("pixels/own-") and key.endswith("own_top1"))
-    assert results[name] == 100.0, "of the images that were known by that name first"
+    assert results[name] == 100.0, "the earlier result must be that of the first images"
     assert results[other] == 0.0
     of_copies = evaluated(*command[:1], f"eval.transfer.root={tmp_path / 'copies'}", *command[2:])[1]
-    assert of_copies == results, "a copy elsewhere is the same set"
+    assert of_copies == results, "a copy in another folder counts as the same set"
 
 
 def test_overlap(tmp_path, evaluated, capsys):
@@ -132,6 +136,7 @@ def test_resume(tmp_path):
     train(tmp_path / "run", *command, "max_steps=2")
     shutil.copytree(tmp_path / "set", tmp_path / "copy")
     exchange(tmp_path / "set" / "train", tmp_path / "set" / "other")
-    with pytest.raises(UserError, match="expected a checkpoint made with these data .*; got one made with others"):
+    with pytest.raises(UserError, match="expected a checkpoint made with these data .*; got one made with other data"):
         train(tmp_path / "run", *command, "max_steps=2")
-    train(tmp_path / "run", *command, "max_steps=2", f"data.root={tmp_path / 'copy'}")  # a copy elsewhere is these data
+    # a copy elsewhere counts as the same data
+    train(tmp_path / "run", *command, "max_steps=2", f"data.root={tmp_path / 'copy'}")

@@ -1,4 +1,4 @@
-"""Exports come back: through caco, timm, torchvision, and by the names that detectron2 expects."""
+"""Exported weights can be loaded again: by caco, timm and torchvision, and with the names that detectron2 expects."""
 
 import pickle
 import re
@@ -29,7 +29,7 @@ RESNET = {"_target_": "caco.nn.backbones.timm_backbone", "name": "resnet18", "ci
 def resnet():
     torch.manual_seed(0)
     backbone = timm_backbone(name="resnet18").eval()
-    with torch.no_grad():  # statistics that are not those of a new network
+    with torch.no_grad():  # statistics that differ from those of a new network
         for name, buffer in backbone.named_buffers():
             if name.endswith("running_mean"):
                 buffer.normal_(0, 0.1)
@@ -87,7 +87,7 @@ def test_detectron2s_names_and_back(resnet, exported):
     content = pickle.loads((exported / "detectron2.pkl").read_bytes())
     assert content["matching_heuristics"] is True and content["__author__"] == "caco"
     names = content["model"].keys()
-    # Of its ResNets, as detectron2.modeling.backbone.resnet builds them.
+    # The names of its ResNets, as detectron2.modeling.backbone.resnet builds them.
     assert {
         "stem.conv1.weight",
         "stem.conv1.norm.running_mean",
@@ -128,7 +128,7 @@ def test_each_line_of_python_in_the_card_loads_the_weights_as_printed(resnet, ex
     lines = [line.replace("FOLDER", str(exported)) for line in block.splitlines() if not line.startswith("#")]
     tensors, model, fits = (eval(line) for line in lines)
     assert tensors.keys() == resnet.state_dict().keys() and fits.missing_keys == ["fc.weight", "fc.bias"]
-    assert torch.equal(features(model, images), features(resnet, images)), "weights that were trained, not new ones"
+    assert torch.equal(features(model, images), features(resnet, images)), "the loaded weights must be the trained ones"
     assert 'timm.create_model("local-dir:FOLDER", pretrained=True)' in export.HELP
 
 
@@ -189,7 +189,7 @@ def test_a_network_that_a_layout_does_not_know_is_refused_before_anything_is_wri
 def test_a_network_of_images_in_another_colour_space_says_so(resnet, tmp_path):
     about = {**ABOUT, "augmentation": {**ABOUT["augmentation"], "colours": "lab"}}
     with pytest.raises(
-        ValueError, match="takes images in lab, which no layout but safetensors can say; got safetensors, timm"
+        ValueError, match="takes images in lab, which only safetensors can record; got safetensors, timm"
     ):
         export.export(resnet, RESNET, ["safetensors", "timm"], tmp_path / "to", about)
     assert not (tmp_path / "to").exists()
@@ -217,7 +217,7 @@ def test_a_runs_backbone_is_exported_from_the_command_line(tmp_path, monkeypatch
     assert all(torch.equal(value, trained[f"encoder.backbone.{name}"]) for name, value in written.items())
 
     for arguments, expected in (
-        ([f"run={tmp_path / 'run'}"], "to: expected a folder to write to"),
+        ([f"run={tmp_path / 'run'}"], "to: expected the folder to write to"),
         (
             [f"run={tmp_path / 'run'}", "to=x", "layouts=[onnx]"],
             "layouts: expected some of safetensors, timm, torchvision, detectron2",

@@ -1,4 +1,6 @@
-"""The rooms of the house: imports go down its floors only, never in a circle, and configuration comes without torch."""
+"""The layers of the code ("floors" with "rooms", the packages): imports go only to lower floors, never in a circle, and
+configuration works without torch.
+"""
 
 import ast
 import subprocess
@@ -14,8 +16,8 @@ MODULES = {
     for part in ("caco", "experiments", "analysis", "hydra_plugins")
     for path in sorted((ROOT / part).rglob("*.py"))
 }
-# The lowest first. What stands on one floor does not import what stands beside it: each name is a room or a single
-# module.
+# The floors, the lowest first. Each name is a room (a package) or a single module. Rooms on the same floor do not
+# import each other.
 FLOORS = [
     ["caco.redaction"],
     [
@@ -47,7 +49,7 @@ FLOORS = [
     ["analysis"],
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
-# Neighbours on one floor that do know each other, with the reason.
+# Exceptions: rooms on the same floor of which one imports the other, with the reason.
 NEIGHBOURS = {
     ("caco.export", "caco.evaluate"): "both start from a run or from weights, and share that part of a command",
     ("caco.embed", "caco.evaluate"): "the same",
@@ -56,7 +58,7 @@ NEIGHBOURS = {
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of this project that a file imports, anywhere in it."""
+    """The modules of this project that a file imports, also inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -73,7 +75,7 @@ IMPORTS = {module: imported(path) - {module} for module, path in MODULES.items()
 
 
 def room(module: str) -> str:
-    """caco.banks for caco.banks.rows, caco.train for itself, experiments for experiments.run."""
+    """The room of a module: caco.banks for caco.banks.rows, caco.train for itself, experiments for experiments.run."""
     parts = module.split(".")
     return ".".join(parts[: 2 if parts[0] == "caco" else 1])
 
@@ -155,7 +157,7 @@ def test_every_room_says_what_belongs_in_it_and_holds_nothing_else():
                     "__version__ = installed.version()",
                 ]
             }
-            if not module.startswith("hydra_plugins"):  # where Hydra looks for the class itself
+            if not module.startswith("hydra_plugins"):  # where Hydra looks for the class
                 assert content == allowed.get(module, []), module
             if module.startswith("caco."):
                 assert "\nNot here: " in body[0].value.value, (
@@ -164,7 +166,7 @@ def test_every_room_says_what_belongs_in_it_and_holds_nothing_else():
 
 
 def test_nobody_would_rather_not_open_a_file():
-    """A file that one reads in one sitting; a longer one has two subjects."""
+    """A file should be short enough to read in one sitting; a longer one usually has two subjects."""
     sources = [
         path
         for part in ("caco", "experiments", "analysis", "benchmarks", "tests")

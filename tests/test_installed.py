@@ -1,4 +1,6 @@
-"""caco as it is installed: the command that a message names, a wheel, and an editable install seen from any folder."""
+"""caco in different installations: the install command that messages name, a wheel, and an editable install used from
+any folder.
+"""
 
 import importlib.metadata
 import json
@@ -33,7 +35,7 @@ PARTS = (
 
 @pytest.fixture
 def as_if_in(monkeypatch, tmp_path):
-    """`as_if_in("site")` makes caco look for itself in tmp_path/site; returns that folder."""
+    """`as_if_in("site")` makes caco believe that it is in tmp_path/site; returns that folder."""
 
     def place(name: str, *, prefix: str = sys.prefix, pyproject: bool = False) -> Path:
         folder = tmp_path / name
@@ -49,7 +51,7 @@ def as_if_in(monkeypatch, tmp_path):
 
 
 def recorded(monkeypatch, origin: dict | None) -> None:
-    """What pip has noted about where caco-ssl comes from."""
+    """Set what pip has recorded about the origin of caco-ssl."""
 
     class Distribution:
         def read_text(self, name):
@@ -68,7 +70,7 @@ def test_the_version_is_that_of_the_project_also_where_nothing_is_installed(as_i
     assert caco.__version__ == declared
     assert f"\nversion: {declared}\n" in (ROOT / "CITATION.cff").read_text()
     (as_if_in("checkout") / "pyproject.toml").write_text('[project]\nversion = "7.1"\n')
-    assert installed.version() == "7.1", "whatever pip has noted of another checkout"
+    assert installed.version() == "7.1", "pip's record of another checkout must not matter"
     as_if_in("copy")
     monkeypatch.setattr(installed, "DISTRIBUTION", "caco-that-nobody-installed")
     assert installed.version() == "unknown"
@@ -76,12 +78,12 @@ def test_the_version_is_that_of_the_project_also_where_nothing_is_installed(as_i
 
 def test_a_wheel_gets_its_parts_from_pip_under_its_own_name(as_if_in, monkeypatch):
     as_if_in("site-packages")
-    recorded(monkeypatch, None)  # from an index
+    recorded(monkeypatch, None)  # installed from an index
     assert command_to_install("slurm") == "pip install 'caco-ssl[slurm]'"
     assert command_to_install() == "pip install caco-ssl"
     recorded(
         monkeypatch, {"url": "file:///checkout", "dir_info": {}}
-    )  # pip install . : a copy, which no longer needs the checkout
+    )  # `pip install .` makes a copy, which no longer needs the checkout
     assert command_to_install("slurm") == "pip install 'caco-ssl[slurm]'"
 
 
@@ -96,7 +98,9 @@ def test_a_checkout_in_an_environment_of_ones_own_gets_them_from_pip_by_its_path
 def test_a_checkout_that_make_has_set_up_gets_them_from_make(as_if_in, monkeypatch, tmp_path):
     folder = as_if_in("clone", prefix=str(tmp_path / "clone" / ".venv"), pyproject=True)
     assert command_to_install("slurm") == f"make -C {folder} setup"
-    assert command_to_install() == f"make -B -C {folder} setup", "caco itself is there: only -B does it again"
+    assert command_to_install() == f"make -B -C {folder} setup", (
+        "caco itself is installed, so only make -B installs it again"
+    )
     monkeypatch.chdir(folder)
     assert command_to_install("slurm") == "make setup"
     (folder / ".venv").mkdir()
@@ -125,7 +129,7 @@ def test_every_part_that_a_message_names_is_one_of_the_distribution():
     text = "\n".join(source.read_text() for source in sources)
     named = {part.split("'")[0].split('"')[0] for part in text.replace('"', "'").split("command_to_install('")[1:]}
     assert named == {"slurm", "ffcv", "mlflow", "analysis"} <= set(project["optional-dependencies"])
-    assert "caco[" not in text, "that would be another project's"
+    assert "caco[" not in text, "the distribution is caco-ssl; caco[...] would be another project's"
 
 
 def test_a_folder_of_a_modules_name_does_not_install_it(monkeypatch, tmp_path):
@@ -135,7 +139,7 @@ def test_a_folder_of_a_modules_name_does_not_install_it(monkeypatch, tmp_path):
 
 
 def wheel(checkout: Path, kind: str) -> Path:
-    """What pip would install of a checkout, made by the build backend as pip calls it; without the native parts."""
+    """The wheel that pip would make of a checkout, built by the same backend, but without the native parts."""
     pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77, as pyproject.toml says")
     code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
     no_compiler = os.environ | {"CC": "false", "CXX": "false"}
@@ -146,7 +150,7 @@ def wheel(checkout: Path, kind: str) -> Path:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """A checkout named caco, as `git clone` names it, with a run in its folder runs/."""
+    """A checkout named caco, as `git clone` names it, that has a run in its folder runs/."""
     folder = tmp_path_factory.mktemp("above") / "caco"
     for part in PARTS:
         source, target = ROOT / part, folder / part
@@ -159,14 +163,14 @@ def clone(tmp_path_factory) -> Path:
 
 
 def environment(folder: Path, installed_wheel: Path) -> Path:
-    """A virtual environment with what pip unpacks of the wheel; its packages are those of this one. Returns its
+    """A virtual environment with the unpacked wheel that also sees the packages of this environment; returns its
     Python.
     """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     site = next(folder.glob("lib/python3*/site-packages"))
     with zipfile.ZipFile(installed_wheel) as content:
         content.extractall(site)
-    # A path in a .pth file: Python takes its modules and not its own .pth files, with which caco may be installed
+    # A path in a .pth file adds the modules of that folder but not its .pth files, by which caco may be installed
     # there.
     (site / "zz_packages_of_the_tests.pth").write_text(
         "\n".join({sysconfig.get_path(name) for name in ("purelib", "platlib")})
@@ -180,7 +184,9 @@ def from_folder(folder: Path, *command: str | Path) -> subprocess.CompletedProce
 
 
 def test_an_editable_install_works_from_every_folder_the_one_above_its_clone_included(clone, tmp_path):
-    """Where a folder caco is no package but a clone, and its runs/ is not caco/runs/identity.py."""
+    """In the folder above the clone, `caco` is a folder and not the package, and its runs/ is not
+    caco/runs/identity.py.
+    """
     python = environment(tmp_path / "venv", wheel(clone, "editable"))
     names = ("caco", "caco.runs.identity", "hydra_plugins.caco_launcher", "experiments.run")
     found = f"from importlib.util import find_spec; print(*(find_spec(name).origin for name in {names}), sep='\\n')"

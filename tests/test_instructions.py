@@ -1,5 +1,5 @@
-"""CACO_INSTRUCTIONS holds for caco's compiled parts and for PyTorch, or is refused in one sentence; the record says
-what served.
+"""CACO_INSTRUCTIONS sets the instruction set of caco's compiled parts and of PyTorch, or is refused with one sentence;
+the record of a run says what was used.
 """
 
 import json
@@ -32,14 +32,14 @@ PROCESSORS = [
     (AVX512 - {"avx512vl"}, 2),
     (AMX - {"fma"}, 1),
     (AMX, 4),
-]  # flags, how many levels
+]  # flags, and how many levels they allow
 EXPECTED = "expected plain, avx2, avx512, amx or torch"
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """started(variables, flags): what `import caco` makes of an environment on such a processor, before torch is
-    imported.
+    """started(variables, flags) runs `import caco` with these environment variables on a processor with these flags,
+    before torch is imported; returns the resulting environment and the level that is in use.
     """
     monkeypatch.setattr(instructions, "LEVEL", None)
     monkeypatch.setattr(instructions.platform, "machine", lambda: "x86_64")
@@ -93,7 +93,7 @@ def test_without_it_or_with_torch_alone_pytorchs_own_variables_stay_as_they_are(
 
 def test_a_variable_that_says_otherwise_is_refused_and_one_that_says_the_same_is_not(started):
     ours, _ = started({"CACO_INSTRUCTIONS": "plain"})
-    assert started(ours) == (ours, "plain"), "a child process inherits them all"
+    assert started(ours) == (ours, "plain"), "a child process inherits all variables and must accept them"
     message = (
         "CACO_INSTRUCTIONS=avx2 sets ATEN_CPU_CAPABILITY=avx2, but the environment has ATEN_CPU_CAPABILITY=default;"
         " unset one of the two"
@@ -144,7 +144,7 @@ def test_every_command_refuses_it_in_one_sentence_with_exit_code_2(command):
 
 PROGRAMS = [
     str(file.relative_to(ROOT))
-    for folder in ("analysis", "experiments", "benchmarks")  # those of caco do, being parts of it
+    for folder in ("analysis", "experiments", "benchmarks")  # modules of caco import it anyway
     for file in sorted((ROOT / folder).glob("*.py"))
     if "__main__" in file.read_text()
 ]
@@ -152,7 +152,7 @@ PROGRAMS = [
 
 @pytest.mark.parametrize("program", [*PROGRAMS, "tests/conftest.py"])
 def test_experiments_benchmarks_and_tests_import_caco_before_torch(program):
-    """Else a level that the processor has would be refused as too late."""
+    """Otherwise a level would be refused as too late, even if the processor has it."""
     assert len(PROGRAMS) > 10
     code = f"""
 import importlib.abc, runpy, sys
@@ -180,11 +180,11 @@ def test_a_program_that_catches_the_refusal_goes_on():
         check=False,
     )
     assert (done.returncode, done.stdout) == (1, "Refused\n")
-    assert done.stderr.endswith("ZeroDivisionError: division by zero\n"), "other errors are shown as ever"
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n"), "other errors must be shown as usual"
 
 
 CAPABILITY = {"plain": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512", "amx": "AVX512"}
-# What oneDNN calls them; where a processor has all of AVX-512, its FP16 too, oneDNN calls it AVX 10.1.
+# oneDNN's names of the levels; a processor with all of AVX-512, including FP16, is AVX 10.1 for oneDNN.
 ONEDNN = {"plain": ("SSE4.1",), "avx2": ("AVX2",), "avx512": ("AVX-512", "AVX 10.1"), "amx": ("AMX",)}
 
 
@@ -207,7 +207,7 @@ def test_the_forced_level_is_the_one_in_use(level, monkeypatch):
         assert any(f"Intel {name}" in isa for name in ONEDNN[serves]) and (serves == "amx" or "AMX" not in isa)
         product = next(line for line in told if line.startswith("MKL_VERBOSE SGEMM"))
         assert ("CNR:COMPATIBLE" in product) == (level == "plain"), (
-            "which keeps MKL from AVX2 on processors that are not Intel's"
+            "MKL must be kept from AVX2 on processors that are not Intel's"
         )
 
     if level == "torch":
@@ -219,9 +219,11 @@ def test_the_forced_level_is_the_one_in_use(level, monkeypatch):
         for each in has:
             monkeypatch.setattr(instructions, "LEVEL", each)
             bits[each] = bank_bits()
-        assert len(set(bits.values())) == len(has), "levels that cannot be told apart would prove nothing"
+        assert len(set(bits.values())) == len(has), (
+            "each level must give different bits, or the test would prove nothing"
+        )
         assert found["compiled"]["bank_bits"] == bits[level]
-        # The views' AVX-512 needs more than others': on the first such processors AVX2 serves.
+        # The views need more of AVX-512 than other parts, so on the first processors with AVX-512 they use AVX2.
         best = "avx512" if {"avx512vbmi", "avx512_vnni"} <= instructions.flags() else "avx2"
         expected = min(level, best, key=LEVELS.index)
         assert found["compiled"]["views_level"] == found["record"]["instructions_views"] == expected
@@ -234,7 +236,7 @@ def test_a_kernel_that_was_built_without_the_level_is_refused(monkeypatch):
     monkeypatch.setattr(instructions, "used", lambda part: "avx512")
     fused._loaded.cache_clear()
     with pytest.raises(
-        ValueError, match="CACO_INSTRUCTIONS=amx: the bank's kernel has no more than avx512 here.*AMX needs GCC 11"
+        ValueError, match="CACO_INSTRUCTIONS=amx: the bank's kernel can use at most avx512 here.*AMX needs GCC 11"
     ):
         fused.library()
 
@@ -265,8 +267,8 @@ def test_with_torch_alone_a_training_sees_the_same_batches_without_a_compiled_pa
     if native.library() is None and instructions.LEVEL is None:
         pytest.skip("nothing is compiled here")
     ours, theirs = run("torch"), run(None)
-    # The first alone: float32 sums in another order differ by 1e-7 of the loss, and every step of the bank makes more
-    # of that.
+    # Only the first loss is compared: sums in another order differ by 1e-7 in float32, and each step of the bank
+    # increases the difference.
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5) and len(ours) == len(theirs) >= 4
     assert len(seen["torch"]) == len(seen[None]) >= 4
     for ours, theirs in zip(seen["torch"], seen[None], strict=True):

@@ -1,8 +1,7 @@
-"""What a program of one's own calls: backbones with their preprocessing, views of images and batches, evaluators of any
-network on any images.
+"""caco as a library in other programs: backbones with their preprocessing, views of images and batches, and evaluators
+for any network and any images.
 """
 
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from torch import nn
 import caco
 from caco import library
 from caco.banks.learnable import LearnableBank
-from caco.config import pretrained
 from caco.config.composition import compose as composed
 from caco.config.composition import instantiate
 from caco.data.loaders.torch_loader import TorchLoader
@@ -111,7 +109,7 @@ def test_what_is_no_image_of_eight_bits_is_refused(wrong, expected):
 
 
 class Tuples:
-    """A dataset of PyTorch's kind: tuples of an image and its label."""
+    """A PyTorch dataset of (image, label) tuples."""
 
     def __init__(self, source):
         self.source = source
@@ -126,7 +124,7 @@ class Tuples:
 
 
 class Flat(nn.Module):
-    """Any network: no timm, no num_features."""
+    """A network that is not from timm and has no num_features."""
 
     def __init__(self):
         super().__init__()
@@ -180,7 +178,7 @@ def test_the_k_nn_is_that_of_the_command_and_evaluators_have_their_published_nam
 def test_images_that_are_none_and_labels_that_are_too_few_are_refused():
     for wrong, expected in [
         ([], "expected images, got none"), ((images(), [1, 2]), r"expected a label for each of 6 images, got \[2\]"),
-        (5, "expected arrays, Pillow images or a dataset"), ([torch.zeros(3, 4, 4)], "take off what makes it that"),
+        (5, "expected arrays, Pillow images or a dataset"), ([torch.zeros(3, 4, 4)], "remove the transform"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=expected):
             as_source(wrong)
@@ -231,7 +229,7 @@ def test_load_gives_weights_from_elsewhere(tmp_path):
         caco.load("nowhere")
 
 
-# The pages.
+# The pages of the documentation.
 
 
 def blocks(page, language):
@@ -256,23 +254,3 @@ def test_the_pages_loops_run_as_they_stand(monkeypatch):
         evaluated.replace('"knn_all", ', ""),
         names | {"backbone": Flat(), "images": images(8, 16), "labels": [0, 1] * 4},
     )
-
-
-@pytest.mark.parametrize("page", ["docs/library.md", "docs/weights.md", "README.md"])
-def test_the_pages_commands_can_be_typed(tmp_path, monkeypatch, page):
-    monkeypatch.chdir(tmp_path)
-    for name in ("FILE", "dino_deitsmall16_pretrain_full_checkpoint.pth"):
-        (tmp_path / name).write_bytes(b"1")
-    lines = [
-        line
-        for block in blocks(page, "console")
-        for line in block.splitlines()
-        if "caco.embed" in line or "weights" in page
-    ]
-    typed = [shlex.split(line.partition(" #")[0])[3:] for line in lines]
-    assert typed
-    for (program, *words), line in zip(typed, lines, strict=True):
-        if any(word.startswith("run=") for word in words):  # of no run that is here: its settings are given
-            words = ["weights=FILE", "backbone=resnet50", *(word for word in words if not word.startswith("run="))]
-        cfg = pretrained.compose(program.removeprefix("caco."), words)
-        assert cfg.weights is not None, line

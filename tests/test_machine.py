@@ -1,5 +1,5 @@
-"""What happens around a run: disks that are full or read-only, data that disappear. One sentence, exit code 2, and
-nothing is lost.
+"""Failures of the machine during a run (full or read-only disks, data that disappear) give one sentence and exit code
+2, and nothing is lost.
 """
 
 import builtins
@@ -31,7 +31,7 @@ def assert_one_sentence(ended: tuple[int, str, str], *words: str) -> None:
 
 
 def train_on_a_full_disk(limit: int, *overrides: str) -> None:
-    """No file may grow beyond `limit` bytes."""
+    """Train in a process in which no file may grow beyond `limit` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     caco_train(*overrides)
@@ -39,7 +39,7 @@ def train_on_a_full_disk(limit: int, *overrides: str) -> None:
 
 @pytest.mark.parametrize(
     "limit", [pytest.param(0, marks=pytest.mark.long), 1500, pytest.param(12_000, marks=pytest.mark.long)]
-)  # the first file of all; the run's records; its checkpoint
+)  # limits at which the very first file, the run's records, or its checkpoint fail
 def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, limit):
     run_dir = tmp_path / "run"
     command = [*TINY, *SHORT, f"hydra.run.dir={run_dir}"]
@@ -58,12 +58,12 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path, limi
 
 
 def _told_to(log: str, limit: int, *overrides: str) -> None:
-    """With standard error in a pipe, which no limit on files holds."""
+    """Run a function with its standard error in a pipe, to which the limit on files does not apply."""
     os.mkfifo(log)
     reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
     os.dup2(os.open(log, os.O_WRONLY), 2)
     keeper = os.fork()
-    if keeper == 0:  # keeps what was told until the test has read it
+    if keeper == 0:  # this process keeps the output until the test has read it
         signal.alarm(200)
         os.read(reader, 0)
         signal.pause()
@@ -71,7 +71,7 @@ def _told_to(log: str, limit: int, *overrides: str) -> None:
 
 
 def train_where_nothing_can_be_written(folder: str, *overrides: str) -> None:
-    """As on a file system that is mounted read-only: for the superuser, too."""
+    """Train as on a file system that is mounted read-only, which also stops the superuser."""
 
     def refuse(path: object) -> None:
         if isinstance(path, str | bytes | os.PathLike) and os.fsdecode(path).startswith(folder):
@@ -118,7 +118,7 @@ def test_a_run_directory_below_a_file_is_one_sentence(tmp_path):
     code, _, told = Process(caco_train, *TINY, *SHORT, f"hydra.run.dir={tmp_path}/file/run").end()
     assert (
         code == 2
-        and told.endswith(f"{tmp_path}/file is no folder; choose another one with hydra.run.dir\n")
+        and told.endswith(f"{tmp_path}/file is not a folder; choose another one with hydra.run.dir\n")
         and "Traceback" not in told
     )
 

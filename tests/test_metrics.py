@@ -1,4 +1,4 @@
-"""Names of results: two protocols never share one, and every evaluator's is found without building it."""
+"""Names of results: two protocols never share a name, and the name of every evaluator is known without building it."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -11,7 +11,7 @@ OPTIONS = sorted(path.stem for path in (CONF / "eval").glob("*.yaml"))
 
 
 def node(option, *settings):
-    """The configuration of an option's evaluator, with further key=value."""
+    """The configuration of an evaluator option with further settings."""
     return plain(
         OmegaConf.merge(OmegaConf.load(CONF / "eval" / f"{option}.yaml"), OmegaConf.from_dotlist(list(settings)))
     )
@@ -42,8 +42,8 @@ def test_an_evaluator_calls_itself_what_its_configuration_says(option):
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option not in ("knn", "knn_all")])
 def test_whatever_can_change_a_number_changes_the_name(option):
-    """Every argument of every recipe; `when`, the name, and where a set lies cannot change one. Those of k-NN: the next
-    test.
+    """This tests every argument of every evaluator, except `when`, the name and the folder of a set, which change no
+    number. The next test is about k-NN.
     """
     found = node(option)
     other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 0.25, str: lambda v: v + "x"}
@@ -66,7 +66,7 @@ def test_whatever_can_change_a_number_changes_the_name(option):
         )
         names = metrics.protocols(found | {key: changed})
         changed_names = set(names) - set(metrics.protocols(found))
-        if option == "domain":  # frozen and fine-tuned have settings of their own
+        if option == "domain":  # the frozen and the fine-tuned variant have different settings
             assert changed_names, key
         else:
             assert len(changed_names) == len(names), key
@@ -158,7 +158,8 @@ def test_what_is_a_percentage():
 
 def test_a_search_maximises_what_the_run_itself_measured():
     knn, probe = node("knn"), node("probe")
-    summary = {"knn20_top1": 1.0, "knn20_20pct_top1": 2.0, "probe_top1": 3.0}  # the first by an evaluation afterwards
+    # the first is from an evaluation after the training
+    summary = {"knn20_top1": 1.0, "knn20_20pct_top1": 2.0, "probe_top1": 3.0}
     assert metrics.objective(summary, {"probe": probe, "knn": knn}) == 2.0
     assert metrics.objective(summary, {"probe": probe}) == 3.0
     assert metrics.objective(summary, {"linear": node("linear")}) is None

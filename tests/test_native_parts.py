@@ -1,6 +1,4 @@
-"""The sources of the compiled parts: each header can be read and compiled alone, and one binary serves every
-processor.
-"""
+"""The C++ sources of the compiled parts: each header compiles alone, and one binary works on every processor."""
 
 import importlib.util
 import os
@@ -28,7 +26,7 @@ def included(path: Path, form: str = '"([^"]+)"') -> list[str]:
 
 
 def all_included(path: Path) -> set[str]:
-    """The folder's own headers that a file includes, itself or through others."""
+    """The headers of the folder that a file includes, directly or through other headers."""
     direct = set(included(path))
     return direct.union(*(all_included(path.parent / name) for name in direct))
 
@@ -61,7 +59,9 @@ def test_headers_include_each_other_in_no_circle_and_each_is_used(part):
 
 
 def test_behind_a_pragma_for_one_processor_nothing_is_included_but_our_own():
-    """Whatever the standard library defines there could become the one copy that every processor runs."""
+    """A function that the standard library defines behind such a pragma could become the copy that every processor
+    runs.
+    """
     folder = FOLDERS["views"]
     behind = {"steps.h"} | all_included(folder / "steps.h") - all_included(folder / "views.h") - {"views.h"}
     assert {"vectors.h", "resize.h", "blur.h"} <= behind
@@ -70,8 +70,8 @@ def test_behind_a_pragma_for_one_processor_nothing_is_included_but_our_own():
 
 @pytest.mark.parametrize("part", PARTS)
 def test_what_the_linker_may_share_runs_on_every_processor(part):
-    """Of a function that several files define, such as the growth of a vector, the linker keeps any one: none may need
-    AVX.
+    """If several files define the same function, such as the growth of a std::vector, the linker keeps any one of the
+    copies, so none may need AVX.
     """
     found = importlib.util.find_spec(PARTS[part])
     if (
@@ -89,6 +89,6 @@ def test_what_the_linker_may_share_runs_on_every_processor(part):
     code = read("objdump", "-d", "--no-show-raw-insn")
     functions = dict(re.findall(r"^[0-9a-f]+ <(\S+)>:\n((?:.+\n)+)", code, re.MULTILINE))
     assert shared & functions.keys() and any("%ymm" in body for body in functions.values()), (
-        "the part was read and it has AVX"
+        "the compiled part must have been read and must contain AVX code"
     )
     assert [name for name in shared & functions.keys() if re.search(r"%[yz]mm|\tv[a-z]+ ", functions[name])] == []

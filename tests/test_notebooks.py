@@ -1,4 +1,4 @@
-"""The notebooks run from their first cell to their last, and are committed with what they print and draw."""
+"""The notebooks run from the first cell to the last, and are committed with their printed and drawn outputs."""
 
 import json
 import os

@@ -1,8 +1,7 @@
-"""Runs that commit a06a4e7 made (tests/old_runs) show in everything that reads runs; only going on with them is
-refused.
+"""Everything that reads runs can read those made by commit a06a4e7 (tests/old_runs); only resuming them is refused.
 
-What that version called a number is in its files: `knn_top1`, of whatever protocol, and training's overwritten by an
-evaluation.
+That version used the name `knn_top1` for k-NN with any protocol, and a later evaluation overwrote the value from
+training.
 """
 
 import shlex
@@ -23,12 +22,13 @@ from caco.tracking.ledger import read_rows
 
 OLD = Path(__file__).parent / "old_runs"
 TINY, BOTH = Path("runs/old/tiny"), Path("runs/smoke/table7-both-seed0-e6e4f8f369")
-TRAINED, EVALUATED = 30.22670025188917, 40.302267002518896  # k-NN over 20 % of each class; over all, afterwards
+# k-NN over 20 % of each class; over all images, evaluated later
+TRAINED, EVALUATED = 30.22670025188917, 40.302267002518896
 
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
-    """A module's main() beside a copy of the old runs in runs/: (exit code, output, errors)."""
+    """A module's main() in a folder with a copy of the old runs in runs/; returns (exit code, output, errors)."""
     shutil.copytree(OLD, tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("caco.runs.directory._locks", {})
@@ -78,7 +78,7 @@ def test_tables_and_figures_count_them(command):
     assert command(figure, "4", "--scale", "smoke")[0] == 0
     rows = Path("figures/smoke-table7-figure-4.csv").read_text().splitlines()
     assert len([row for row in rows if row.startswith("both,knn20_top1,")]) == 3, (
-        "before the first epoch and after each of two"
+        "expected values before the first epoch and after each of two"
     )
 
 
@@ -131,7 +131,7 @@ def test_an_evaluation_gives_training_s_number_by_training_s_name_and_another_pr
     before = recorded.read(TINY)
     code, out, err = command(evaluate, f"run={TINY}", "eval=[knn]")
     assert (code, out.split(), err) == (0, ["knn20_20pct_top1", "30.2267"], "")
-    assert recorded.read(TINY) == before, "nothing new was measured"
+    assert recorded.read(TINY) == before, "the evaluation must measure nothing again"
     code, out, _ = command(evaluate, f"run={TINY}", "eval=[knn]", "eval.knn.k=5")
     after = recorded.read(TINY).summary
     assert code == 0 and out.split()[0] == "knn5_20pct_top1"
@@ -169,13 +169,13 @@ def test_mlflow_and_the_dashboard_get_todays_names(command):
     assert not [name for name in run.data.metrics if name.endswith("/knn_top1") or name.startswith("filling/")]
     assert run.data.params["method.warm_start_passes"] == "8" and run.data.params["bank"] == "tiny"
     assert "metrics.`eval/knn20_20pct_top1`" in dashboard.columns([run])
-    assert "complete" in command(sync, str(TINY))[1], "and is not sent again"
+    assert "complete" in command(sync, str(TINY))[1], "the run must not be sent again"
     code, out, _ = command(table, "7", "--scale", "smoke", "--mlflow", uri)
     assert code == 0 and "81.86" in out
 
 
 def test_a_store_that_the_old_version_filled_is_read_and_gets_todays_names_besides():
-    """Of MLflow's run no more than what it said then."""
+    """The MLflow run has nothing but what the old version logged."""
     from types import SimpleNamespace
 
     from analysis import results
@@ -190,30 +190,30 @@ def test_a_store_that_the_old_version_filled_is_read_and_gets_todays_names_besid
     assert one.summary["knn20_top1"] == summary["knn_top1"] and one.config["method.warm_start_momentum"] == 0.999
     record = read_json(OLD / "smoke" / "record.json")["runs"]
     assert one.hash == recorded.Names.of(OLD / BOTH.relative_to("runs")).with_hash(summary)["config_hash"]
-    assert one.hash not in [run["config_hash"] for run in record], "today's"
+    assert one.hash not in [run["config_hash"] for run in record], "the record must have today's hashes"
 
     mark = Watermark(run_id="1", sent=10, attempted=10)
     mark.todays_names(OLD / BOTH.relative_to("runs"))
-    assert (mark.sent, mark.has_todays_names) == (0, True), "every row once more"
+    assert (mark.sent, mark.has_todays_names) == (0, True), "every row must be sent once more"
     mark.sent = 10
     mark.todays_names(OLD / BOTH.relative_to("runs"))
     assert mark.sent == 10
 
 
 def commanded(run_dir):
-    """The overrides that make this very run today."""
+    """The overrides that make the same run with today's version."""
     words = shlex.split(read_json(run_dir / "environment.json")["command"])[3:]
     return [word.replace("bank_learning.filling_passes", "warm_start.passes") for word in words]
 
 
 def test_going_on_with_one_is_refused_in_a_sentence_that_says_whose_it_is_and_what_to_do(command, tmp_path):
-    (TINY / "summary.json").unlink()  # as if it had been killed after its last save
+    (TINY / "summary.json").unlink()  # as if the run had been killed after its last save
     code, _, err = command(caco_train, *commanded(TINY))
     assert (
         code == 2
         and err
-        == f"caco: {tmp_path / TINY} holds a run of an earlier version of caco (commit a06a4e77ef), which this version"
-        " shows, evaluates and exports but cannot go on with: finish it with that version, or choose another"
+        == f"caco: {tmp_path / TINY} holds a run of an earlier version of caco (commit a06a4e77ef); this version"
+        " can show, evaluate and export it but not continue it: finish it with that version, or choose another"
         " hydra.run.dir to train anew\n"
     )
 
@@ -224,11 +224,11 @@ def test_the_same_command_says_which_run_it_does_not_go_on_with(command, tmp_pat
     new = old.with_name(f"words-{run_hash(cfg)}")
     open_run(new, cfg)
     told = (
-        f"caco: {old} is this run by an earlier version of caco (commit a06a4e77ef) and cannot be gone on with: it"
-        f" starts anew in {new}\n"
+        f"caco: {old} is the same run made by an earlier version of caco (commit a06a4e77ef), which cannot be"
+        f" continued: it starts anew in {new}\n"
     )
     assert capsys.readouterr().err == told
     open_run(new, cfg)
     cfg.seed = 1
     open_run(old.with_name("words-another"), cfg)
-    assert capsys.readouterr().err == "", "neither when it goes on, nor of another run"
+    assert capsys.readouterr().err == "", "there must be no message when the run resumes, nor for another run"

@@ -1,5 +1,5 @@
-"""Two runs never share a directory, and two sets of images never share a curve: what would be mixed is refused before
-it is.
+"""Two runs never share a directory, and results on two sets of images never share a curve: a command that would mix
+them is refused beforehand.
 """
 
 import shutil
@@ -35,9 +35,9 @@ from caco.runs.files import read_json, write_json
 @pytest.mark.parametrize("launcher", ["none", pytest.param("local", marks=pytest.mark.long)])
 def test_a_sweep_whose_jobs_would_share_a_directory_is_refused_and_told_what_works(varied, differ, shown, launcher):
     command = ["data=cifar10", "tracking=ledger", varied, f"launcher={launcher}"]
-    with pytest.raises(UserError, match="^[23] jobs of this sweep have one directory, runs/caco/") as refused:
+    with pytest.raises(UserError, match="^[23] jobs of this sweep have the same directory, runs/caco/") as refused:
         train.check_command(command, multirun=True)
-    assert f"they differ in {differ} alone" in str(refused.value) and f"hydra.sweep.subdir='{shown}'" in str(
+    assert f"they differ only in {differ}, which" in str(refused.value) and f"hydra.sweep.subdir='{shown}'" in str(
         refused.value
     )
     assert train.check_command([*command, f"hydra.sweep.subdir={shown}"], multirun=True).unfinished == len(
@@ -70,8 +70,8 @@ def test_directories_named_by_the_number_of_the_job_are_those_that_hydra_gives(m
 
 
 def test_what_a_search_draws_is_held_to_it_too(monkeypatch, tmp_path):
-    """Its jobs are not known when the command is checked: the second one that would write there is refused as it
-    starts.
+    """The jobs of a search are not known when the command is checked, so the second job that would use a directory is
+    refused when it starts.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -87,13 +87,13 @@ def test_what_a_search_draws_is_held_to_it_too(monkeypatch, tmp_path):
         return train.job(composition.job_config(cfg))
 
     drawn("loader.num_workers=1")
-    drawn("loader.num_workers=1")  # the same once more: its result is there
-    with pytest.raises(UserError, match="differ in loader.num_workers alone"):
+    drawn("loader.num_workers=1")  # the same job once more; its result exists
+    with pytest.raises(UserError, match="differ only in loader.num_workers"):
         drawn("loader.num_workers=2")
 
 
 class AtOnce:
-    """A launcher whose jobs have ended when they are submitted: `ends(job)` is what each does."""
+    """A launcher whose jobs end at once when they are submitted; each calls `ends(job)`."""
 
     needs_refill, parallel = False, 9
 
@@ -124,7 +124,7 @@ def test_a_job_that_is_refused_beside_the_results_of_another_has_failed(tmp_path
 
 @pytest.fixture
 def pictures(tmp_path):
-    """pictures(name, shade): a labelled folder of two classes, with test images of this shade."""
+    """pictures(name, shade) makes a labelled folder of two classes with test images of this shade."""
 
     def make(name: str, shade: int) -> Path:
         top = tmp_path / name
@@ -145,7 +145,7 @@ FOLDER = ["data=folder", "data.in_memory_mb=0", "max_steps=2", "epochs=1", "batc
 
 
 def test_a_run_is_never_evaluated_on_two_test_sets(pictures, tmp_path):
-    """The images that it is trained on are the same; where the labelled ones lie is no part of its identity."""
+    """The training images are the same, and the location of the labelled images is not part of the run's identity."""
     photos, first, second = pictures("photos", 1), pictures("first", 2), pictures("second", 3)
     command = [*FOLDER, f"data.root={photos}"]
     run_dir = tmp_path / "run"
@@ -157,15 +157,15 @@ def test_a_run_is_never_evaluated_on_two_test_sets(pictures, tmp_path):
         UserError, match="evaluated on other images so far .the test images: test: digest [0-9a-f]+, now [0-9a-f]+"
     ):
         run_training(other, run_dir)
-    assert (run_dir / "config.yaml").read_text() == before, "the record is of what was done"
+    assert (run_dir / "config.yaml").read_text() == before, "the refused command must not change the run's record"
     shutil.move(first, tmp_path / "moved")
     moved = compose(*command, f"data.labelled_root={tmp_path / 'moved'}", bank=False)
-    assert run_training(moved, run_dir)["steps"] == 2, "the same images elsewhere are the same"
+    assert run_training(moved, run_dir)["steps"] == 2, "the same images in another folder must be accepted"
 
 
 @pytest.fixture
 def evaluated(monkeypatch, tmp_path):
-    """caco.evaluate in this process: evaluated(*words) is its exit code."""
+    """evaluated(*words) runs caco.evaluate in this process and returns its exit code."""
 
     def main(*words):
         monkeypatch.setattr(sys, "argv", ["caco-evaluate", *words])
@@ -213,5 +213,5 @@ def test_a_run_goes_on_with_a_copy_of_an_evaluators_set_and_not_with_another_one
     assert "those of eval.transfer" in (other_images(of({"cars": "a"}), of({"cars": "b"}), is_done=True) or "")
     assert other_images(of({"cars": "a"}), of({"cars": "a"}), is_done=True) is None
     assert other_images(of([["cars", "key with times"]]), of({"cars": "a"}), is_done=True) is None, (
-        "as earlier versions wrote it"
+        "a key as earlier versions wrote it must be accepted"
     )

@@ -1,4 +1,4 @@
-"""A plan's figures are those of the run: counted tensors, operations and steps, and arithmetic by hand."""
+"""The figures of caco.plan agree with real runs (counted tensors, operations and steps) and with arithmetic by hand."""
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from caco.evals.dense.segment import FCN16
 def test_steps_are_those_of_the_run(tmp_path):
     summary = train(tmp_path, "max_steps=30", "epochs=1")
     planned = plan.plan(compose("max_steps=30", "epochs=1"))
-    assert planned["steps"] == summary["steps"] == 2 + 21  # the warm start fills 128 rows, 1400 // 64 follow
+    # two steps of warm start fill 128 rows; 1400 // 64 steps follow
+    assert planned["steps"] == summary["steps"] == 2 + 21
     assert planned["warm_start_steps"] == 2
     assert plan.plan(compose("max_steps=7"))["steps"] == 7
 
@@ -24,7 +25,7 @@ def test_steps_are_those_of_the_run(tmp_path):
     "overrides", [[], ["method=nnclr", "augmentation=digits", "projector=small", "projector.dim=8"]]
 )
 def test_operations_are_torch_s_count(overrides):
-    """The model's products, of one real step on real tensors; the bank's are by hand, below."""
+    """The model's operations are counted in a real step; those of the bank are computed by hand in a test below."""
     cfg = compose(*overrides, "batch=8")
     method = assembly.build_method(cfg).train()
     views = [torch.randn(8, 3, size, size) for size in instantiate(cfg.augmentation).sizes]
@@ -53,7 +54,7 @@ def test_operations_of_a_whole_step_are_torch_s_count(method):
 
 @pytest.mark.parametrize("method", ["infomin", "cpcv2"])
 def test_operations_of_patches_are_torch_s_count(method):
-    """InfoMin with in-batch negatives, so that no bank has a part in it."""
+    """InfoMin with negatives from the batch, so that no bank is involved."""
     cfg = compose(f"method={method}", *OF_PATCHES[method], "projector=small", "projector.dim=8", "batch=8", bank=False)
     if method == "infomin":
         cfg.bank, cfg.method.negatives = None, {"_target_": "caco.methods.sources.BatchKeys"}
@@ -82,8 +83,8 @@ def test_operations_of_patches_are_torch_s_count(method):
 
 
 def test_matrices_of_the_embedding_are_counted_with_their_memory_and_messages():
-    """Barlow Twins at the published width: one product of 2 B D D operations, three times with its gradients; 4 D D
-    bytes to add up.
+    """Barlow Twins at the published width has one product of 2 B D D operations, three with its gradients, and a matrix
+    of 4 D D bytes that ranks must sum.
     """
     cfg = composition.job_config(composition.compose(["method=barlow", "batch=2048"]))
     wide, narrow = (plan.plan(cfg, world=world) for world in (16, 1))
@@ -92,23 +93,24 @@ def test_matrices_of_the_embedding_are_counted_with_their_memory_and_messages():
         composition.job_config(composition.compose(["method=simsiam", "projector=barlow", "batch=2048"]))
     )
     matrices = narrow["model_flops_per_step"] - encoders["model_flops_per_step"]
-    predictor = 2048 * 2 * 3 * 2 * 2 * 8192 * 512  # SimSiam's, of two views
+    predictor = 2048 * 2 * 3 * 2 * 2 * 8192 * 512  # SimSiam's predictor, for two views
     assert matrices + predictor == pytest.approx(3 * 2 * 2048 * 8192**2, rel=1e-6)
 
 
 def test_the_bank_s_share_by_hand():
-    """Two directions, each: one product to choose, two for loss and queries, two for the rows; 2 N K D operations
-    each.
+    """Each of two directions has five products of 2 N K D operations: one to choose positives, two for loss and
+    queries, two for the rows.
     """
     planned = plan.plan(compose("bank.size=128"), world=4)
     assert planned["bank_flops_per_step"] == 2 * 5 * 2 * 64 * 128 * 8
     assert planned["flops_per_step"] == planned["bank_flops_per_step"] + planned["model_flops_per_step"]
-    assert planned["bank_bytes"] == 128 / 4 * (8 * 4 * 2 + 8)  # row, velocity, uses
+    assert planned["bank_bytes"] == 128 / 4 * (8 * 4 * 2 + 8)  # row, velocity and count of uses
 
 
 def test_treatments_of_negatives_by_hand():
-    """Hard ones take two sums, so twice the products for loss and rows; margins one. Mixing looks once more for the
-    hardest rows, and has as many more columns as it makes, whose products go through forward and backward."""
+    """Hard negatives take two sums, so twice the products for loss and rows; a margin takes one. Mixing searches once
+    more for the hardest rows, and has a column for each negative that it makes, with products forward and backward.
+    """
     unit, plain = 2 * 64 * 8, plan.plan(compose("bank.size=128"), world=2)
     hard, margin = (plan.plan(compose("bank.size=128", f"negatives={name}"), world=2) for name in ("hard", "margin"))
     assert (
@@ -122,7 +124,7 @@ def test_treatments_of_negatives_by_hand():
     assert mixed["activation_bytes"] - plain["activation_bytes"] == 3 * 4 * 32 * 12 * 2
     found_and_fetched = 2 * (
         128 * 16 * 12 + 4 * 8 * 128
-    )  # two directions of 64 queries; more rows are drawn than there are
+    )  # two directions of 64 queries; more rows are drawn than exist
     assert mixed["workspace_bytes"] - plain["workspace_bytes"] == found_and_fetched
     queries, candidates, places, rows = 64 * 32, 64 * 12 * 16, 64 * 8 * 20, 2 * 4 * 8 * 128
     assert (
@@ -130,7 +132,7 @@ def test_treatments_of_negatives_by_hand():
         == (2 * (queries + 64 * 8 + candidates + places) + rows) / 2
     )
     far = plan.plan(compose("bank.size=100000000", *settings), world=2)
-    assert far["sent_bytes_per_step"] < plain["sent_bytes_per_step"] + 1e6, "no message grows with the bank"
+    assert far["sent_bytes_per_step"] < plain["sent_bytes_per_step"] + 1e6, "the bytes sent must not grow with the bank"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_treatments_of_negatives_by_hand():
 )
 def test_the_report_says_where_no_kernel_serves(overrides, streams):
     told = plan.report(compose(*overrides), world=1, images=None, speeds={})
-    assert ("the bank's passes    PyTorch's, in blocks" in told) == streams
+    assert ("the bank's passes    in PyTorch, block by block" in told) == streams
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
@@ -150,7 +152,7 @@ def test_parameters_and_checkpoint_are_those_of_the_run(tmp_path, optimizer):
     (checkpoint,) = (tmp_path / "checkpoints").glob("*.pt")
     assert checkpoint.stat().st_size == pytest.approx(
         planned["checkpoint_bytes"], rel=0.25
-    )  # names and zip records besides
+    )  # the file also has names and zip records
     cfg = compose(*overrides)
     method = assembly.build_method(cfg)
     bytes_of = {name: sum(p.nbytes for p in part.parameters()) for name, part in method.named_children()}
@@ -189,8 +191,8 @@ def test_more_devices_take_less_memory_and_no_message_grows_with_the_bank():
 
 
 def test_a_bank_by_image_has_as_many_rows_as_images_and_a_query_meets_those_that_are_drawn():
-    """ImageNet over 8 devices: 1,281,167 / 8 rows of 128 numbers and a count, and two products with each of 4,096
-    rows.
+    """ImageNet on 8 devices has 1,281,167 / 8 rows of 128 numbers and a count per device, and two products with each of
+    4,096 drawn rows.
     """
     cfg = composition.job_config(composition.compose(["method=instdisc", "batch=256"]))
     planned = plan.plan(cfg, world=8)
@@ -202,7 +204,7 @@ def test_a_bank_by_image_has_as_many_rows_as_images_and_a_query_meets_those_that
     assert plan.plan(everything, world=8)["bank_flops_per_step"] == 2 * 2 * 256 * 1_281_167 * 128
     assert plan.plan(cfg, images=10_000_000)["bank_bytes"] == 10_000_000 * 520
     learned = plan.plan(composition.job_config(composition.compose(["method=pic", "batch=512"])), world=8)
-    assert learned["bank_bytes"] == 160_146 * (2 * 128 * 4 + 8), "PIC's class weights have a velocity"
+    assert learned["bank_bytes"] == 160_146 * (2 * 128 * 4 + 8), "PIC's class weights need memory for a velocity"
     assert learned["bank_flops_per_step"] == 2 * 4 * 512 * 1_281_167 * 128
     told = plan.report(cfg, world=8, images=None, speeds={})
     assert "images, rows" in told and "\n   1,281,167 " in told and "\n 100,000,000 " in told
@@ -222,7 +224,7 @@ def test_time_is_operations_over_speed_and_bytes_over_bandwidth():
 
 
 def test_the_paper_s_run_without_its_data():
-    """ResNet-50 at 224 px is 4.09 G multiply-adds; two queries forward and backward, two keys forward."""
+    """ResNet-50 at 224 px takes 4.09 G multiply-adds; two queries go forward and backward, two keys forward."""
     cfg = composition.job_config(composition.compose(["batch=4096", "bank=12M"]))
     planned = plan.plan(cfg, world=32)
     assert planned["steps"] == 24 + 200 * (1_281_167 // 4096)
@@ -233,11 +235,11 @@ def test_the_paper_s_run_without_its_data():
     ("overrides", "options", "message"),
     [
         (["batch=64"], {"world": 3}, "multiple of the 3 processes that share it, got 64"),
-        (["bank.size=3"], {"world": 4}, "a bank of 3 rows cannot be shared by 4 ranks: expected a row for each"),
+        (["bank.size=3"], {"world": 4}, "a bank of 3 rows cannot be shared by 4 ranks: expected at least one row each"),
         (["norm_groups=2"], {"world": 4}, "^norm_groups: expected 1, rank, or a multiple of the 4 processes"),
         (["batch=2048"], {}, "at most the 1400 images, got 2048"),
         ([], {"tflops": 0}, "must be positive; got 1, 0, 0 and"),
-        (["data=folder"], {}, "say images=N, or where they lie"),
+        (["data=folder"], {}, "give images=N, or data.root=PATH"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(overrides, options, message):
@@ -258,8 +260,8 @@ def test_the_command_tells_and_refuses(monkeypatch, capsys):
 
 
 def test_evaluations_that_fine_tune_say_what_they_will_take():
-    """As many images as the settings say, of as many operations as one real step has, at the assumed speed; and what
-    one takes.
+    """The expected time is the number of images in the settings, times the operations counted in one real step, divided
+    by the assumed speed.
     """
     cfg = compose(
         "eval=[knn,segment,dense_linear]", "eval.segment.images=8", "eval.segment.crop=65", "eval.dense_linear.size=64"

@@ -1,15 +1,15 @@
-"""Every command that the project prints (tests/printed.py finds them) can be typed: its words are read by the program
-that would read them, with real files in place of PATH, RUN, FILE and the like.
+"""Every command that the project prints (tests/printed.py finds them) is accepted by its program, with real files in
+place of PATH, RUN, FILE and the like.
 
-How far each is followed, which is as far as wrong words can show:
+How far each command is run, which is as far as a mistake in its words can show:
 
-- caco.train: composed and checked as by the program before it starts, all runs of a sweep.
-- caco.plan, caco.evaluate, caco.write: composed and checked. caco.export, caco.embed and evaluations of seconds: done.
-- experiments.run: every run listed, with --dry-run. analysis.*: read, and there are such tables, scales and figures.
-- all others: their argument parser takes the words; `make` has the target; files and folders that are named exist.
+- caco.train: composed and checked as before a start, all runs of a sweep.
+- caco.plan, caco.evaluate, caco.write: composed and checked. caco.export, caco.embed and short evaluations: run.
+- experiments.run: lists every run, with --dry-run. analysis.*: parsed, and the named tables, scales and figures exist.
+- all others: their argument parser accepts the words; `make` has the target; files and folders that are named exist.
 
-Pages whose commands are typed from end to end have a test of their own besides (tests/test_second_day.py,
-test_runs_page.py, tests/evals/dense/test_page.py, tests/config/test_bank_page.py, tests/data/test_images_page.py).
+Some pages also have a test that runs their commands from end to end (tests/test_second_day.py, test_runs_page.py,
+tests/evals/dense/test_page.py).
 """
 
 import argparse
@@ -31,7 +31,7 @@ from caco.config import pretrained
 
 ALL = commands()
 FAST = ("README.md", "CONTRIBUTING.md")
-# What cannot be typed here, by words that are in the command, and why.
+# Commands that cannot be tested here, by words that they contain, with the reason.
 NOT_HERE = {
     "mine": "parts of one's own, which the page shows: tests/test_config_dir.py and tests/config/test_negatives.py",
     "hydra/sweeper=optuna": "needs hydra-optuna-sweeper, which caco does not bring",
@@ -39,12 +39,14 @@ NOT_HERE = {
 
 
 def whole(command: Command) -> bool:
-    """Nothing has to be put in by a program or a reader's mind."""
+    """Whether the command is complete, with nothing for a program or a reader to fill in."""
     return not command.has_holes and "..." not in command.words
 
 
 def each() -> list:
-    """Every command once, those of README.md and CONTRIBUTING.md in the fast tier, but for benchmarks (imports)."""
+    """Every command once. Those of README.md and CONTRIBUTING.md are in the fast tier, except benchmarks, whose imports
+    are slow.
+    """
 
     def is_fast(command: Command) -> bool:
         return command.where.startswith(FAST) and not command.program.startswith("benchmarks/")
@@ -58,7 +60,7 @@ def each() -> list:
 
 
 def test_they_are_found():
-    """So many at least, of so many programs and places: a finder that has gone blind would find nothing wrong."""
+    """At least this many commands of each program and place must be found, or the tests below would test nothing."""
     by_program = Counter(command.program for command in ALL)
     least = {
         "caco.train": 170, "experiments.run": 45, "caco.evaluate": 45, "make": 30, "analysis.table": 18,
@@ -76,7 +78,7 @@ def test_they_are_found():
 
 @pytest.fixture(scope="module")
 def things(tmp_path_factory):
-    """A folder to be in, with what the placeholders stand for."""
+    """A folder to work in, with files for the placeholders."""
     top = tmp_path_factory.mktemp("printed")
     for split in ("train", "val"):
         for name in ("cat", "dog"):
@@ -104,7 +106,7 @@ def run(things):
 
 
 def weights(folder: Path, words: list[str]) -> Path:
-    """A file as the command expects it: of this backbone, in this format."""
+    """A weight file of the backbone and format that the command expects."""
     import timm
     import torch
 
@@ -130,7 +132,7 @@ RUNS = re.compile(r"(?<![\w/])(?:RUN_DIR|RUN|runs/(?:\w+/)?NAME|runs/first|runs/
 
 @pytest.fixture
 def typed(things, request, monkeypatch, tmp_path):
-    """The words of a command with real things in place of placeholders; typed in a folder of its own."""
+    """Replace the placeholders of a command by real files, and change to a new folder for it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("caco.runs.directory._locks", {})
 
@@ -173,7 +175,7 @@ def test_it_can_be_typed(command, typed, monkeypatch):
         OURS.get(program, read)(words, monkeypatch)
 
 
-# Programs that are not caco's
+# Programs that do not belong to caco
 
 
 def made_by_make(words: list[str]) -> None:
@@ -186,7 +188,7 @@ def made_by_make(words: list[str]) -> None:
 
 
 def there(words: list[str]) -> None:
-    """Files and folders of the checkout."""
+    """Assert that the files and folders of the checkout that a command names exist."""
     for word in words:
         assert "/" not in word or (ROOT / word).exists(), word
 
@@ -206,7 +208,7 @@ def test_every_target_of_the_makefile_says_what_it_does():
 
 
 class Read(BaseException):
-    """A parser has taken the words; nothing is started."""
+    """Raised when an argument parser has accepted the words, so that the program does not start."""
 
 
 def stop(*_, **__):
@@ -214,7 +216,7 @@ def stop(*_, **__):
 
 
 def read(words: list[str], monkeypatch) -> argparse.Namespace | None:
-    """What the program's argument parser makes of its words; None where these are --help."""
+    """The arguments that the program's parser makes from the words; None for --help."""
     module = importlib.import_module(sys.argv[0])
     parse = argparse.ArgumentParser.parse_args
     taken = []
@@ -268,7 +270,8 @@ def write(words, monkeypatch):
 
 def evaluate(words, monkeypatch):
     cfg = pretrained.compose("evaluate", words)
-    if cfg.run is not None and set(cfg.eval) <= {"knn", "knn_all", "probe", "geometry"}:  # on any images, in seconds
+    # these take seconds on any images
+    if cfg.run is not None and set(cfg.eval) <= {"knn", "knn_all", "probe", "geometry"}:
         importlib.import_module("caco.evaluate").main()
 
 
@@ -334,11 +337,11 @@ OURS = {
 }
 
 
-# What else is printed and can be wrong
+# Other printed texts that can be wrong
 
 
 def test_extras_are_the_distribution_s():
-    """`caco-ssl[analysis]`: under pip's name of it, and there is such a part."""
+    """In texts such as `caco-ssl[analysis]`, the name is that of the distribution, and the extra exists."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     texts = [*(ROOT / "caco").rglob("*.py"), *(ROOT / "analysis").rglob("*.py"), *(ROOT / "conf").rglob("*.yaml")]
     texts += [path for pattern in PAGES for path in ROOT.glob(pattern)]

@@ -1,5 +1,5 @@
-"""What others may change without a word: their private names stay out of this code, or stand in one place, and a test
-says what breaks.
+"""Private names of other libraries, which may change without notice, are not used in this code, or only in listed
+places with a test that says what breaks.
 """
 
 import ast
@@ -20,10 +20,11 @@ DOCUMENTED = {
     "_asdict",
     "_fields_",
     "_target_",
-}  # public in spite of their names: os, namedtuple, ctypes, Hydra
+}  # public despite the underscore: os, namedtuple, ctypes, Hydra
 ALLOWED = {
-    ("caco/train.py", "hydra._internal.utils"),  # held by the test of the command line below
-    # Of attention no public function gives the sums that the bank needs; a contender in a benchmark, held by its test.
+    ("caco/train.py", "hydra._internal.utils"),  # tested by the test of the command line below
+    # No public attention function returns the sums that the bank needs; used by a contender in a benchmark, whose test
+    # checks it.
     ("benchmarks/contenders.py", "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"),
     ("benchmarks/contenders.py", "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward"),
 }
@@ -35,7 +36,7 @@ def is_private(name: str) -> bool:
 
 @functools.cache
 def our_names() -> frozenset[str]:
-    """Every private name that is defined in this code."""
+    """Every private name that this code defines."""
     names = set()
     for tree in TREES.values():
         for node in ast.walk(tree):
@@ -47,7 +48,9 @@ def our_names() -> frozenset[str]:
 
 
 def foreign(tree: ast.Module) -> set[str]:
-    """Private modules, names and attributes of others that a file uses; and mocks, which are for tests."""
+    """The private modules, names and attributes of other libraries that a file uses, and mocks, which only tests may
+    use.
+    """
     found, ours = set(), our_names() | DOCUMENTED
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -67,7 +70,7 @@ def foreign(tree: ast.Module) -> set[str]:
             "_load_from_state_dict",
             "_check_input_dim",
         ):
-            found.add(node.name)  # torch calls them by these names
+            found.add(node.name)  # torch calls methods with these names
     return found
 
 

@@ -1,4 +1,4 @@
-"""Two and four processes compute what one computes, to rounding, for every method and every P/N setting."""
+"""Two and four processes compute the same as one, up to rounding, for every method and every setting of pn."""
 
 import functools
 import json
@@ -28,8 +28,8 @@ OF_METHOD = {
     if m != "caco"
 }
 for by_image, images in (("instdisc", 1399), ("pic", 1399), ("pirl", 511), ("cmc", 511)):
-    OF_METHOD[by_image] += f" data.limit={images}"  # a row for each: no even share for two or four
-# So few that a pass over all of them is two batches.
+    OF_METHOD[by_image] += f" data.limit={images}"  # a row for each image, which two or four ranks cannot share evenly
+# So few images that a pass over all of them has two batches.
 OF_METHOD["sela"] += " data.limit=32"
 OF_METHOD["pcl"] += " data.limit=32 method.num_clusters=[4,6,8] method.num_negatives=1"
 CASES = (
@@ -45,21 +45,21 @@ CASES += [OF_METHOD["instdisc"] + " method.loss=softmax method.num_noise=null"]
 HARD, MIXED = (" ".join(["pn=both", *TREATED[name]]) for name in ("hard", "mixed"))
 WITH_A_QUEUE = " ".join(
     [OF_METHOD["swav"], *MULTICROP, QUEUE[0].replace("128", "32"), QUEUE[1]]
-)  # two of rank_worker's batches
+)  # two batches of rank_worker's size
 CASES += [WITH_A_QUEUE]
-# Groups of the batch are the same on any number of ranks, and so is the order of shuffled keys.
+# BatchNorm's groups of the batch and the order of shuffled keys are the same on any number of ranks.
 GROUPS = [f"{OF_METHOD['adco']} norm_groups=4 shuffle_keys=true"]
 GROUPS += [
     f"{OF_METHOD['byol']} norm_groups=4",
     " ".join([OF_METHOD["dino"], *MULTICROP, "norm_groups=4 shuffle_keys=true"]),
 ]
 CASES += GROUPS
-OF_ALL_RANKS = f"{OF_METHOD['cpcv2']} method.group_size=null"  # the patches of all their images are told apart
+OF_ALL_RANKS = f"{OF_METHOD['cpcv2']} method.group_size=null"  # negatives are the patches of all ranks' images
 CASES += [OF_ALL_RANKS]
-# Of four, every method, but of CaCo's settings only CaCo itself.
+# On four ranks: every method, but only CaCo itself of the settings of pn.
 OF_FOUR = [case for case in CASES if case in ("pn=both", MIXED) or not case.startswith(("pn=", "bank."))]
-# One for each way in which ranks need one another: rows that learn, a queue, the batch's other images, sums over
-# prototypes, covariances, rows that are mixed, rows drawn for an image, groups of BatchNorm.
+# One for each way in which ranks depend on one another: learned rows, a queue, other images of the batch, sums over
+# prototypes, covariances, mixed rows, rows drawn for an image, groups of BatchNorm.
 FAST = [
     "pn=both",
     MIXED,
@@ -71,8 +71,8 @@ FAST = [
     GROUPS[0],
 ]
 QUIET = ["eval=[]" if override == "eval=[knn]" else override for override in TINY] + BANK
-EXACT = [*QUIET, *EVERY]  # what is trained in float64 is not evaluated
-FLOAT64 = 1e-7  # of losses, rows and velocities after a dozen steps; see rank_worker.in_float64
+EXACT = [*QUIET, *EVERY]  # runs in float64 are not evaluated
+FLOAT64 = 1e-7  # for losses, rows and velocities after a dozen steps; see rank_worker.in_float64
 
 
 @functools.cache
@@ -86,8 +86,8 @@ def of_one(case):
     + [pytest.param(4, case, marks=pytest.mark.long) for case in OF_FOUR],
 )
 def test_loss_gradients_bank_and_batchnorm_are_those_of_one_process(tmp_path, case, world):
-    """In float64: three steps keep what is equal equal to ten digits (rank_worker.in_float64 says why not in
-    float32).
+    """In float64, equal values stay equal to ten digits for three steps; rank_worker.in_float64 explains why float32 is
+    not enough.
     """
     codes, outputs = ranks(world, rank_worker.write_steps, str(tmp_path / "many.pt"), case)
     assert codes == [0] * world, outputs[0][1][-3000:]
@@ -122,11 +122,11 @@ def test_a_run_on_two_ranks_is_that_of_one_is_recorded_once_and_goes_on_with_one
     one, two = record(tmp_path / "one"), record(tmp_path / "two")
     assert [(row["kind"], row["step"]) for row in one] == [(row["kind"], row["step"]) for row in two]
     assert losses(two) == pytest.approx(losses(one), abs=FLOAT64)
-    assert "caco: finished in" in outputs[0][1] and "caco" not in outputs[1][1], "rank 0 alone speaks"
+    assert "caco: finished in" in outputs[0][1] and "caco" not in outputs[1][1], "only rank 0 may print"
 
     newest = final(tmp_path / "two")["method"]
     for later in sorted((tmp_path / "two" / "checkpoints").glob("*.pt"))[1:]:
-        later.unlink()  # as if it had been killed after step 9
+        later.unlink()  # as if the run had been killed after step 9
     (tmp_path / "two" / "summary.json").unlink()
     codes, outputs = ranks(1, rank_worker.train_in_float64, *EXACT, f"hydra.run.dir={tmp_path / 'two'}")
     assert codes == [0], outputs[0][1]
@@ -144,10 +144,11 @@ def assert_near(ours, theirs):
 
 
 def test_a_float32_run_on_two_ranks_begins_with_the_loss_of_one(tmp_path):
-    """The first loss alone: it follows from the same weights and images, so rounding cannot have grown.
+    """Only the first loss is compared: it follows from the same weights and images, so rounding errors have not grown
+    yet.
 
-    A cosine of float32 sums is good to some 1e-6 after the network's layers, divided by a temperature of 0.08 to some
-    1e-5. Rows or images in another order would change the loss by tenths.
+    In float32 a cosine is exact to about 1e-6 after the network's layers, and to about 1e-5 after division by a
+    temperature of 0.08. Rows or images in another order would change the loss by tenths.
     """
     begun = {}
     for world in (1, 2):
@@ -156,12 +157,12 @@ def test_a_float32_run_on_two_ranks_begins_with_the_loss_of_one(tmp_path):
         begun[world] = losses(record(tmp_path / str(world)))
     assert begun[2][0] == pytest.approx(begun[1][0], abs=1e-4)
     assert len(set(begun[2])) == len(begun[2]) == 3
-    assert record(tmp_path / "2")[-1]["kind"] == "eval", "evaluated by both"
+    assert record(tmp_path / "2")[-1]["kind"] == "eval", "the run on two ranks must be evaluated"
 
 
 @pytest.mark.long
 def test_torchrun_starts_the_ranks_of_a_run(tmp_path):
-    """The command of docs/machines.md, interpreters of its own included."""
+    """The command is that of docs/machines.md, and starts new interpreters."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "caco.train", *TINY, *BANK]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
@@ -203,7 +204,7 @@ def test_ranks_that_load_different_checkpoints_are_refused_before_anything_is_tr
 
 @pytest.mark.long
 def test_a_bank_saved_by_four_ranks_is_taken_up_to_the_bit_and_gone_on_with_by_two(tmp_path):
-    """Rows, velocities and uses of the checkpoint are the whole bank's, whatever the number of ranks."""
+    """A checkpoint has rows, velocities and uses of the whole bank, for any number of ranks."""
     command = [*EXACT, f"hydra.run.dir={tmp_path / 'run'}"]
     codes, outputs = ranks(4, rank_worker.train_in_float64, *command)
     assert codes == [0] * 4, outputs[0][1]
@@ -231,7 +232,7 @@ def test_a_bank_saved_by_four_ranks_is_taken_up_to_the_bit_and_gone_on_with_by_t
 
 @pytest.mark.long
 def test_a_bank_by_image_saved_by_two_ranks_is_taken_up_and_gone_on_with_by_three(tmp_path):
-    """1,397 rows: the first ranks have one more than the last."""
+    """With 1,397 rows, the first ranks have one row more than the last."""
     of_method = [*OF_METHOD["instdisc"].split(), "data.limit=1397", "batch=48"]
     quiet = [override for override in QUIET if not override.startswith(("bank.", "batch="))]
     command = [*quiet, *of_method, *EVERY, f"hydra.run.dir={tmp_path / 'run'}"]
@@ -259,7 +260,7 @@ def test_ranks_that_disagree_on_the_bank_are_refused_with_the_numbers():
 
 
 def test_a_rank_that_dies_ends_the_others_at_once(tmp_path):
-    """Long before the time-out of the process group, ten minutes: ranks() would not wait as long."""
+    """This happens long before the process group's time-out of ten minutes, for which ranks() would not wait."""
     codes, outputs = ranks(2, rank_worker.train_and_lose_rank_1, *TINY, *BANK, *EVERY, f"hydra.run.dir={tmp_path}")
     assert codes[1] == 9
     assert codes[0] not in (0, 9)
@@ -268,8 +269,8 @@ def test_a_rank_that_dies_ends_the_others_at_once(tmp_path):
 
 
 def test_ranks_that_cut_their_batches_into_parts_write_the_keys_in_the_order_of_the_images(tmp_path):
-    """The first step fills rows 0 to 63. Its two parts have other images with two ranks, so BatchNorm moves the keys a
-    little.
+    """The first step fills rows 0 to 63. With two ranks its two parts contain other images, so BatchNorm changes the
+    keys a little.
     """
     rows = []
     for world in (1, 2):
@@ -278,7 +279,9 @@ def test_ranks_that_cut_their_batches_into_parts_write_the_keys_in_the_order_of_
         assert codes == [0] * world, outputs[0][1]
         rows.append(final(tmp_path / str(world))["method"]["bank.rows.weight"][:64])
     nearest = (rows[0] @ rows[1].T).argmax(1)
-    assert (nearest == torch.arange(64)).float().mean() > 0.5, "by chance it would be one in 64"
+    assert (nearest == torch.arange(64)).float().mean() > 0.5, (
+        "most keys must be nearest to their own row; by chance it would be one in 64"
+    )
 
 
 PLANNED_METHODS = (
@@ -305,12 +308,12 @@ PLANNED = [
     *GROUPS,
 ]
 PLANNED += [OF_METHOD["instdisc"] + " method.loss=softmax method.num_noise=null"]
-PLANNED += [HARD, MIXED.replace("hardest=16", "hardest=128")]  # so that as many different rows are wanted as there are
+PLANNED += [HARD, MIXED.replace("hardest=16", "hardest=128")]  # so that as many different rows are requested as exist
 
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
-    """Bytes that a rank of two sends in one step, counted at every collective as a ring would send them."""
+    """The bytes that one of two ranks sends in a step, counted at every collective as if it ran as a ring."""
     path = tmp_path_factory.mktemp("sent") / "sent.json"
     codes, outputs = ranks(2, rank_worker.write_sent, str(path), PLANNED)
     assert codes == [0, 0], outputs[0][1][-3000:]

@@ -1,4 +1,4 @@
-"""No password and no token reaches a file, a log, a parameter or a message."""
+"""Passwords and tokens never get into a file, a log, a parameter or a message."""
 
 import subprocess
 import sys
@@ -111,7 +111,7 @@ def test_a_store_is_written_down_without_its_password_and_found_again_with_it(tm
     (tmp_path / "mlflow.json").write_text('{"uri": "postgresql://me:***@host/db"}')
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(
-        UserError, match=r"belongs to postgresql://me:\*\*\*@host/db, whose password is written down nowhere"
+        UserError, match=r"store is postgresql://me:\*\*\*@host/db, whose password is not recorded anywhere"
     ):
         own_uri(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:Gehe1m@host/db")

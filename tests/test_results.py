@@ -1,5 +1,5 @@
-"""Runs as a table in the terminal: chosen, sorted, grouped over seeds, of every version and in every state; quick, and
-without torch.
+"""caco.results shows runs as a table in the terminal: it selects, sorts and groups them over seeds, reads runs of every
+version and state, and is fast and works without torch.
 """
 
 import json
@@ -19,7 +19,7 @@ SCORES = {(64, 0): 50.0, (64, 1): 54.0, (128, 0): 60.0, (128, 1): 70.0}
 
 
 def write(folder, *, size=64, seed=0, score=None, summary=None, failure=None, status="FINISHED", method="caco"):
-    """A run's directory as training leaves it, but for what a table does not read."""
+    """Write a run's directory with the files that the table reads, as training would."""
     folder.mkdir(parents=True)
     params = {"method": method, "bank": "tiny", "pn": "both", "eval": "['knn']",
     "eval.knn._target_": "caco.evals.knn.KNN", "bank.size": str(size), "seed": str(seed), "epochs": "2",
@@ -91,8 +91,8 @@ def test_runs_are_chosen_and_sorted_by_settings_and_metrics(runs, capsys):
     [
         (["--where", "sed=1"], "sed: no run here has such a setting or metric; did you mean seed"),
         (["--where", "seed"], "--where seed: expected KEY=VALUE"),
-        (["--where", "seed<many"], "expected a number behind <, got many"),
-        (["--where", "seed=7"], "none of the 4 runs there is such that seed=7"),
+        (["--where", "seed<many"], "expected a number after <, got many"),
+        (["--where", "seed=7"], "none of these 4 runs meets the conditions seed=7"),
         (["--columns", "k"], "k: no run here has"),
     ],
 )
@@ -167,7 +167,7 @@ def test_runs_of_earlier_versions_show_by_today_s_names(repo_root, capsys):
 
 
 def test_the_configuration_that_a_run_was_told_is_the_one_that_it_recorded(tmp_path):
-    """What a table reads of tracking.json is what config.yaml says."""
+    """The settings in tracking.json, which the table reads, equal those in config.yaml."""
     import tiny
 
     tiny.train(tmp_path, "max_steps=1", "eval=[]")
@@ -187,7 +187,7 @@ def test_a_thousand_runs_take_seconds_and_no_torch(tmp_path):
     )
     begun = time.monotonic()
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True)
-    assert time.monotonic() - begun < 15, "on a machine that has other work; 1.8 s where it was measured"
+    assert time.monotonic() - begun < 15, "1.8 s were measured; a busy machine may take longer"
 
 
 @pytest.mark.long

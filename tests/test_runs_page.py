@@ -1,4 +1,4 @@
-"""The commands of docs/runs.md, typed on runs that are there."""
+"""The commands of docs/runs.md, run on real runs."""
 
 import re
 import shlex
@@ -45,5 +45,6 @@ def test_every_table_is_shown(runs, repo_root, monkeypatch, capsys):
     commands = printed(repo_root / "docs/runs.md", "caco.results")
     assert len(commands) == 5
     for words in commands:
-        results.main([word for word in words if word != "method=caco"])  # an option that only a command line records
+        # this option is recorded only by runs from a command line
+        results.main([word for word in words if word != "method=caco"])
         assert "runs/one" in capsys.readouterr().out

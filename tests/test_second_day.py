@@ -1,4 +1,4 @@
-"""docs/second_day.md: its files are written and its commands typed, one after the other, as the page has them."""
+"""docs/second_day.md: its files are written and its commands run, one after the other, as on the page."""
 
 import os
 import re
@@ -13,7 +13,7 @@ BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 
 
 def typed(text):
-    """Each command, with the lines that the page shows of what it prints."""
+    """Each command of the page, with the lines of its output that the page shows."""
     found = []
     for block in BLOCK.findall(text):
         for line in block.replace("\\\n", "").splitlines():
@@ -25,7 +25,7 @@ def typed(text):
 
 
 def told_alike(line):
-    """A pattern of what the page shows, whatever a machine's speed, rounding and paths are."""
+    """A pattern for the output that the page shows, in which speeds, rounding and paths may differ."""
     parts = re.split(r"(\.\.\.|-?\d[\d.:,]*)", line)
     return "".join(".*" if i % 2 else re.sub(r"(\\ )+", " +", re.escape(part)) for i, part in enumerate(parts))
 

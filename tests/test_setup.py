@@ -1,4 +1,4 @@
-"""make sets up what a target needs, once; pip and apt-get are replaced by programs that only note how they are
+"""make installs what a target needs, and only once. pip and apt-get are replaced by programs that record how they are
 called.
 """
 
@@ -27,7 +27,9 @@ TORCH, NEEDS, CACO, MLFLOW, REST = (
 
 @pytest.fixture
 def made(tmp_path):
-    """`made("demo")` runs `make demo` in a copy of what make reads; returns what was installed, and what was said."""
+    """`made("demo")` runs `make demo` in a copy of the files that make reads; returns what was installed and
+    printed.
+    """
     folder, programs = tmp_path / "clone", tmp_path / "bin"
     shutil.copytree(ROOT / "scripts", folder / "scripts")
     for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
@@ -43,7 +45,7 @@ def made(tmp_path):
 
     def make(*arguments: str) -> tuple[list[str], str]:
         calls.write_text("")
-        # Without what the make around the tests has told its programs.
+        # Without the variables that an outer make, which may run these tests, has set.
         variables = {
             name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
         }
@@ -86,7 +88,7 @@ def test_a_commit_is_checked_by_the_commands_of_make_lint():
     rule = re.search(r"^lint:.*\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert [hook["entry"] for hook in local["hooks"]] == [line.strip() for line in rule[1].splitlines()]
-    assert local["repo"] == "local", "nothing is fetched"
+    assert local["repo"] == "local", "the hooks must be local, so that nothing is downloaded"
     assert {(hook["language"], hook["pass_filenames"]) for hook in local["hooks"]} == {("system", False)}
 
 

@@ -1,5 +1,5 @@
-"""The documentation site, built as make docs builds it: without a warning, with every option and method, and no link
-that leads nowhere.
+"""The documentation site, built as by `make docs`: without warnings or broken links, and with every option and
+method.
 """
 
 import html
@@ -21,7 +21,7 @@ OPTIONS = sorted((ROOT / "conf").glob("*/*.yaml"))
 
 
 class Page(HTMLParser):
-    """Where a page's links lead, and the places in it that links can lead to."""
+    """The targets of a page's links, and the anchors in the page."""
 
     def __init__(self, file: Path):
         super().__init__()
@@ -54,7 +54,7 @@ def text(site: Path, page: str) -> str:
 
 
 def names(settings, prefix: str) -> list[str]:
-    """The whole name of every setting of a YAML file."""
+    """The full dotted name of every setting in a YAML file."""
     found = []
     for key, value in settings.items():
         if key in ("defaults", "hydra", "_target_"):
@@ -79,7 +79,7 @@ def test_every_option_stands_there_with_all_its_settings(site):
             whole = f"<code>{name}</code>" in section
             assert whole or any(part.strip() in name.split(".") for part in flow), (file.name, name)
     settings = html.unescape(text(site, "reference/configuration/index.html"))
-    assert "cut a process's batch into so many passes, where memory is small" in settings
+    assert "split each process's batch into this many passes, to save memory" in settings
 
 
 @pytest.mark.long
@@ -89,7 +89,7 @@ def test_every_method_stands_there_with_what_was_published_and_what_was_measured
         site / "reference/methods.html"
     ).places
     caco = page.partition('<h2 id="caco">')[2].partition("<h2 ")[0]
-    assert "Top-1 71.3" in caco, "Table VII"
+    assert "Top-1 71.3" in caco, "the number of Table VII must be on the page"
     recorded = json.loads((ROOT / "experiments" / "records" / "mini.json").read_text())["runs"]
     measured = [run["summary"] for run in recorded if run["name"].startswith("table7-both")]
     knn, probe = (statistics.mean(one[name] for one in measured) for name in ("knn20_top1", "probe_top1"))

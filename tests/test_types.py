@@ -1,5 +1,6 @@
-"""The contracts between the parts: mypy holds every class to its Protocol and every caller to what that declares; and
-nobody asks what kind a part is."""
+"""The contracts between components: mypy checks every class against its Protocol and every caller against what the
+Protocol declares; and no code asks for the class of a component.
+"""
 
 import ast
 import importlib.util
@@ -25,7 +26,7 @@ from caco.methods.treatments import Treatment
 from caco.tracking.base import Tracker
 
 CONTRACTS = (Bank, Evaluator, Loader, Method, Negatives, Positives, Source, Tracker, Treatment)
-# What records call a result follows from which of our evaluators gave it; of one from elsewhere they say its own words.
+# The name of a result in records follows from the class of caco's evaluator; a user's own evaluator names its results.
 NAMES_OF_RECORDS = ("caco/metrics.py", "caco/runs/renamed.py")
 IN_CONF = {
     "bank": Bank,
@@ -38,8 +39,8 @@ IN_CONF = {
 
 
 def test_mypy_finds_nothing(repo_root, pytestconfig):
-    """The settings are pyproject.toml's; the first time takes a quarter of a minute of one core, later ones what has
-    changed.
+    """The settings are in pyproject.toml. The first run takes a quarter of a minute on one core; later ones check only
+    what has changed.
     """
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("mypy is not installed: pip install mypy, or caco's extra `test`, has the types checked here")
@@ -55,7 +56,7 @@ def test_mypy_finds_nothing(repo_root, pytestconfig):
 
 
 def offered(group: str) -> set[type]:
-    """The classes of what conf/ configures under `bank`, `eval`, `loader`, `method`, `negatives`, `tracking`."""
+    """The classes that conf/ configures under `bank`, `eval`, `loader`, `method`, `negatives` and `tracking`."""
     contents = [(file, yaml.safe_load(file.read_text())) for file in CONF.rglob("*.yaml")]
     nodes = [content.get(group, content if file.parent.name == group else None) for file, content in contents]
     nodes += [content for file, content in contents if group == "bank" and file.stem == "learned_bank"]
@@ -64,7 +65,7 @@ def offered(group: str) -> set[type]:
 
 @pytest.mark.parametrize("group", IN_CONF)
 def test_what_conf_offers_declares_its_contract(group):
-    """By its bases, so that mypy compares the two."""
+    """Each class names its contract as a base class, so that mypy compares the two."""
     assert offered(group) and [one for one in offered(group) if IN_CONF[group] not in one.__mro__] == []
 
 
@@ -89,8 +90,8 @@ def test_a_part_that_lacks_a_member_is_refused_before_anything_is_computed():
 
 
 def kinds_asked(path: Path, names: set[str]) -> list[str]:
-    """Where a file asks whether a value is of one of these classes, or writes one's name out, as to compare it with a
-    configuration's.
+    """The places in a file that ask whether a value is of one of these classes, or that contain the name of one, as to
+    compare it with a configuration.
     """
     found: list[tuple[int, str]] = []
     for node in ast.walk(ast.parse(path.read_text())):
@@ -108,15 +109,15 @@ def kinds_asked(path: Path, names: set[str]) -> list[str]:
 
 
 def words(*nodes: ast.expr) -> set[str]:
-    """Names and attributes, but not those of torch.nn, whose Linear is a layer."""
+    """Names and attributes, except those of torch.nn, where Linear is a layer."""
     found = [one for node in nodes for one in ast.walk(node) if getattr(getattr(one, "value", None), "id", "") != "nn"]
     return {getattr(one, "id", getattr(one, "attr", "")) for one in found}
 
 
 def test_nobody_asks_what_kind_of_part_something_is(repo_root):
-    """What it needs, costs and can do stands in its contract; so a part from elsewhere is as good as one of these."""
+    """The contract says what a component needs, costs and can do, so a user's own component works as well as caco's."""
     for group in IN_CONF:
-        offered(group)  # imports what conf/ names
+        offered(group)  # imports the classes that conf/ names
     names = {one.__name__ for contract in CONTRACTS for one in family(contract) if one.__module__.startswith("caco.")}
     assert {
         "LearnableBank",

@@ -1,4 +1,6 @@
-"""A run small enough for a test: digits, a narrow ResNet, a few steps; everything else as in the product."""
+"""Configurations of runs that are small enough for a test: digits, a narrow ResNet, a few steps, and otherwise the
+defaults of caco.
+"""
 
 import copy
 import functools
@@ -28,8 +30,8 @@ TINY = [
     "loader.num_workers=0",
     "log_every_steps=1",
 ]
-# Of a method with prototypes some, where its YAML has tens of thousands; and labels or clusters at once, where it
-# waits.
+# A few prototypes for methods whose YAML files have thousands, and labels or clusters from the first epoch on for
+# methods that begin with them later.
 FEW_PROTOTYPES = {name: ["method.num_prototypes=24"] for name in ("swav", "dino")} | {
     "sela": ["method.num_heads=2", "method.num_moments=8"],
     "pcl": [
@@ -39,10 +41,10 @@ FEW_PROTOTYPES = {name: ["method.num_prototypes=24"] for name in ("swav", "dino"
         "method.restarts=1",
     ],
 }
-# And of one that mixes negatives.
+# The same for a method that mixes negatives.
 MIXED = ["negatives.hardest=16", "negatives.pairs=8", "negatives.with_query=4", "negatives.warmup_epochs=0"]
 FEW_PROTOTYPES["mochi"] = MIXED
-# Of methods that take patches or colours, small ones of images that have them.
+# Coloured images for methods that need colours or patches.
 COLOURED = ["data._target_=coloured.images", "data.size=32"]
 OF_PATCHES = {
     "infomin": [*COLOURED, "augmentation=infomin_cifar", "method.jigsaw_hidden_dim=16"],
@@ -66,7 +68,7 @@ OF_PATCHES = {
         "method.num_noise=64",
     ],
 }
-BANK = ["bank.size=128"]  # two steps of warm start at batch 64
+BANK = ["bank.size=128"]  # with batch 64, two steps of the warm start fill it
 
 
 @functools.cache
@@ -76,9 +78,7 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
 
 
 def compose(*overrides: str, bank: bool = True) -> DictConfig:
-    """A checked configuration without Hydra's own part; Hydra takes a third of a second for each, so each is made
-    once.
-    """
+    """A validated configuration without Hydra's own node. Cached, because Hydra takes a third of a second for each."""
     return copy.deepcopy(_composed((*TINY, *(BANK if bank else []), *overrides)))
 
 
@@ -89,7 +89,7 @@ def train(run_dir: Path, *overrides: str, bank: bool = True) -> dict[str, float]
 
 
 def now(phase: str = "training", step: int = 0, **values: float):
-    """Where a run is, for a method that is called by hand; `values` are its schedules'."""
+    """The position in a run, for tests that call a method directly; `values` are the values of its schedules."""
     from caco.methods.base import Now
 
     epoch, step_in_epoch = (0, step) if phase == "training" else (None, None)
@@ -105,7 +105,7 @@ def now(phase: str = "training", step: int = 0, **values: float):
 
 
 def batch_of(views, *, first: int = 0, patches=None):
-    """A batch of these views, and of these patches, of the images from number `first` on, unlabelled."""
+    """An unlabelled batch of these views and patches; its images are numbered from `first` on."""
     import torch
 
     from caco.data.loaders.batches import Batch
@@ -115,7 +115,9 @@ def batch_of(views, *, first: int = 0, patches=None):
 
 
 def layers_of(head) -> str:
-    """2048-4096b: a linear layer with a bias. BN*: without scale and shift."""
+    """A network's layers as text: "2048-4096b" is a linear layer with a bias, "BN*" a BatchNorm without scale and
+    shift.
+    """
     from torch import nn
 
     words = []
@@ -129,7 +131,7 @@ def layers_of(head) -> str:
 
 
 def noise(cfg, images: int, generator, dtype=None):
-    """Noise in the shapes of a recipe: its views, and patches where it has some, else None."""
+    """Noise in the shapes of an augmentation recipe: (its views, its patches or None)."""
     import torch
 
     from caco.config.composition import instantiate

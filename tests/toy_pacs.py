@@ -1,5 +1,5 @@
-"""A toy PACS whose classes are told by colour and its domains by brightness: what a mean over each channel can
-learn.
+"""A toy PACS in which the colour gives the class and the brightness the domain, so that the mean of each channel
+suffices to learn it.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ __all__ = ["LAYOUTS", "write_pacs"]
 
 
 def write_pacs(root, layout="dassl", *, size=16, noise=0, **counts):
-    """As experiments.toy_sets.pacs has it, with images of another kind."""
+    """Like experiments.toy_sets.pacs.write_pacs, with other images."""
 
     def coloured(domain, name, rng):
         corner = np.array([(CLASSES.index(name) + 1) >> bit & 1 for bit in range(3)])

@@ -1,4 +1,4 @@
-"""Memory banks: rows that serve as positives and negatives, and the scores of queries against them; own_loop.py: for
-anyone's own loop.
+"""Memory banks: their rows, which serve as positives and negatives, and the scoring of queries against the rows.
+own_loop.py is for training loops of the user's own.
 
-Not here: which of them a loss uses (caco/methods/sources.py)."""
+Not here: the choice of which rows are positives and negatives in a loss (caco/methods/sources.py)."""

@@ -1,7 +1,7 @@
-"""How unevenly queries use a bank's rows on average, as a term of their loss, without a G x K matrix: three streamed
-passes.
+"""A term of the queries' loss that measures how unevenly the queries use a bank's rows on average.
 
-The rows may be sharded over ranks: queries are gathered, each rank goes over its own rows, and sums are reduced.
+No G x K matrix is held: the rows are streamed in blocks, twice for the value and once more for the gradient. The rows
+may be sharded over ranks: the queries are gathered, each rank goes over its own rows, and the sums are reduced.
 
 Shapes: B this rank's queries, G all ranks' queries, S rows in one block, D width.
 """
@@ -18,12 +18,15 @@ from caco.banks.rows import Rows
 
 
 def mean_activation_divergence(q_BD: Tensor, rows: Rows, tau: float) -> Tensor:
-    """KL divergence of the rows' mean probability over all ranks' queries from an even use of the K rows, a scalar from
-    0 to log K.
+    """KL divergence of the rows' mean probabilities, taken over all ranks' queries, from the uniform distribution over
+    the K rows. A scalar from 0 to log K. A collective.
 
-    Source: `equations.mean_activation_divergence`. Its gradient goes to the queries; of the rows it asks nothing.
+    Only the queries get a gradient; the rows count as constants.
+
+    Source: `equations.mean_activation_divergence`.
     Args:
-        q_BD: unit queries.
+        q_BD: this rank's unit queries; every rank has equally many.
+        rows: the bank's rows, of any norm but zero.
         tau: temperature of the probabilities.
     """
     with torch.autocast(q_BD.device.type, enabled=False):
@@ -60,13 +63,14 @@ class _Divergence(torch.autograd.Function):
         for x in (first_GD, second_GD, mean_G):
             distributed.sum_(x)
         gradient_GD = (first_GD - mean_G[:, None] * second_GD) / (len(q_GD) * ctx.tau)
-        # The ranks' gradients are averaged, and each holds that of its own queries alone.
+        # The training averages the gradients of the ranks, and each rank's holds the share of its own queries alone:
+        # hence the factor.
         return grad * distributed.world() * distributed.own(gradient_GD, ctx.own), None, None, None
 
 
 def _blocks(q_GD: Tensor, w_RD: Tensor, tau: float) -> Any:
-    """exp((cosine - 1) / tau), [G, S], and unit rows [S, D], a block at a time; a unit vector's logit is at most 1 /
-    tau.
+    """For one block of rows after the other: exp((cosine - 1) / tau), [G, S], and the unit rows, [S, D]. No logit of
+    unit vectors exceeds 1 / tau, so no exponential exceeds 1.
     """
     for block in scoring.blocks(len(w_RD), len(q_GD)):
         m_SD = scoring.unit_rows(w_RD[block])[0]

@@ -1,4 +1,4 @@
-"""The queue of past keys (MoCo; NNCLR's support set): first in, first out, nothing learned."""
+"""The queue of past keys (MoCo; NNCLR's support set): first in, first out. Its rows are not learned."""
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +12,22 @@ from caco.schedules import RunShape, Table, constant
 
 
 class FifoBank(nn.Module, Bank):
-    """The last K keys, as negatives (MoCo v2) or as a place to look for neighbours (NNCLR).
+    """The last K keys, which serve as negatives (MoCo v2) or as the rows among which a nearest neighbour is looked for
+    (NNCLR).
 
-    Keys enter in `update`, after the step that they were computed in, so no key is ever its own negative. In one's own
-    loop it takes `loss` and `update` (caco/banks/own_loop.py).
+    Keys enter in `update`, after the step that they were computed in, so no key is ever its own negative. In a loop of
+    your own, call `loss` and `update` (caco/banks/own_loop.py).
 
     Args:
-        size: rows, K.
+        size: number of rows K.
         dim: width D of the embedding.
         seed: of the random rows that the queue starts with.
+
+    Source: arXiv 1911.05722 (MoCo).
     """
 
     filled_by_keys = True
-    default_warm_start_passes = 0  # it fills itself as it goes, as published
+    default_warm_start_passes = 0  # as published: the training itself fills the queue
 
     next_row: Tensor  # int64, where the next key goes
 
@@ -33,22 +36,22 @@ class FifoBank(nn.Module, Bank):
         super().__init__()
         self.rows = Rows(size=size, dim=dim, seed=seed, learnable=False)
         self.size = size
-        self.keys: list[Tensor] = []  # of the step in progress, those of all ranks, that `loss` was given
+        self.keys: list[Tensor] = []  # all ranks' keys that `loss` was given in the step in progress
         self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
         self._next = devices.Known(0)  # the same
         self.register_load_state_dict_post_hook(_read_anew)
 
     def rates(self, run: RunShape) -> Table:
-        """A queue has no rate: 0 for every step."""
+        """0 for every step: a queue has no learning rate."""
         return constant(run, 0.0)
 
     def fill(self, keys_GD: Tensor, step: int) -> None:
-        """Take the keys of a step of the warm start, like those of any other."""
+        """Take the keys of a step of the warm start, as after any other step."""
         self.update(lr=0.0, keys_GD=keys_GD)
 
     def warning(self, statistics: dict[str, float]) -> str | None:
-        """What is wrong with a queue of which `rows.statistics` says this; neighbouring keys that resemble one another
-        are not.
+        """A sentence about what is wrong with the queue, judged by `rows.statistics`; None where nothing is wrong.
+        Near-duplicate rows are no fault here: keys of similar images resemble one another.
         """
         return few_rows_chosen(statistics)
 
@@ -62,13 +65,13 @@ class FifoBank(nn.Module, Bank):
         extra_BE: Tensor | None = None,
         learn: bool = True,
     ) -> Tensor:
-        """As `LearnableBank.loss`, over the queue; in training mode the keys are noted for `update`.
+        """As `LearnableBank.loss`, over the queue; in training mode the keys are noted for `update`. Returns a scalar.
 
         Args:
             temperature: tau; 0.2 in MoCo v2.
-            learn: not used; the learnable bank's loss takes it.
-            positive: "key": the key, and all rows are negatives (MoCo); "row": the row of the queue that is nearest to
-                it.
+            positive: "key": the key itself is the positive, and all rows are negatives (MoCo); "row": the queue's row
+                nearest to the key is the positive.
+            learn: ignored, as a queue's rows do not learn; it is part of the contract.
         """
         value = own_loop.loss(self, q_BD, k_BD, temperature=temperature, positive=positive, extra_BE=extra_BE)
         if self.training:
@@ -79,10 +82,10 @@ class FifoBank(nn.Module, Bank):
         self, q_BD: Tensor, positive_B: Tensor, *, temperature: float, extra_BE: Tensor | None = None,
         objective: reweighted.Objective | None = None, learn: bool = True,
     ) -> scoring.Score:  # fmt: skip
-        """Loss of each query over all rows and extra columns; see `scoring.score`. The rows take no gradient.
+        """The loss of each query, [B], over all rows and extra columns; see `scoring.score`. The rows take no gradient.
 
         Args:
-            learn: not used; the learnable bank's score takes it.
+            learn: ignored, as a queue's rows do not learn; it is part of the contract.
         """
         return reweighted.score_of(objective)(
             q_BD,
@@ -96,12 +99,11 @@ class FifoBank(nn.Module, Bank):
 
     @torch.no_grad()
     def update(self, *, lr: float | None = None, keys_GD: Tensor | None = None) -> None:
-        """Replace the oldest rows by the keys of the step just made; of more than K keys, the last K.
+        """Replace the oldest rows by the keys of the step just made. Of more than K keys only the last K enter.
 
         Args:
-            lr: not used; the learnable bank's update takes it.
-            keys_GD: all ranks' keys of the step, unit vectors; None for those that `loss` was given since the last
-                update.
+            lr: ignored, as a queue has no learning rate; it is part of the contract.
+            keys_GD: all ranks' unit keys of the step; None for the keys that `loss` was given since the last update.
         """
         if keys_GD is None:
             if not self.keys:

@@ -1,12 +1,12 @@
-"""The rows of a bank that are nearest to each query, many of them, and their vectors: for negatives that are made of
-these (MoCHi).
+"""The many rows of a bank that are nearest to each query, and their vectors: MoCHi mixes further negatives from them.
 
-The rows may be sharded over ranks: queries are gathered, each rank searches its own rows, and candidates travel to the
-rank whose query it is; then each row that some rank wants travels once. No B x K matrix is held, and nothing of size K
-x D travels unless all rows are wanted.
+The rows may be sharded over ranks: the queries are gathered, each rank searches its own rows, and the candidates are
+sent to the rank that has the query. After that, each row that some rank has chosen is sent once. No B x K matrix is
+held, and nothing of size K x D travels unless all rows are chosen.
 
 Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, S rows in one block, H rows found for a query,
-E wanted by it, U wanted by some query, D width.
+E rows chosen from these for it, U rows chosen for some query, N candidates for a query so far, A those and a block's
+rows, D width.
 """
 
 import torch
@@ -20,19 +20,22 @@ from caco.banks.rows import Rows
 
 @torch.no_grad()
 def hardest(q_BD: Tensor, rows: Rows, count: int, left_out_B: Tensor | None = None) -> Tensor:
-    """Index, over the whole bank, of the `count` rows with the largest cosines, the largest first, int64 [B, H]; all
-    where they are fewer.
+    """For each query the `count` rows with the largest cosines, as indices over the whole bank, int64 [B, H], the
+    largest cosine first. If there are fewer rows, all of them. A collective.
 
     Args:
         q_BD: unit queries of this rank.
-        left_out_B: int64, a row that is none of a query's negatives; None: all are.
+        rows: the bank's rows.
+        count: rows wanted for each query.
+        left_out_B: int64, for each query one row that must not be found, as it is the positive; None where every row
+            may be found.
     """
     count = min(count, rows.size - (left_out_B is not None))
     with torch.autocast(q_BD.device.type, enabled=False):
         q_GD = distributed.gather(q_BD)
         left_out_G = None if left_out_B is None else distributed.gather(left_out_B) - rows.first
         value_GN, row_GN = _of_these_rows(q_GD, rows.weight, count, left_out_G)
-        most = min(count, -(-rows.size // distributed.world()))  # of any rank
+        most = min(count, -(-rows.size // distributed.world()))  # that any rank can have found: all must send as many
         value_GN, row_GN = (
             F.pad(value_GN, (0, most - value_GN.shape[1]), value=-torch.inf),
             F.pad(row_GN, (0, most - row_GN.shape[1])),
@@ -42,10 +45,13 @@ def hardest(q_BD: Tensor, rows: Rows, count: int, left_out_B: Tensor | None = No
 
 
 def _of_these_rows(q_GD: Tensor, w_RD: Tensor, count: int, left_out_G: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cosines and rows, the largest first, [G, min(count, R)] each."""
+    """The largest cosines among this rank's rows and the indices of these rows, the largest first, [G, min(count, R)]
+    each.
+    """
     kept = min(count, len(w_RD))
     value_GN, row_GN = q_GD.new_empty(len(q_GD), 0), torch.empty(len(q_GD), 0, dtype=torch.int64, device=q_GD.device)
-    step = max(scoring.BLOCK_ELEMENTS // len(q_GD), 4 * kept)  # a block of fewer rows than are kept is mostly sorting
+    # With blocks of hardly more rows than are kept, sorting would take most of the time.
+    step = max(scoring.BLOCK_ELEMENTS // len(q_GD), 4 * kept)
     for start in range(0, len(w_RD), step):
         cosine_GS = q_GD @ scoring.unit_rows(w_RD[start : start + step])[0].T
         row_S = torch.arange(start, start + cosine_GS.shape[1], device=q_GD.device)
@@ -60,11 +66,16 @@ def _of_these_rows(q_GD: Tensor, w_RD: Tensor, count: int, left_out_G: Tensor | 
 
 @torch.no_grad()
 def fetch(rows: Rows, row_BE: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows that all ranks' queries together want, [U, D], each once, and where among these each of row_BE is,
-    int64 [B, E].
+    """The unit rows that all ranks ask for together, each once, [U, D]; and for each entry of `row_BE` its place among
+    them, int64 [B, E]. A collective.
 
-    In one process no row travels, and how many are wanted is not counted, for which a GPU would be waited for: U is the
-    smaller of all rows and all wishes.
+    With one rank no row travels, and a row that is asked for more than once may come more than once, because the host
+    would have to wait for a GPU to count the different ones: U is the bank's size or the number of entries of `row_BE`,
+    whichever is smaller.
+
+    Args:
+        rows: the bank's rows.
+        row_BE: int64, rows that this rank asks for, as indices over the whole bank.
     """
     if distributed.world() == 1:
         if rows.size <= row_BE.numel():

@@ -1,4 +1,4 @@
-"""The bank whose rows are learned: pulled as positives, pushed as negatives (CaCo; AdCo with pull 0)."""
+"""The bank whose rows are learned: they are pulled as positives and pushed as negatives (CaCo; AdCo with pull 0)."""
 
 from typing import Literal
 
@@ -18,37 +18,40 @@ from caco.schedules import RunShape, Table, warmup_and_cosine
 class LearnableBank(nn.Module, Bank):
     """K rows that take a cooperative-adversarial gradient step with every optimiser step.
 
-    In one's own loop it takes `loss` and `update` (caco/banks/own_loop.py); an optimiser that is given its parameters
-    leaves them alone.
+    In a loop of your own, call `loss` and `update` (caco/banks/own_loop.py). The rows may be among the parameters that
+    an optimiser is given: it leaves them alone, as the backward pass gives them no gradient.
 
     Args:
-        size: rows, K. The paper's 1M, 2M, 4M, 8M, 12M are 8192, 16384, 32768, 65536, 98304.
+        size: number of rows K. The paper's 1M, 2M, 4M, 8M, 12M are 8192, 16384, 32768, 65536, 98304 rows.
         dim: width D of the embedding.
         seed: of the random rows.
         pull: scale of the cooperative motion of positives; 1 in CaCo, 0 in AdCo.
         push: scale of the adversarial motion of negatives; 1 in both. (0, 0) is a frozen bank.
-        lr: rate of the rows' SGD, 3.0 in the paper for every batch.
+        lr: learning rate of the rows' SGD; the paper takes 3.0 for every batch.
         lr_reference_batch: None keeps `lr` for every batch, as published; a number makes the rate
             lr * batch / lr_reference_batch, which keeps the published motion of a row at other batch sizes.
         final_lr: the rate at the end of the run, reached by a cosine after the warm-up; scaled with the batch as `lr`
             is. None keeps `lr` to the end, as the paper's recipe does. 0 lets the rows come to rest as the encoder
             does.
-        warmup_epochs: linear warm-up of the rate.
+        warmup_epochs: length of the linear warm-up of the rate, in epochs.
         momentum: of the rows' SGD.
         weight_decay: of the stored rows; 0 in CaCo, 1e-4 in AdCo.
-        temperature: None shares the encoder's; a number is the bank's own (AdCo).
-        reading: "code" leaves the stored rows' norms free, as the published code; "paper" puts rows back on the
-            sphere after each step (`equations.bank_update`).
-        initialisation: "keys": the keys of the warm start overwrite the rows in order, as published; "random": they
-            stay as they were drawn, and there is no warm start unless its steps are asked for.
-        random_norms: of rows as they were drawn: "normal": about sqrt(dim), of a plain normal law, so that they turn
-            slowly; "unit": uniform on the sphere. As published is what conf/learned_bank.yaml takes.
-        renewed_after_steps: a row that no key has chosen for so many steps becomes one of the step's keys
-            (`Rows.renew`); None, as published: never.
-        balance: weight of a term of the queries' loss that is 0 where all rows are equally probable on average over the
-            batch (`equations.mean_activation_divergence`); 0, as published: without.
+        temperature: tau of the rows' own gradient (AdCo); None takes the temperature of the encoder's loss.
+        reading: "code" leaves the norms of the stored rows free, as the published code does; "paper" scales each row
+            back to norm 1 after each step (`equations.bank_update`).
+        initialisation: "keys": the keys of the warm start overwrite the random rows in order, as published; "random":
+            the rows stay as they were drawn, and there is no warm start unless its steps are asked for.
+        random_norms: how the random rows are drawn: "normal" from a normal distribution, so that their norms are about
+            sqrt(dim) and a step turns them little; "unit" uniformly on the unit sphere. conf/learned_bank.yaml sets
+            what the published code does.
+        renewed_after_steps: a row that no key has chosen for this many steps is replaced by one of the step's keys
+            (`Rows.renew`); None never replaces a row, as published.
+        balance: weight of a term in the queries' loss that is 0 when all rows are equally probable on average over the
+            batch (`equations.mean_activation_divergence`); 0 leaves the term out, as published.
 
     Source: arXiv 2203.14370, Eqs. 6-11.
+    Raises:
+        UserError: rows that do not learn (pull and push 0) are to be renewed.
     """
 
     @held
@@ -77,7 +80,7 @@ class LearnableBank(nn.Module, Bank):
         learnable = pull > 0 or push > 0
         if renewed_after_steps is not None and not learnable:
             raise UserError(
-                "bank.renewed_after_steps: rows that do not learn are not renewed; expected null, got"
+                "bank.renewed_after_steps: rows that do not learn cannot be renewed; expected null, got"
                 f" {renewed_after_steps}"
             )
         self.rows = Rows(
@@ -101,11 +104,13 @@ class LearnableBank(nn.Module, Bank):
         self.needs_whole_batch = balance > 0
         self.keys: list[
             Tensor
-        ] = []  # of the step in progress, those of all ranks, that `loss` was given, for rows that are renewed
-        self.anchors: list[scoring.Anchors] = []  # of the rows by the step in progress
+        ] = []  # all ranks' keys that `loss` was given in the step in progress; some of them renew rows
+        self.anchors: list[scoring.Anchors] = []  # what the step in progress has noted, for `update`
 
     def rates(self, run: RunShape) -> Table:
-        """The rate of every step of the training: warmed up, then a cosine from `lr` to `final_lr`."""
+        """The rows' learning rate at every step of the training: a linear warm-up, then a cosine from `lr` to
+        `final_lr`.
+        """
         scale = run.batch / self.lr_reference_batch if self.lr_reference_batch else 1.0
         final_lr = self.lr if self.final_lr is None else self.final_lr
         return warmup_and_cosine(run, self.lr * scale, final_lr * scale, self.warmup_epochs)
@@ -123,24 +128,28 @@ class LearnableBank(nn.Module, Bank):
         """-log p of each query's positive among all rows of the bank and any extra columns (Eq. 3), averaged over this
         rank's queries.
 
-        Its backward pass gives gradients to the queries, to the extra columns and, with positive="key", to keys that
-        take one; what it asks of the rows is noted for `update`. Several calls, of several pairs of views or parts of a
-        batch, add up until then. With a process group every call is a collective, of as many queries on each rank;
-        gradients are then to be averaged over the ranks.
+        The backward pass gives gradients to the queries, to the extra columns and, with positive="key", to the keys if
+        they require one. It notes what the rows' gradient is computed from; `update` moves the rows. Several calls
+        before one `update`, for several pairs of views or parts of a batch, add up. With a process group every call is
+        a collective with equally many queries on each rank, and the training has to average the gradients over the
+        ranks.
 
         Args:
-            q_BD: embeddings of the encoder, of any length: unit vectors are made of them here. bf16 ones are scored in
-                float32; under autocast of bf16 the products may round their factors, as in a run with precision=bf16.
-            k_BD: embeddings of the same images' other views, in general of a momentum twin (caco.nn.twin.MomentumTwin).
+            q_BD: embeddings of the encoder, of any norm; they are normalised here. bf16 embeddings are scored in
+                float32; under bf16 autocast the products may round their factors, as in a run with precision=bf16.
+            k_BD: embeddings of other views of the same images, usually from a momentum twin
+                (caco.nn.twin.MomentumTwin); they are normalised here too.
             temperature: tau; 0.08 in CaCo.
-            positive: "row": the bank's row that is nearest to the key (CaCo, Eq. 11); "key": the key itself, and all
-                rows are negatives (AdCo).
+            positive: "row": the bank's row nearest to the key is the positive (CaCo, Eq. 11); "key": the key itself is
+                the positive, and all rows are negatives (AdCo).
             extra_BE: cosines of the queries with further negatives, not divided by tau; -inf masks one out.
-            learn: whether the rows are to move for it; not in a warm start, whose keys `fill` writes over them.
+            learn: whether the rows are to move for this loss. Pass False in a warm start, where `fill` overwrites the
+                rows with keys.
         Returns:
             a scalar.
         Raises:
-            UserError: shapes, precisions or devices that do not fit, all of them at once; queries that are not finite.
+            UserError: shapes, precisions or devices do not fit (one message names all of them), or queries are not
+                finite.
         """
         value = own_loop.loss(
             self, q_BD, k_BD, temperature=temperature, positive=positive, extra_BE=extra_BE, learn=learn
@@ -159,8 +168,8 @@ class LearnableBank(nn.Module, Bank):
         objective: reweighted.Objective | None = None,
         learn: bool = True,
     ) -> scoring.Score:
-        """Loss of each query over all rows and extra columns; see `scoring.score`. Its backward asks the rows to
-        move.
+        """The loss of each query, [B], over all rows and extra columns; see `scoring.score`. With `learn` the backward
+        pass notes what the rows' gradient is computed from, for `update`.
         """
         learn = learn and self.rows.weight.requires_grad
         return reweighted.score_of(objective)(
@@ -176,7 +185,9 @@ class LearnableBank(nn.Module, Bank):
         )
 
     def regulariser(self, q_BD: Tensor, *, temperature: float) -> Tensor | None:
-        """`balance` times the divergence of the rows' mean activation; it asks nothing of the rows."""
+        """`balance` times `balance.mean_activation_divergence`, a scalar that gives gradients to the queries alone;
+        None where `balance` is 0.
+        """
         return (
             self.balance * mean_activation_divergence(q_BD, self.rows, self.temperature or temperature)
             if self.balance
@@ -185,35 +196,45 @@ class LearnableBank(nn.Module, Bank):
 
     @torch.no_grad()
     def fill(self, keys_GD: Tensor, step: int) -> None:
-        """Write the keys of warm-start step `step` over the next rows, in order; a pass ends at the last row."""
+        """Write a warm-start step's keys, [G, D], over the next rows in order. A pass over the bank ends at its last
+        row: further keys of that step are dropped, and the next step begins again with the first row.
+        """
         if self.filled_by_keys:
             start = step % -(-self.size // len(keys_GD)) * len(keys_GD)
             self.rows.write(keys_GD[: self.size - start], start)
 
     def warning(self, statistics: dict[str, float]) -> str | None:
-        """What is wrong with a bank of which `rows.statistics` says this, over an epoch; None where nothing is."""
+        """A sentence about what is wrong with the bank, judged by an epoch's values of `rows.statistics`; None where
+        nothing is wrong.
+        """
         return few_rows_chosen(statistics) or many_near_duplicates(statistics)
 
     @torch.no_grad()
     def gradient(self) -> Tensor:
-        """What the next `update` descends, [R, D]: to be looked at, as `update` never holds it."""
+        """The gradient that the next `update` will descend, [R, D]. For inspection only: `update` itself never holds it
+        as a whole.
+        """
         anchors = scoring.Anchors.joined(self.anchors)
         return motion.row_gradient(self.rows.weight, self.rows.first, anchors, pull=self.pull, push=self.push)
 
     @torch.no_grad()
     def update(self, *, lr: float | None = None, keys_GD: Tensor | None = None) -> None:
-        """Move the rows along the gradients asked for since the last update (`equations.bank_update`).
+        """Move the rows along the gradients of all losses whose backward pass has run since the last update
+        (`equations.bank_update`). Where there was none, nothing happens.
 
         Args:
-            lr: of this step; None for the constructor's.
-            keys_GD: all ranks' unit keys of the step, for rows that are renewed; None for those that `loss` was given.
+            lr: the rows' learning rate of this step; None for the constructor's.
+            keys_GD: all ranks' unit keys of the step, with which rows are renewed; None for the keys that `loss` was
+                given. Only a bank with `renewed_after_steps` uses them.
+        Raises:
+            UserError: rows are to be renewed, and no keys were given.
         """
         if not self.anchors:
             return
         if keys_GD is None and self.rows.renewed_after_steps and not self.keys:
             raise UserError(
-                "update: rows that are renewed become keys of the step; expected keys_GD, or a step whose `loss` was"
-                " given keys"
+                "update: this bank renews rows with keys of the step; expected keys_GD, or keys given to `loss` since"
+                " the last update"
             )
         motion.move(
             self.rows.weight, self.rows.velocity, self.rows.first, scoring.Anchors.joined(self.anchors),

@@ -1,7 +1,9 @@
-"""How a bank's rows move along what queries have asked of them (caco/banks/scoring.py: Anchors), a block at a time.
+"""The motion of a bank's rows, block by block. The queries noted in the backward pass (`Anchors` of
+caco/banks/scoring.py) determine the rows' gradient.
 
-On a CPU the pass is fused (caco/banks/kernels/fused.py) where that was built, on CUDA where Triton works; else it
-streams in blocks of PyTorch. No kernel knows of positives that are rows and no negatives (`Anchors.pull_N`).
+On a CPU a fused kernel makes the pass where it was built (caco/banks/kernels/fused.py), on CUDA a Triton kernel where
+Triton works; elsewhere the pass streams in blocks of PyTorch. No kernel can treat positives that are rows but not
+negatives (`Anchors.pull_N`), so these too go through PyTorch.
 
 Shapes: N the queries of all terms of a step, R this rank's rows, S rows in one block, D width.
 """
@@ -14,11 +16,15 @@ from caco.banks.scoring import Anchors, blocks, unit_rows
 
 
 def row_gradient(w_SD: Tensor, first_row: int, anchors: list[Anchors], *, pull: float, push: float) -> Tensor:
-    """The cooperative-adversarial gradient of some rows (Eqs. 6-10; `equations.bank_gradient`), [S, D].
+    """The cooperative-adversarial gradient of consecutive rows, [S, D], which their SGD descends.
 
+    Source: arXiv 2203.14370, Eqs. 6-10; `equations.bank_gradient`.
     Args:
-        w_SD: rows of any norm, consecutive; `first_row` of the whole bank is the first of them.
-        anchors: one for each temperature; their gradients add up.
+        w_SD: consecutive rows of any norm but zero.
+        first_row: the index of the first of these rows in the whole bank.
+        anchors: the queries of the step, one entry for each temperature; their gradients add up.
+        pull: scale of the positives' motion.
+        push: scale of the negatives' motion.
     """
     gradient_SD, *others = (_of_one_temperature(w_SD, first_row, part, pull=pull, push=push) for part in anchors)
     for other_SD in others:
@@ -49,10 +55,22 @@ def move(
     w_RD: Tensor, velocity_RD: Tensor, first_row: int, anchors: list[Anchors], *, pull: float, push: float, lr: float,
     momentum: float, weight_decay: float, normalise: bool,
 ) -> None:  # fmt: skip
-    """One step of the rows' SGD, in place, a block at a time (`equations.bank_update`); no R x D gradient is held."""
+    """One step of the rows' SGD (`equations.bank_update`). It changes rows and velocities in place, block by block, so
+    no R x D gradient is held.
+
+    Args:
+        w_RD: this rank's rows, any norm but zero.
+        velocity_RD: the rows' velocities.
+        first_row: the index of this rank's first row in the whole bank.
+        anchors: the queries of the step, one entry for each temperature.
+        pull, push: scales of the positives' and the negatives' motion.
+        lr, momentum, weight_decay: of the rows' SGD.
+        normalise: whether each row is scaled to norm 1 after the step.
+    """
     if all(part.pull_N is None and fused.supports(w_RD, velocity_RD, part.q_ND) for part in anchors):
         for number, part in enumerate(anchors):
-            # A kernel adds the gradient of one temperature to the velocity; the rows move with the last one.
+            # Each call adds the gradient of one temperature to the velocities. Momentum and weight decay belong to the
+            # first call, the motion of the rows to the last.
             first, last = number == 0, number == len(anchors) - 1
             fused.update(
                 w_RD, velocity_RD, part.q_ND, part.positive_N - first_row, part.log_sum_N,

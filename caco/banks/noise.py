@@ -1,12 +1,12 @@
-"""Contrast a query with a few rows of a bank that are drawn at random for it, in place of all rows: noise-contrastive
-estimation (InstDisc, PIRL, CMC) and a softmax over what was drawn.
+"""Losses that contrast a query with a few randomly drawn rows of a bank instead of all rows: noise-contrastive
+estimation (InstDisc, PIRL, CMC), and a softmax over the drawn rows.
 
-The rows may be sharded over ranks: queries are gathered, each rank scores those of the drawn rows that it holds, and
-sums and the queries' gradients are reduced. Neither the drawn rows nor a number for each of them travels; they are
-drawn and read a part at a time.
+The rows may be sharded over ranks: the queries are gathered, each rank scores the drawn rows that it holds, and the
+sums and the queries' gradients are reduced. Neither a drawn row nor its score is sent to another rank. The rows are
+drawn and read for a part of the queries at a time.
 
-Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, M rows drawn for a query, C those of them on
-this rank, b queries of one part, D width.
+Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, M rows drawn for a query, C drawn rows that
+this rank holds, b queries of one part, D width.
 """
 
 from collections.abc import Iterator
@@ -18,25 +18,28 @@ from torch import Tensor
 from caco import devices, distributed
 from caco.banks import splitmix
 
-PART_ELEMENTS = 1 << 22  # of one b x M x D part: 16 MiB in float32
+PART_ELEMENTS = 1 << 22  # numbers in the drawn rows of one part, b x M x D: 16 MiB in float32
 
 
 class Contrast(NamedTuple):
-    loss_B: Tensor  # its backward gives the queries' gradients
-    probability_B: Tensor  # that a query's positive is none of the noise, as the loss has it; no gradient
+    loss_B: Tensor  # its backward pass gives the queries' gradients
+    probability_B: Tensor  # the loss's probability that the positive row is the query's own and not noise; no gradient
 
 
 def noise_rows(stream: int, image_B: Tensor, count: int, size: int) -> Tensor:
-    """For each image `count` rows of `size`, drawn uniformly with replacement, int64 [B, count]; see
-    `splitmix.uniform`.
+    """For each image the indices of `count` rows out of `size`, drawn uniformly with replacement, int64 [B, count].
+
+    Args:
+        stream: 64 bits; with the image it determines the draws, see `splitmix.uniform`.
+        image_B: int64, the images' indices.
     """
     return (splitmix.uniform(stream, image_B, count) * size).long()
 
 
 class Draw(NamedTuple):
-    """Which rows meet which queries.
+    """Which rows are drawn for the queries, and how they are scored.
 
-    first_row: of the whole bank, where this rank's rows begin. size: rows of the whole bank. tau: temperature.
+    first_row: the index of this rank's first row in the whole bank. size: rows of the whole bank. tau: temperature.
     num_noise: rows drawn for a query. stream: what the draws depend on besides the image, see `noise_rows`.
     """
 
@@ -57,26 +60,30 @@ def contrast(
     normaliser: float = 1.0,
     epsilon: float = 1e-7,
 ) -> Contrast:
-    """Loss of each query against the row of its image and the drawn ones; the rows count as they are stored.
+    """The loss of each query against its image's row and the rows drawn for it, which are taken as they are stored. A
+    collective.
 
-    With P_j = exp(q.w_j / tau) / normaliser, c = num_noise / size, i the image and the sum over what was drawn for it,
-    itself perhaps among it: "nce": -log P_i / (P_i + c + epsilon) - sum_j log c / (P_j + c + epsilon). "softmax": -log
-    P_i / (P_i + sum_j P_j).
+    Let P_j = exp(q.w_j / tau) / normaliser, c = num_noise / size and i the query's image. The sums go over the rows
+    drawn for the image, among which may be row i itself.
+        "nce":     -log P_i / (P_i + c + epsilon) - sum_j log c / (P_j + c + epsilon)
+        "softmax": -log P_i / (P_i + sum_j P_j)
 
     Args:
         q_BD: unit queries of this rank, float32 or float64.
         w_RD: this rank's rows.
-        image_B: int64, each query's row.
-        normaliser, epsilon: of "nce" alone.
-    Source: published code, lib/NCEAverage.py and lib/NCECriterion.py of InstDisc: scores, losses.
+        image_B: int64, the index of each query's image, which is also that of the image's row in the whole bank.
+        draw: which rows are drawn.
+        form: the loss.
+        normaliser, epsilon: as in the formula; "softmax" does not use them.
+    Source: scores and losses as in InstDisc's published code, lib/NCEAverage.py and lib/NCECriterion.py.
     """
     return Contrast(*_Contrast.apply(q_BD, w_RD, image_B, draw, form, normaliser, epsilon))
 
 
 @torch.no_grad()
 def mean_exponential(q_BD: Tensor, w_RD: Tensor, image_B: Tensor, draw: Draw) -> float:
-    """Of exp(q.w_j / tau) over each query's own row and its drawn ones, and over all ranks' queries; times `size` it
-    estimates the normaliser Z of P. The arguments are `contrast`'s."""
+    """The mean of exp(q.w_j / tau) over all ranks' queries, each with its own image's row and its drawn rows. Times
+    `size` it estimates the normaliser Z. The arguments are those of `contrast`. A collective."""
     with torch.autocast(q_BD.device.type, enabled=False):
         q_GD, image_G = distributed.gather(q_BD), distributed.gather(image_B)
         own_GD = _rows_of(image_G, w_RD, draw.first_row)
@@ -90,21 +97,21 @@ def mean_exponential(q_BD: Tensor, w_RD: Tensor, image_B: Tensor, draw: Draw) ->
 
 
 def _rows_of(image_G: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
-    """Each image's row where it is this rank's, else 0, [G, D]."""
+    """Each image's row if this rank holds it, else zeros, [G, D]."""
     own_G = (image_G >= first_row) & (image_G < first_row + len(w_RD))
     return devices.where_or(own_G[:, None], w_RD[(image_G - first_row).masked_fill(~own_G, 0)], 0.0)
 
 
 def _drawn(image_G: Tensor, w_RD: Tensor, draw: Draw) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For a part of the queries at a time: which they are, those of their drawn rows that this rank holds [b, C, D],
-    and which of these places are used, bool [b, C]."""
+    """For one part of the queries after the other: the slice of the queries, their drawn rows that this rank holds
+    [b, C, D], and which of these places hold a drawn row, bool [b, C]."""
     rows = max(1, PART_ELEMENTS // (draw.num_noise * w_RD.shape[1]))
     for start in range(0, len(image_G), rows):
         part = slice(start, start + rows)
         local_bM = noise_rows(draw.stream, image_G[part], draw.num_noise, draw.size) - draw.first_row
         there_bM = (local_bM >= 0) & (local_bM < len(w_RD))
-        if len(w_RD) < draw.size:  # those of other ranks would be read and multiplied for nothing; a GPU is waited for
-            most = int(there_bM.sum(1).amax())
+        if len(w_RD) < draw.size:  # leave out the rows of other ranks, which would be read and multiplied for nothing
+            most = int(there_bM.sum(1).amax())  # the host waits for a GPU here
             order_bC = there_bM.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
             local_bM, there_bM = local_bM.gather(1, order_bC), there_bM.gather(1, order_bC)
         yield part, w_RD[local_bM.masked_fill(~there_bM, 0)], there_bM
@@ -118,7 +125,7 @@ class _Contrast(torch.autograd.Function):
             own_GD = _rows_of(image_G, w_RD, draw.first_row)
             own_G = distributed.sum_((q_GD * own_GD).sum(1).double()) / draw.tau
             shift: float | Tensor = 0.0
-            if form == "softmax":  # float32 holds sums of 10^11 terms of e^60
+            if form == "softmax":  # float32 holds a sum of 10^11 terms that are e^60 each
                 longest = distributed.max_(w_RD.norm(dim=1).amax())
                 shift = (longest.double() / draw.tau - 60).clamp(min=0.0)
             c = draw.num_noise / draw.size

@@ -1,15 +1,15 @@
-"""A bank in anyone's own loop: the loss of a batch of embeddings against it, without a configuration, a Trainer or a
-process group.
+"""A bank in a training loop of the user's own: the loss of a batch of embeddings against the bank. It needs no
+configuration, no Trainer and no process group.
 
-    bank = LearnableBank(size=65536, dim=128) # of caco.banks.learnable; or FifoBank of caco.banks.fifo, MoCo's queue
+    bank = LearnableBank(size=65536, dim=128)  # from caco.banks.learnable; or MoCo's queue, FifoBank of caco.banks.fifo
     ...
-        loss = bank.loss(q, k)                                 # q of the encoder, k of its momentum twin, [B, D] each
-        loss.backward()                                        # gradients of q; what it asks of the rows is noted
+        loss = bank.loss(q, k)      # q from the encoder, k from its momentum twin, [B, D] each
+        loss.backward()             # gradients of q; the bank notes what it needs to move its rows
         optimizer.step()
-        bank.update()                                          # the rows move, or take the keys: once an optimiser step
+        bank.update()               # the rows move, or the queue takes the keys: once an optimiser step
 
-It is `Bank.score` of the methods (caco/methods/contrastive.py), with their two commonest positives, and so the same
-kernels.
+The loss is computed by `Bank.score`, which the methods use too (caco/methods/contrastive.py), so the same kernels
+serve. Of the methods' kinds of positives it has the two most common ones.
 
 Shapes: B this rank's queries, D width, E extra columns.
 """
@@ -29,8 +29,8 @@ PositiveOf = Literal["row", "key"]
 
 
 def unit(embedding_BD: Tensor, rows: Rows) -> Tensor:
-    """Embeddings of any length and precision as unit vectors in the rows' precision: bf16's eight bits do not survive
-    tau 0.08.
+    """Embeddings [B, D] of any norm and precision as unit vectors in the rows' precision. The eight bits of bf16 are
+    too coarse for cosines that are divided by a temperature of 0.08.
     """
     with torch.autocast(embedding_BD.device.type, enabled=False):
         return F.normalize(embedding_BD.to(rows.weight.dtype), dim=1)
@@ -51,7 +51,7 @@ def loss(
     q_BD, k_BD = unit(q_BD, bank.rows), unit(k_BD, bank.rows)
     if positive == "row":
         row_B = bank.rows.most_probable(k_BD)
-    else:  # it is the first extra column, which comes right after the bank's rows
+    else:  # the key is the first extra column, and the columns are counted on from the bank's rows
         row_B = torch.full((len(q_BD),), bank.size, device=q_BD.device)
         key_B1 = (q_BD * k_BD).sum(1, keepdim=True)
         extra_BE = key_B1 if extra_BE is None else torch.cat([key_B1, extra_BE.to(key_B1.dtype)], 1)
@@ -65,13 +65,13 @@ def loss(
 def _refuse_unfit(
     bank: Bank, q_BD: Tensor, k_BD: Tensor, temperature: float, positive: str, extra_BE: Tensor | None
 ) -> None:
-    """Raises UserError, which names everything that is wrong."""
+    """Raise a UserError that names everything that is wrong with the arguments of `loss`, if anything is."""
     rows, problems = bank.rows, list[str]()
     expected = rows.weight.shape[1]
     if q_BD.ndim != 2 or q_BD.shape != k_BD.shape or q_BD.shape[1] != expected or not len(q_BD):
         problems.append(
-            f"queries and keys: expected [B, {expected}] both, as wide as the bank's rows; got {list(q_BD.shape)} and"
-            f" {list(k_BD.shape)}"
+            f"queries and keys: expected shape [B, {expected}] for both, as wide as the bank's rows; got"
+            f" {list(q_BD.shape)} and {list(k_BD.shape)}"
         )
     elif extra_BE is not None and (extra_BE.ndim != 2 or len(extra_BE) != len(q_BD)):
         problems.append(f"extra: expected cosines [{len(q_BD)}, E]; got {list(extra_BE.shape)}")
@@ -81,33 +81,35 @@ def _refuse_unfit(
         problems.append(f"positive: expected row or key; got {positive!r}")
     if rows.weight.dtype not in (torch.float32, torch.float64):
         problems.append(
-            f"the bank's rows: expected float32, got {str(rows.weight.dtype).removeprefix('torch.')}: small steps are"
-            " lost in it; leave the bank out of .half() and .bfloat16(), and take autocast (in Lightning bf16-mixed)"
+            f"the bank's rows: expected float32, got {str(rows.weight.dtype).removeprefix('torch.')}, which would lose"
+            " small steps; do not apply .half() or .bfloat16() to the bank, but use autocast (in Lightning bf16-mixed)"
         )
     if rows.weight.device != q_BD.device:
         problems.append(
-            f"the bank lies on {rows.weight.device} and the queries on {q_BD.device}: move it, as bank.to(device)"
+            f"the bank is on {rows.weight.device} and the queries are on {q_BD.device}: move the bank, as"
+            " bank.to(device)"
         )
     device = q_BD.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
         problems.append(
-            "autocast: expected bfloat16, or none; got float16, whose loss scaling would scale the motion of the rows"
+            "autocast: expected bfloat16 or no autocast; got float16, whose loss scaling would scale the motion of the"
+            " rows too"
         )
     if (rows.first, rows.last) != distributed.shard(rows.size):
         problems.append(
-            f"this bank was made before the process group of {distributed.world()} ranks, so each holds all of its"
-            " rows: make it afterwards (in Lightning in configure_model)"
+            f"this bank was made before the process group of {distributed.world()} ranks, so each rank holds all rows:"
+            " make the bank after the process group (in Lightning in configure_model)"
         )
     if problems:
         raise UserError("\n".join(problems))
 
 
 def leave_to_ranks(module: nn.Module) -> nn.Module:
-    """Call it on a module with banks inside before DistributedDataParallel wraps it (in Lightning at the end of
-    configure_model).
+    """Tell DistributedDataParallel to leave the banks inside a module alone. Call this before it wraps the module (in
+    Lightning at the end of configure_model).
 
-    Each rank has other rows of a bank, and they get no gradients: DistributedDataParallel would write rank 0's rows
-    over all others', and wait for gradients. This tells it which parameters and buffers to leave alone.
+    Each rank holds other rows of a bank, and the rows get no gradients. Without this call, DistributedDataParallel
+    would overwrite every rank's rows with those of rank 0 and wait for gradients that never come.
 
     Returns:
         the module.
@@ -118,6 +120,6 @@ def leave_to_ranks(module: nn.Module) -> nn.Module:
         if isinstance(part, Rows)
         for own in [*dict(part.named_parameters()), *dict(part.named_buffers())]
     ]
-    # What DistributedDataParallel reads; the method of the same purpose has an underscore too.
+    # DistributedDataParallel reads this attribute. torch's own method for setting it is as private.
     setattr(module, "_ddp_params_and_buffers_to_ignore", of_banks)
     return module

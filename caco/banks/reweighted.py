@@ -1,28 +1,28 @@
-"""Losses that count their negatives otherwise than InfoNCE does, over a bank that is streamed as in
+"""Losses that weight their negatives differently from InfoNCE, over a bank that is streamed as in
 caco/banks/scoring.py.
 
-Such a loss L_i depends on query i through the logit s_i = q_i.m_+ / tau of its positive m_+, the number of its
-negatives, and a few sums over these, A_ti = log sum_j exp(t q_i.m_j / tau), one for each exponent t: 1 alone with a
-margin and in the debiased loss, 1 + beta and beta where hard negatives count more. So its derivatives by the cosines
-are, with a_ti = dL_i / dA_ti and b_i = -dL_i / ds_i,
+Such a loss L_i of query i depends on three things: the logit s_i = q_i.m_+ / tau of its positive m_+, the number of its
+negatives, and a few sums over the negatives, A_ti = log sum_j exp(t q_i.m_j / tau), one for each exponent t. The loss
+with a margin and the debiased loss have the exponent 1; the loss that gives hard negatives more weight has 1 + beta and
+beta. With a_ti = dL_i / dA_ti and b_i = -dL_i / ds_i, the derivatives with respect to the cosines are
 
-    tau dL_i / d(q_i.m_j) = c_ij = sum_t t a_ti exp(t q_i.m_j / tau - A_ti)      of a negative j
-    tau dL_i / d(q_i.m_+) = -b_i                                                  of the positive
+    tau dL_i / d(q_i.m_j) = c_ij = sum_t t a_ti exp(t q_i.m_j / tau - A_ti)      for a negative j
+    tau dL_i / d(q_i.m_+) = -b_i                                                  for the positive
 
-and the cooperative-adversarial motion of a bank's rows (Eqs. 6 to 10) is InfoNCE's with c_ij in place of p_ij and b_i
-in place of 1 - p_i+:
+The cooperative-adversarial gradient of a bank's rows (Eqs. 6 to 10) is that of InfoNCE with c_ij in place of p_ij and
+b_i in place of 1 - p_i+:
 
     g_j = -1 / (tau |w_j|) sum_i weight_i w_ij (I - m_j m_j^T) q_i,
-    w_ij = push c_ij of a negative, pull b_i of the positive.
+    w_ij = push c_ij for a negative, pull b_i for the positive.
 
-(Of InfoNCE a_1i = 1 - p_i+, so c_ij = p_ij.) c_ij can be below 0: a loss that leans on hard negatives falls as an easy
-one comes nearer, and the push goes the other way. a and b come from autograd, of a few numbers a query; the sums, and
-what they weigh, are streamed.
+(InfoNCE has a_1i = 1 - p_i+, so c_ij = p_ij.) c_ij can be negative: a loss that gives hard negatives more weight falls
+when an easy negative comes nearer, and then the push has the opposite direction. Autograd gives a and b from a few
+numbers for each query; the sums, and the weighted sums of rows, are streamed.
 
-A positive that is a row of the bank (CaCo) is none of the negatives, and has to be left out of the sums: taken away
-afterwards it would take all digits with it where it is the largest. No kernel leaves a row out, so then the passes are
-blocks of PyTorch; where the positive is no row (MoCo, AdCo, Table VII's Negative) the kernels make one pass for each
-exponent.
+A positive that is a row of the bank (CaCo) is not a negative and has to be left out of the sums. Subtracting its term
+afterwards would cancel all significant digits where that term is the largest. No kernel can leave a row out, so the
+passes then run in blocks of PyTorch. Where the positive is no row (MoCo, AdCo, Table VII's Negative), the kernels make
+one pass for each exponent.
 
 Shapes: as in caco/banks/scoring.py.
 """
@@ -40,20 +40,22 @@ from caco.banks.scoring import Anchors, Score, Sums
 
 
 class Objective(Protocol):
-    """A loss of the positive's logit and of sums over the negatives.
+    """A loss that is a function of the positive's logit and of sums over the negatives.
 
-    exponents: t of the sums, above 0; the largest comes first.
+    exponents: the t of the sums, all above 0, the largest first.
     """
 
     @property
     def exponents(self) -> tuple[float, ...]: ...
 
     def __call__(self, positive_B: Tensor, log_sums: Sequence[Tensor], count_B: Tensor, tau: float) -> Tensor:
-        """The loss [B] of each query, differentiable by logits and sums.
+        """The loss of each query, [B], which autograd can differentiate with respect to `positive_B` and `log_sums`.
 
         Args:
-            positive_B: s, the positive's cosine over tau. log_sums: A of each exponent, [B] each. count_B: of the
-                negatives.
+            positive_B: s, the positive's cosine divided by tau.
+            log_sums: A for each exponent, [B] each.
+            count_B: each query's number of negatives.
+            tau: the temperature.
         """
         ...
 
@@ -72,8 +74,8 @@ class OfPositives:
 
 class _Derivatives(NamedTuple):
     loss_B: Tensor
-    by_positive_B: Tensor  # -b
-    by_sums: list[Tensor]  # a of each exponent
+    by_positive_B: Tensor  # derivative with respect to the positive's logit, -b
+    by_sums: list[Tensor]  # for each exponent the derivative with respect to its sum, a, [B]
 
 
 def _derivatives(
@@ -89,10 +91,11 @@ def _derivatives(
 def _sums_without_a_row(
     q_GD: Tensor, w_RD: Tensor, taus: list[float], exponents: tuple[float, ...], left_out_G: Tensor, *, with_sums: bool
 ) -> list[Sums]:
-    """Of each exponent t, at temperatures tau / t, over these rows but one a query; the scores are made once for all.
+    """For each exponent t the sums at temperatures tau / t over these rows, without one row for each query. The scores
+    are computed once for all exponents.
 
     Args:
-        left_out_G: int64, the row that a query leaves out; beyond these rows: none.
+        left_out_G: int64, for each query the row that its sums leave out; a number outside these rows leaves out none.
     """
 
     def scores_of(block: slice, m_SD: Tensor) -> Tensor:
@@ -106,7 +109,7 @@ def _sums_without_a_row(
     peak_G = q_GD.new_full((len(q_GD),), -torch.inf)
     shifts: list[list[float | Tensor]] = [[max(0.0, t / tau - scoring.HIGHEST) for tau in taus] for t in exponents]
     if q_GD.dtype == torch.float32 and 2 * max(exponents) / min(taus) > scoring.HIGHEST - scoring.LOWEST:
-        for block in blocks:  # wider than float32's exponents: the largest cosine is looked for first
+        for block in blocks:  # float32 cannot hold the whole range of exponentials: find the largest cosine first
             peak_G = torch.maximum(peak_G, scores_of(block, scoring.unit_rows(w_RD[block])[0]).amax(1))
         top_G1 = distributed.max_(peak_G.clone())[:, None]
         shifts = [[t / tau * top_G1 for tau in taus] for t in exponents]
@@ -172,13 +175,14 @@ class _ReweightedScore(torch.autograd.Function):
                         for t, x_B in zip(exponents, log_sums[n], strict=True)
                     ]
             result = [_derivatives(objective, cosine_B, log_sums[n], count_B, tau) for n, tau in enumerate(taus)]
-            # What the shards need of each query: sums and derivatives, of the loss and at the bank's temperature.
+            # Every rank needs each query's sums and derivatives: those of the loss for the queries' gradient, those at
+            # the bank's temperature for the motion of its rows.
             told = [torch.stack([part.by_positive_B, *log_sums[n], *part.by_sums], 1) for n, part in enumerate(result)]
             told_to_all = [distributed.gather(x_BX).T for x_BX in told]
             of_loss, of_bank = told_to_all[0], told_to_all[-1]
             toward_BD = None
             if with_sums:
-                # sum_j c_ij m_j - b_i m_+: the gradient of a query is this times its own over tau.
+                # sum_j c_ij m_j - b_i m_+. The query's gradient is this, times the incoming gradient, over tau.
                 toward_GD = m_GD * of_loss[0][:, None].to(q_GD.dtype)
                 log_sum, share = of_loss[1:].chunk(2)
                 for e, part in enumerate(sums):
@@ -195,7 +199,7 @@ class _ReweightedScore(torch.autograd.Function):
                     in_extra_B, result[0].by_positive_B.to(others_BE.dtype), toward_BE.gather(1, column_B)[:, 0]
                 )
                 toward_BE.scatter_(1, column_B, own_BE[:, None])
-            # Of the softmax at the largest exponent, over all rows, the positive's too.
+            # The largest probability of the softmax at the largest exponent, over all rows including the positive's.
             top_B = distributed.own(top_G, B).double()
             top_B = torch.where(in_extra_B, top_B, torch.maximum(top_B, cosine_B))
             scale = exponents[0] / taus[0]
@@ -214,13 +218,13 @@ class _ReweightedScore(torch.autograd.Function):
         anchors, q_GD, positive_G, of_bank, rows_are_positives = ctx.asking
         with torch.autocast(grad_B.device.type, enabled=False):
             if anchors is not None:
-                # Each rank's loss is the mean over its own part of the batch, hence the division by the ranks.
+                # Each rank's loss is the mean over its own part of the batch, hence the division by the world size.
                 weight_G = distributed.gather(grad_B) / distributed.world()
                 log_sum, share = of_bank[1:].chunk(2)
                 for e, t in enumerate(exponents):
                     pull_G = (
                         -of_bank[0] / t if e == 0 else torch.zeros_like(weight_G)
-                    )  # asked once, whatever the exponents
+                    )  # the positive pulls once, so only the first exponent's entry carries the pull
                     left_out = pull_G if rows_are_positives else None
                     anchors.append(
                         Anchors(q_GD, positive_G, log_sum[e], weight_G, taus[-1] / t, bf16, share[e], left_out)
@@ -244,15 +248,17 @@ def score(
     extra_BE: Tensor | None = None,
     anchors: list[Anchors] | None = None,
 ) -> Score:
-    """As `scoring.score`, of another loss than InfoNCE; its negatives are all rows and extra columns but the positive
-    and what is masked.
+    """As `scoring.score`, with a loss other than InfoNCE. The negatives are all rows and extra columns except the
+    positive and the masked columns.
 
-    Backward gives queries and extra columns the gradient of the loss; what it asks of the rows, of the loss at
-    temperature `bank_tau`, is added to `anchors`.
+    The backward pass gives the queries and the extra columns the gradient of the loss. It adds to `anchors` what the
+    rows' gradient is computed from, for the loss at temperature `bank_tau`.
 
+    Args:
+        objective: the loss. The other arguments are those of `scoring.score`.
     Returns:
-        the losses; and, in place of the largest probability of InfoNCE's softmax, that of the softmax at tau over the
-        largest exponent.
+        the losses, [B]; and the largest probability, [B], of the softmax at the temperature tau / (largest exponent),
+        in place of InfoNCE's.
     Raises:
         ValueError, UnusableError: as `scoring.score`.
     """
@@ -262,5 +268,5 @@ def score(
 
 
 def score_of(objective: Objective | None) -> Callable[..., Score]:
-    """What scores queries for this loss: `scoring.score` for InfoNCE, None."""
+    """The function that scores queries for this loss; None stands for InfoNCE and gives `scoring.score`."""
     return scoring.score if objective is None else functools.partial(score, objective=objective)

@@ -1,4 +1,4 @@
-"""What every bank has: rows, this rank's shard of them, and statistics of their use."""
+"""The part that all banks have in common: the rows, this rank's shard of them, and statistics of their use."""
 
 from typing import Any, Literal
 
@@ -9,23 +9,24 @@ from caco import devices, distributed
 from caco.banks import scoring
 from caco.errors import UserError
 
-INIT_BLOCK = 4096  # rows drawn from one seed, so that a shard's rows do not depend on the number of ranks
+INIT_BLOCK = 4096  # rows drawn from one seed, so that no row depends on the number of ranks
 TWIN_SAMPLE = 512  # rows compared with all others when near-duplicates are counted
-TWIN_COSINE = 0.99
-FEWEST_CHOSEN = 5.0  # percent of the rows that an epoch could choose; below it a bank has collapsed
-MOST_NEAR_DUPLICATES = 50.0  # percent of the rows; above it a bank has collapsed
+TWIN_COSINE = 0.99  # two rows with a larger cosine are near-duplicates
+FEWEST_CHOSEN = 5.0  # percent of the rows that an epoch's keys could have chosen; with fewer the bank has collapsed
+MOST_NEAR_DUPLICATES = 50.0  # percent of the rows; with more the bank has collapsed
 
 
-BY_ROW = ("weight", "uses", "velocity", "idle")  # of a state: a line for each row, shared out over the ranks
+BY_ROW = ("weight", "uses", "velocity", "idle")  # entries of the state with one line for each row: they are sharded
 Norms = Literal["unit", "normal", "uniform"]
 
 
 def random_rows(first: int, last: int, dim: int, seed: int, *, norms: Norms = "unit") -> Tensor:
-    """Rows first..last of a bank, the same for any sharding, [last - first, dim].
+    """Random rows `first` to `last` - 1 of a bank, [last - first, dim]. Each row is the same for any number of ranks.
 
-    norms: "normal": of independent standard normal numbers, so a row's norm is about sqrt(dim); "unit": these on the
-    unit sphere, uniform there; "uniform": of independent numbers in +-sqrt(3 / dim), so a row's norm is about 1
-    (InstDisc's and CMC's code).
+    Args:
+        norms: "normal" draws independent standard normal numbers, so a row's norm is about sqrt(dim); "unit" scales
+            these rows to norm 1, which is uniform on the sphere; "uniform" draws independent numbers between
+            -sqrt(3 / dim) and sqrt(3 / dim), so a row's norm is about 1 (InstDisc's and CMC's code).
     """
     parts = []
     for block in range(first // INIT_BLOCK, -(-last // INIT_BLOCK)):
@@ -41,8 +42,8 @@ def random_rows(first: int, last: int, dim: int, seed: int, *, norms: Norms = "u
 
 
 def few_rows_chosen(statistics: dict[str, float]) -> str | None:
-    """A sentence where an epoch's keys chose next to no rows of those that they could have chosen (see
-    `Rows.statistics`).
+    """A warning, as a part of a sentence, if an epoch's keys chose too small a share of the rows that they could have
+    chosen (see `Rows.statistics`); else None.
     """
     percent = statistics.get("rows_used_of_possible")
     if percent is None or percent >= FEWEST_CHOSEN:
@@ -54,7 +55,9 @@ def few_rows_chosen(statistics: dict[str, float]) -> str | None:
 
 
 def many_near_duplicates(statistics: dict[str, float]) -> str | None:
-    """A sentence where most rows have another one in the same place (see `Rows.statistics`)."""
+    """A warning, as a part of a sentence, if most rows nearly coincide with another row (see `Rows.statistics`); else
+    None.
+    """
     percent = statistics["near_duplicates"]
     if percent <= MOST_NEAR_DUPLICATES:
         return None
@@ -65,7 +68,9 @@ def many_near_duplicates(statistics: dict[str, float]) -> str | None:
 
 
 def _gather_rows(rows: "Rows", state: dict[str, Any], prefix: str, metadata: object) -> None:
-    """The whole bank on rank 0, so that a checkpoint does not depend on the number of ranks. A collective."""
+    """Put the rows of all ranks into rank 0's state, so that a checkpoint does not depend on the number of ranks. A
+    collective.
+    """
     for name in BY_ROW:
         if prefix + name in state:
             state[prefix + name] = distributed.gather_on_main(state[prefix + name])
@@ -80,27 +85,32 @@ def _take_shard(rows: "Rows", state: dict[str, Any], prefix: str, *_: object) ->
     if prefix + "renewed" in state and not distributed.is_main():
         state[prefix + "renewed"] = torch.zeros_like(
             state[prefix + "renewed"]
-        )  # of all ranks together; the first goes on counting from it
+        )  # the saved count is that of all ranks together, so rank 0 alone goes on from it
 
 
 class Rows(nn.Module):
-    """`size` vectors of width `dim`, shared out over the ranks, and how often each was chosen as a positive.
+    """`size` vectors of width `dim`, sharded over the ranks, and how often each was chosen as a positive. Every bank
+    owns one object of this class.
 
-    The parts that the banks have in common; each owns one of these.
+    Shapes: B this rank's keys, G all ranks' keys, R this rank's rows, S rows of a sample or a block, D width.
 
     Args:
-        size: rows of the whole bank, K; the first ranks have one more than the others where they do not come out even.
+        size: rows of the whole bank, K. Where the number of ranks does not divide it, the first ranks have one row more
+            than the others.
         dim: width D of the embedding.
-        seed: of the initial rows.
-        learnable: whether the rows receive gradients.
-        norms: of the initial rows; see `random_rows`.
+        seed: of the random initial rows.
+        learnable: whether the rows learn and so have velocities.
+        norms: how the initial rows are drawn; see `random_rows`.
         renewed_after_steps: see `renew`; None: rows are never renewed.
+    Raises:
+        UserError: fewer than 2 rows, a width below 1, fewer rows than ranks, or a size, dim or seed that differs
+            between ranks.
     """
 
     uses: Tensor  # int64 [R], how often each of this rank's rows was chosen since the last `statistics`
-    velocity: Tensor  # [R, D], of rows that learn; others have none
-    idle: Tensor  # int64 [R], steps since each was chosen, of rows that are renewed; others have none
-    renewed: Tensor  # int64, how many of this rank's were, since the last `statistics`
+    velocity: Tensor  # [R, D], momentum of the rows' SGD; only rows that learn have it
+    idle: Tensor  # int64 [R], steps since each row was chosen; only rows that are renewed have it
+    renewed: Tensor  # int64, how many of this rank's rows were renewed since the last `statistics`
 
     def __init__(
         self,
@@ -136,28 +146,37 @@ class Rows(nn.Module):
         self.register_load_state_dict_pre_hook(_take_shard)
 
     def most_probable(self, k_BD: Tensor) -> Tensor:
-        """Index of each key's nearest row (Eq. 11), int64 [B]; counted in the statistics of use when training."""
+        """The index over the whole bank of each key's nearest row (Eq. 11), int64 [B]. In training mode the choices
+        count in the statistics of use. A collective.
+
+        Args:
+            k_BD: this rank's unit keys.
+        """
         row_B = scoring.most_probable_row(k_BD, self.weight, self.first)
         self.note_chosen(row_B)
         return row_B
 
     def note_chosen(self, row_B: Tensor) -> None:
-        """Count, when training, that these rows were chosen, int64 [B]."""
+        """Count in the statistics, in training mode, that all ranks' keys have chosen these rows. A collective.
+
+        Args:
+            row_B: int64, indices over the whole bank.
+        """
         if self.training:
             local_G = distributed.gather(row_B) - self.first
             here_G = (local_G >= 0) & (local_G < len(self.uses))
             at_G = local_G.clamp(0, len(self.uses) - 1)
             self.uses.index_add_(0, at_G, here_G.long())
-            if self.renewed_after_steps:  # -1 of those: `renew`, after the step, makes it 0
+            if self.renewed_after_steps:  # the chosen rows get -1; `renew` adds 1 after the step, which makes it 0
                 self.idle.scatter_reduce_(0, at_G, torch.where(here_G, -here_G.long(), self.idle[at_G]), "amin")
 
     @torch.no_grad()
     def renew(self, k_GD: Tensor) -> None:
-        """After a step, make its keys the rows that no key has chosen for `renewed_after_steps` steps, with a velocity
-        of 0.
+        """Called after a step: replace each row that no key has chosen for `renewed_after_steps` steps by a key of the
+        step, with velocity 0. A collective.
 
-        The rows in order take the keys in order, each key at most one row; rows for which no key is left wait for the
-        next step.
+        The rows take the keys in order, and each key replaces at most one row. Where there are more such rows than
+        keys, the remaining rows wait for the next step.
 
         Args:
             k_GD: all ranks' unit keys of the step.
@@ -165,12 +184,13 @@ class Rows(nn.Module):
         assert self.renewed_after_steps is not None
         self.idle += 1
         old_R = self.idle >= self.renewed_after_steps
-        # The first of them, as many as there are keys; -1 where they are fewer: only the device knows how many.
+        # The first old rows, as many as there are keys, then -1 if there are fewer: only the device knows their number.
         row_G = torch.nonzero_static(old_R, size=len(k_GD))[:, 0]
         before = distributed.gather(old_R.sum()[None])[: distributed.rank()].sum()
         key_G = torch.arange(len(k_GD), device=k_GD.device) + before
         taken_G = (row_G >= 0) & (key_G < len(k_GD))
-        # What is none writes what the first one writes; where there is no first one, row 0 as it is.
+        # An entry without a row or key writes what the first entry writes. If the first has none either, row 0 is
+        # written as it is.
         row_G = torch.where(taken_G, row_G, row_G[:1].clamp(min=0))
         vector_GD = k_GD[torch.where(taken_G, key_G, before).clamp(max=len(k_GD) - 1)].to(self.weight.dtype)
         some = taken_G[:1]
@@ -180,8 +200,11 @@ class Rows(nn.Module):
         self.renewed += taken_G.sum()
 
     def lookup(self, row_B: Tensor, *, as_stored: bool = False) -> Tensor:
-        """Rows by index over the whole bank, [B, D], unit ones unless they are wanted as they are stored; no
-        gradient.
+        """The rows with these indices, [B, D], as unit vectors or, with `as_stored`, as they are stored. No gradient
+        flows into them. A collective.
+
+        Args:
+            row_B: int64, indices over the whole bank; every rank asks for equally many.
         """
         row_G = distributed.gather(row_B)
         here_G = (row_G >= self.first) & (row_G < self.last)
@@ -191,7 +214,9 @@ class Rows(nn.Module):
 
     @torch.no_grad()
     def write(self, k_GD: Tensor, start: int) -> None:
-        """Overwrite rows start, start + 1, ... (wrapping round) with unit keys; every rank passes all keys."""
+        """Overwrite rows start, start + 1, ... (from the last row on to row 0) with unit keys. Every rank passes all
+        ranks' keys, [G, D].
+        """
         done = 0
         while done < len(k_GD):
             row = (start + done) % self.size
@@ -203,19 +228,21 @@ class Rows(nn.Module):
 
     @torch.no_grad()
     def are_unit(self) -> bool:
-        """Whether every rank's rows are of norm 1, to the rounding of a norm. A collective."""
+        """Whether the rows of all ranks have norm 1 up to the rounding of a norm. A collective."""
         off = (self.weight.norm(dim=1) - 1).abs().amax()
         return distributed.max_(off).item() <= 8 * torch.finfo(self.weight.dtype).eps
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
-        """How the rows were used since the last call, and how they lie; one pass over a sample of the bank.
+        """How the rows were used since the last call, and how they are distributed. A collective, which compares a
+        sample of the rows with all rows.
 
-        rows_used: percent of rows chosen as a positive at least once; rows_used_of_possible: the same as a share of the
-        rows that so many choices could have reached, the smaller of K and the choices. use_entropy: of the choices, as
-        a share of the entropy of even use, percent. row_norm_mean, row_norm_std: of the stored rows. near_duplicates:
-        percent of a fixed sample of rows that have another row within a cosine of 0.99. rows_renewed: percent of the
-        rows (`renew`).
+        rows_used: percent of the rows that were chosen as a positive at least once. rows_used_of_possible: the number
+        of these rows as a percentage of the smaller of K and the number of choices, since n choices reach at most n
+        rows. use_entropy: entropy of the choices over the rows, in percent of its largest possible value. The first
+        three are missing where no choice was made. row_norm_mean, row_norm_std: of the stored rows' norms.
+        near_duplicates: percent of a fixed sample of rows that have a cosine above 0.99 with another row.
+        rows_renewed: percent of the rows that were renewed (`renew`); only a bank that renews rows has it.
         """
         total = distributed.sum_(self.uses.sum().double()).item()
         used = distributed.sum_((self.uses > 0).sum().double()).item()
@@ -250,7 +277,11 @@ class Rows(nn.Module):
         return 100 * distributed.max_(close_S).mean().item()
 
     def rows_of_all(self, row_S: Tensor) -> Tensor:
-        """Unit rows for indices that all ranks ask for alike, [S, D]."""
+        """The unit rows with these indices, [S, D]. A collective; unlike in `lookup`, all ranks ask for the same rows.
+
+        Args:
+            row_S: int64, indices over the whole bank, the same on every rank.
+        """
         here_S = (row_S >= self.first) & (row_S < self.last)
         m_SD = scoring.unit_rows(self.weight.detach()[(row_S - self.first).masked_fill(~here_S, 0)])[0]
         return distributed.sum_(devices.where_or(here_S[:, None], m_SD, 0.0))

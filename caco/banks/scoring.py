@@ -1,12 +1,13 @@
-"""Score queries against a bank without ever holding a B x K matrix: one streamed pass for the loss and the queries'
-gradient, a second one, in the bank's update (caco/banks/motion.py), for the rows'.
+"""Score queries against a bank without ever holding a B x K matrix. One streamed pass over the rows gives the loss and
+the queries' gradient; a second pass, in the bank's update (caco/banks/motion.py), gives the rows' gradient.
 
-The bank's rows may be sharded over ranks. Queries (small) are gathered, each rank scores its own rows, and sums, maxima
-and query gradients are reduced; nothing of size K x D travels. `caco/equations.py` is the oracle. On a CPU the passes
-are fused (caco/banks/kernels/fused.py) where that was built, on CUDA where Triton works; else they stream in blocks of
-PyTorch.
+The bank's rows may be sharded over ranks. The queries, which are small, are gathered; each rank scores its own rows;
+sums, maxima and the queries' gradients are reduced. Nothing of size K x D travels. `caco/equations.py` is the oracle.
+On a CPU a fused kernel makes the passes where it was built (caco/banks/kernels/fused.py), on CUDA a Triton kernel where
+Triton works; elsewhere they stream in blocks of PyTorch.
 
-Unit vectors bound a cosine by 1 and so a logit by 1/tau: a fixed shift takes the place of a running maximum.
+The cosine of unit vectors is at most 1, so a logit is at most 1 / tau. Therefore a fixed shift of the logits takes the
+place of the running maximum of an online softmax.
 
 Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, S rows in one block, D width, E extra columns,
 N the queries of all terms of a step.
@@ -23,43 +24,42 @@ from caco import devices, distributed
 from caco.banks.kernels import fused
 from caco.errors import UserError
 
-BLOCK_ELEMENTS = 1 << 20  # of one G x S block: 4 MiB in float32, so that it stays in the cache
-# Exponents that float32 holds: sums of up to 10^11 terms of e^60 are finite, and e^-87 is not yet zero.
+BLOCK_ELEMENTS = 1 << 20  # numbers in one G x S block: 4 MiB in float32, so that it stays in the cache
+# The exponents used in float32: a sum of 10^11 terms of e^60 is still finite, and e^-87 is not yet zero.
 HIGHEST, LOWEST = 60.0, -87.0
-TIE = 1e-12  # of float64 cosines
+TIE = 1e-12  # float64 cosines that are as near as this count as equal
 
 
 class UnusableError(UserError):
-    """Queries or rows that cannot be scored; nothing was changed."""
+    """The queries or rows cannot be scored. Nothing was changed."""
 
 
 class Score(NamedTuple):
-    loss_B: Tensor  # -log p at the positive; its backward gives the gradients of queries and extra columns
-    max_probability_B: Tensor  # max_j p_ij over the bank's rows, of the mean in the paper's Figure 4; no gradient
+    loss_B: Tensor  # -log p at the positive; its backward pass gives the gradients of queries and extra columns
+    max_probability_B: Tensor  # max_j p_ij over the bank's rows; the paper's Figure 4 shows its mean; no gradient
 
 
 class Anchors(NamedTuple):
-    """The queries that pull and push the rows, and how: kept from the backward pass until the bank's update
-    (caco/banks/motion.py).
+    """The queries that pull and push the rows, and with which weights. The backward pass notes them, and the bank's
+    update (caco/banks/motion.py) computes the rows' gradient from them.
 
-    Of a loss other than InfoNCE (caco/banks/reweighted.py) there are these for each exponent t, whose temperature is
-    tau / t.
+    A loss other than InfoNCE (caco/banks/reweighted.py) notes one such entry for each of its exponents t, with tau / t
+    as the temperature.
     """
 
     q_ND: Tensor
-    positive_N: Tensor  # int64, over the whole bank; beyond it: no row
+    positive_N: Tensor  # int64, the positive's index over the whole bank; an index beyond it is no row
     log_sum_N: Tensor  # log sum_j exp(q.m_j / tau) at the bank's temperature, extra columns included
     weight_N: Tensor  # of each query's loss in the mean over the batch
     tau: float
     bf16: bool  # whether factors may be rounded to bfloat16: see `low_precision`
-    share_N: Tensor | None = None  # factor of a query's pushes, of any sign; None: 1
-    pull_N: Tensor | None = (
-        None  # of the positive, a row that is no negative; None: 1 - p, where it is one like all others
-    )
+    share_N: Tensor | None = None  # a factor on the query's pushes, of any sign; None: 1
+    # Weight of the positive's pull where its row is not a negative; None: 1 - p, for a row that is.
+    pull_N: Tensor | None = None
 
     @classmethod
     def joined(cls, several: list["Anchors"]) -> list["Anchors"]:
-        """Those of a step's terms and micro-batches, one for each temperature."""
+        """The entries of all terms and micro-batches of a step, joined into one for each temperature."""
         assert len({anchors.bf16 for anchors in several}) == 1
         return [
             cls._of_one_temperature([anchors for anchors in several if anchors.tau == tau])
@@ -75,29 +75,28 @@ class Anchors(NamedTuple):
         )
         shares = [anchors.share_N for anchors in several if anchors.share_N is not None]
         pulls = [anchors.pull_N for anchors in several if anchors.pull_N is not None]
-        assert len(shares) in (0, len(several)) and len(pulls) in (
-            0,
-            len(several),
-        ), "a step has one loss, and one kind of positives"
+        assert len(shares) in (0, len(several)) and len(pulls) in (0, len(several)), (
+            "a step has one loss, and one kind of positives"
+        )
         others = (torch.cat(parts) if parts else None for parts in (shares, pulls))
         return cls(q, positive, log_sum, weight, several[0].tau, several[0].bf16, *others)
 
 
 def low_precision(device: torch.device) -> bool:
-    """Whether the run's precision lets products round their factors to bfloat16: it says so by autocast, as to
-    PyTorch's own.
+    """Whether products may round their factors to bfloat16: whether bfloat16 autocast is on, which governs PyTorch's
+    own products too.
     """
     return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
 
 
 def unit_rows(w_RD: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and their norms: [S, D] of unit length, [S, 1]."""
+    """The rows scaled to norm 1, [R, D], and their norms, [R, 1]."""
     norm_R1 = w_RD.norm(dim=1, keepdim=True)
     return w_RD / norm_R1, norm_R1
 
 
 def rows_scored(w_SD: Tensor, *, as_stored: bool) -> Tensor:
-    """What a query is multiplied with: unit rows, or the rows as they are stored."""
+    """The rows that queries are multiplied with: scaled to norm 1, or as they are stored."""
     return w_SD if as_stored else unit_rows(w_SD)[0]
 
 
@@ -110,14 +109,16 @@ def blocks(num_rows: int, num_queries: int) -> list[slice]:
 
 
 def most_probable_row(k_BD: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
-    """Index, over the whole bank, of the row with the largest cosine in float64; ties to the lowest index.
+    """The index over the whole bank of the row with the largest cosine in float64; the lowest index among equals. A
+    collective.
 
     Rows that a pass in the given precision cannot tell apart are scored again in float64.
 
     Source: Eq. 11, chosen by the key as in Figure 2.
     Args:
         k_BD: this rank's keys, unit norm, float32.
-        w_RD: this rank's rows, any norm; the first of them is row `first_row` of the bank.
+        w_RD: this rank's rows, of any norm but zero.
+        first_row: the index of this rank's first row in the whole bank.
     Returns:
         int64 [B].
     """
@@ -135,8 +136,8 @@ def most_probable_row(k_BD: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
 
 
 def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
-    """Of this rank's rows. Which of those that rounding may have put in the wrong order is nearest, float64 says."""
-    # Two rows may be in the wrong order if they are within twice the rounding of a cosine, at its very worst.
+    """The nearest of this rank's rows, int64 [G]. Float64 compares rows whose order rounding may have changed."""
+    # Rounding may change the order of two rows whose cosines differ by less than twice the worst error of a cosine.
     supported = fused.supports(k_GD, w_RD)
     if supported and (found_G := fused.nearest_row(k_GD, w_RD)) is not None:
         return found_G
@@ -144,13 +145,12 @@ def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
         row_G, many = _search(k_GD, w_RD, 2 * (k_GD.shape[1] + 8) * torch.finfo(k_GD.dtype).eps)
     else:
         value_GT, row_GT, error_G = fused.nearest(k_GD, w_RD)
-        row_G = row_GT[:, 0].clamp(min=0)  # all scores of a key may be NaN: `score` says so
+        row_G = row_GT[:, 0].clamp(min=0)  # all scores of a key may be NaN, which `score` will refuse
         near_GT = (value_GT >= value_GT[:, :1] - 2 * error_G[:, None]) & (row_GT >= 0)
         doubtful = near_GT[:, 1].nonzero()[:, 0]
         few, many = doubtful[~near_GT[doubtful, -1]], doubtful[near_GT[doubtful, -1]]
-        for some in few.split(
-            128
-        ):  # all that could be the nearest are among the candidates; a part at a time, for the memory
+        # The nearest row of these few keys is among their candidates; 128 keys at a time limit the memory.
+        for some in few.split(128):
             key_P, slot_P = near_GT[some].nonzero(as_tuple=True)
             m_PD = unit_rows(w_RD[row_GT[some[key_P], slot_P]].double())[0]
             exact_FT = m_PD.new_full((len(some), near_GT.shape[1]), -torch.inf)
@@ -163,8 +163,8 @@ def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
 
 
 def _search(k_GD: Tensor, w_RD: Tensor, close: float) -> tuple[Tensor, Tensor]:
-    """The nearest row, and the keys that have another one within `close` of it. To see whether there are such keys, a
-    GPU is waited for, once.
+    """The nearest row of each key, int64 [G], and the keys whose second nearest row comes within `close` of its
+    cosine. The host waits for a GPU once, to see whether there are such keys.
     """
     best_G2 = k_GD.new_full((len(k_GD), 2), -torch.inf)
     row_G = torch.zeros(len(k_GD), dtype=torch.int64, device=k_GD.device)
@@ -172,8 +172,8 @@ def _search(k_GD: Tensor, w_RD: Tensor, close: float) -> tuple[Tensor, Tensor]:
         cosine_GS = k_GD @ unit_rows(w_RD[block])[0].T
         near: slice | Tensor = slice(None)
         if not devices.runs_ahead(k_GD.device):
-            # Only these keys' answers may change, few after some blocks: a place takes far longer to look for than a
-            # maximum.
+            # Only these keys' nearest rows can change, and after some blocks they are few. Finding the place of a
+            # maximum takes far longer than finding the maximum.
             near = (cosine_GS.amax(1) >= best_G2[:, 0] - close).nonzero()[:, 0]
         value_F2, index_F2 = cosine_GS[near].topk(min(2, cosine_GS.shape[1]), dim=1)
         row_G[near] = torch.where(value_F2[:, 0] > best_G2[near, 0], index_F2[:, 0] + block.start, row_G[near])
@@ -182,7 +182,7 @@ def _search(k_GD: Tensor, w_RD: Tensor, close: float) -> tuple[Tensor, Tensor]:
 
 
 def _search_exactly(k_GD: Tensor, w_RD: Tensor) -> Tensor:
-    """The nearest row in float64, the first of equals."""
+    """The nearest row of each key in float64, the first of equals, int64 [G]."""
     best_G = k_GD.new_full((len(k_GD),), -torch.inf)
     row_G = torch.zeros(len(k_GD), dtype=torch.int64, device=k_GD.device)
     for block in blocks(len(w_RD), len(k_GD)):
@@ -201,11 +201,12 @@ def _search_exactly(k_GD: Tensor, w_RD: Tensor) -> Tensor:
 def _shifts(
     q_GD: Tensor, w_RD: Tensor, taus: list[float], longest: float | Tensor, *, as_stored: bool
 ) -> Sequence[float | Tensor]:
-    """What to subtract from the logits so that their exponentials can be summed: one number, or one a query.
+    """For each temperature what is subtracted from the logits so that their exponentials can be summed: one number, or
+    one for each query, [G].
 
-    A product with a row is at least -longest, the largest norm, so a row of the whole range between -longest/tau and
-    longest/tau must stay above zero; at temperatures where that is wider than float32's exponents, the largest product
-    is looked for first. So it is where the host does not know the largest norm.
+    `longest` is the largest norm of a row, so logits lie between -longest / tau and longest / tau. If float32 can hold
+    the exponentials of that whole range, one number serves. At lower temperatures, or if the host does not know the
+    largest norm (a Tensor), the largest product of each query is found first, in a pass of its own.
     """
     known = isinstance(longest, float)
     if known and (q_GD.dtype == torch.float64 or 2 * longest / min(taus) <= HIGHEST - LOWEST):
@@ -218,22 +219,16 @@ def _shifts(
 
 
 def _sums(
-    q_GD: Tensor,
-    w_RD: Tensor,
-    taus: list[float],
-    shifts: Sequence[float | Tensor],
-    *,
-    with_sums: bool,
-    bf16: bool,
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: Sequence[float | Tensor], *, with_sums: bool, bf16: bool,
     as_stored: bool,
-) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """As fused.forward, in blocks of PyTorch where the kernel does not serve."""
+) -> tuple[list[Tensor], Tensor, Tensor | None]:  # fmt: skip
+    """As `fused.forward`; where no kernel can be used, in blocks of PyTorch."""
     if fused.supports(q_GD, w_RD) and not isinstance(shifts[0], Tensor) and not as_stored:
         return fused.forward(q_GD, w_RD, taus, shifts, with_sums=with_sums, bf16=bf16)
     z = [torch.zeros(len(q_GD), dtype=torch.float64, device=q_GD.device) for _ in taus]
     peak_G = q_GD.new_full((len(q_GD),), -torch.inf)
     sums_GD = torch.zeros_like(q_GD) if with_sums else None
-    scaled_GD = q_GD / taus[-1]  # a pass over it costs nothing, one over a block's logits does
+    scaled_GD = q_GD / taus[-1]  # the queries are few: dividing each block's logits instead would take time
     for block in blocks(len(w_RD), len(q_GD)):
         m_SD = rows_scored(w_RD[block], as_stored=as_stored)
         logit_GS = scaled_GD @ m_SD.T
@@ -251,16 +246,18 @@ def _sums(
 
 
 class Sums(NamedTuple):
-    """Of exponentials over this rank's rows: exp(q.m_j / tau) times exp(-shift)."""
+    """Sums over this rank's rows j of the exponentials exp(q.m_j / tau - shift)."""
 
-    shifts: Sequence[float | Tensor]  # for each tau one number, or one a query
-    z: list[Tensor]  # for each tau their sum, float64 [G]
-    peak_G: Tensor  # the largest cosine
-    sums_GD: Tensor | None  # for the first tau the sum of the rows that they weigh
+    shifts: Sequence[float | Tensor]  # for each tau one number, or one for each query
+    z: list[Tensor]  # for each tau the sum of the exponentials, float64 [G]
+    peak_G: Tensor  # each query's largest cosine
+    sums_GD: Tensor | None  # for the first tau the sum of the unit rows, each weighted by its exponential
 
 
 def sums_over_rows(q_GD: Tensor, w_RD: Tensor, taus: list[float], *, with_sums: bool, bf16: bool) -> Sums:
-    """By the fused kernel where there is one."""
+    """The `Sums` of unit queries over this rank's rows at the given temperatures. No collective, except where the
+    temperatures are so low that the largest cosine over all ranks is needed.
+    """
     shifts = _shifts(q_GD, w_RD, taus, 1.0, as_stored=False)
     return Sums(shifts, *_sums(q_GD, w_RD, taus, shifts, with_sums=with_sums, bf16=bf16, as_stored=False))
 
@@ -299,7 +296,7 @@ class _StreamedScore(torch.autograd.Function):
                 log_sum_G = [distributed.gather(x) for x in log_sum_B]
             toward_BD = None
             if sums_GD is not None:
-                # sum_j p_ij m_j - m_positive: the gradient of a query is this times its own over tau.
+                # sum_j p_ij m_j - m_positive. The query's gradient is this, times the incoming gradient, over tau.
                 shift = shifts[0][:, None] if isinstance(shifts[0], Tensor) else shifts[0]
                 toward_GD = sums_GD.mul_((shift - log_sum_G[0][:, None]).exp()).sub_(m_GD)
                 toward_BD = distributed.own(distributed.sum_(toward_GD), B)
@@ -319,7 +316,7 @@ class _StreamedScore(torch.autograd.Function):
         anchors, q_GD, positive_G, log_sum_G = ctx.asking
         with torch.autocast(grad_B.device.type, enabled=False):
             if anchors is not None:
-                # Each rank's loss is the mean over its own part of the batch, hence the division by the ranks.
+                # Each rank's loss is the mean over its own part of the batch, hence the division by the world size.
                 weight_G = distributed.gather(grad_B) / distributed.world()
                 anchors.append(Anchors(q_GD, positive_G, log_sum_G, weight_G, taus[-1], bf16))
             grad_q_BD = None if toward_BD is None else toward_BD * (grad_B / tau)[:, None]
@@ -333,13 +330,13 @@ class _StreamedScore(torch.autograd.Function):
 
 
 class Held(NamedTuple):
-    """Of queries that were scored whether they could be, and their norms, which may say why they could not."""
+    """Whether queries that were scored have usable sums, and the queries' norms, which may say why not."""
 
     usable: Tensor
     norm_G: Tensor
 
     def refuse_if_wrong(self) -> None:
-        """The rows may have moved since: of them no more is known than that some were wrong."""
+        """Raise an UnusableError if the sums are not usable. It names no rows, as they may have moved since."""
         if not self.usable:
             _refuse_queries(self.norm_G)
             raise UnusableError(
@@ -352,8 +349,8 @@ _later: list[Held] | None = None
 
 @contextlib.contextmanager
 def looked_at_later() -> Iterator[list[Held]]:
-    """Meanwhile nothing is refused, for which a GPU has to be waited for: the loss of what cannot be scored is NaN, and
-    the list says why.
+    """Within this context nothing is refused, because the host would have to wait for a GPU: the loss of queries that
+    cannot be scored is NaN, and the list that is yielded says why.
     """
     global _later
     before, _later = _later, []
@@ -364,7 +361,7 @@ def looked_at_later() -> Iterator[list[Held]]:
 
 
 def held_to(usable: Tensor, z: list[Tensor], q_GD: Tensor, w_RD: Tensor, first_row: int) -> list[Tensor]:
-    """The sums, refused where they are not usable, now or later. A collective."""
+    """The sums; refused if they are not usable, now or, within `looked_at_later`, later. A collective."""
     if _later is not None:
         _later.append(Held(usable, q_GD.norm(dim=1)))
         return [x.masked_fill(~usable, torch.nan) for x in z]
@@ -374,7 +371,9 @@ def held_to(usable: Tensor, z: list[Tensor], q_GD: Tensor, w_RD: Tensor, first_r
 
 
 def refuse(q_GD: Tensor, w_RD: Tensor, first_row: int) -> None:
-    """Say what made the sums useless. A collective: some rank has the row."""
+    """Raise an UnusableError that names what made the sums infinite or NaN: rows without a direction, or queries that
+    are not unit vectors. A collective, as the row may be on any rank.
+    """
     norm_R = w_RD.norm(dim=1)
     rows = ((norm_R == 0) | ~torch.isfinite(norm_R)).nonzero()[:, 0]
     found = distributed.all_objects([(first_row + int(row), float(norm_R[row])) for row in rows[:1]] + [len(rows)])
@@ -422,23 +421,29 @@ def score(
     anchors: list[Anchors] | None = None,
     as_stored: bool = False,
 ) -> Score:
-    """Contrastive loss of every query over the bank and any extra columns (Eq. 3).
+    """The contrastive loss -log p of every query over the bank and any extra columns (Eq. 3). A collective.
 
-    Backward gives queries and extra columns the gradient of the loss; what it asks of the rows, at temperature
-    `bank_tau`, is added to `anchors`, for caco/banks/motion.py.
+    The backward pass gives the queries and the extra columns the gradient of the loss. It adds to `anchors` what the
+    rows' gradient at temperature `bank_tau` is computed from (caco/banks/motion.py).
 
     Args:
-        q_BD: unit queries of this rank, float32.
-        w_RD: this rank's rows, any norm but zero, float32; the bank has `size` rows, `first_row` is where these begin.
-            They must not change before `anchors` is used.
-        positive_B: int64; below `size` a row of the whole bank, `size + e` extra column e.
+        q_BD: unit queries of this rank, float32; every rank has equally many.
+        w_RD: this rank's rows, float32, of any norm but zero. They must not change before `anchors` is used.
+        positive_B: int64, each query's positive: a value below `size` is a row of the whole bank, `size + e` is extra
+            column e.
+        first_row: the index of this rank's first row in the whole bank.
+        size: rows of the whole bank.
+        tau: temperature of the queries' loss.
+        bank_tau: temperature of the rows' gradient; None: tau.
         extra_BE: cosines, not divided by tau, of columns that are no rows; -inf masks one out.
-        anchors: None where the rows do not learn.
-        as_stored: whether rows count by their norms too (InstDisc, before it has written all its rows); such rows do
-            not learn.
+        anchors: the list to which the backward pass adds; None where the rows do not learn.
+        as_stored: whether the rows are taken with their norms instead of being normalised (InstDisc, until all its rows
+            have been written). Such rows do not learn.
+    Returns:
+        the losses, [B], and each query's largest probability, [B].
     Raises:
-        ValueError: shapes that do not fit.
-        UnusableError: queries that are not finite unit vectors, rows without a direction.
+        ValueError: the shapes do not fit.
+        UnusableError: queries that are not finite unit vectors, or rows without a direction.
     """
     check_shapes(q_BD, w_RD, positive_B)
     taus = [tau] if anchors is None or bank_tau is None or bank_tau == tau else [tau, bank_tau]

@@ -1,21 +1,25 @@
-"""Random numbers of (stream, image) alone: many at once, the same on every device and for whichever process draws."""
+"""Random numbers that depend on a stream and an image alone, drawn many at once: every device and every process draws
+the same numbers.
+"""
 
 import torch
 from torch import Tensor
 
 from caco import devices
 
-_STEP = 0x9E3779B97F4A7C15 - 2**64  # as signed numbers, which wrap modulo 2**64 like unsigned ones
-CACHED = 1 << 15  # numbers that a CPU makes at a time, so that they stay in its cache
+# SplitMix64's constants as signed integers: int64 arithmetic wraps modulo 2**64 as unsigned arithmetic does.
+_STEP = 0x9E3779B97F4A7C15 - 2**64
+CACHED = 1 << 15  # how many numbers a CPU makes at a time, so that they stay in its cache
 _FIRST_FACTOR, _SECOND_FACTOR = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
 def uniform(stream: int, image_B: Tensor, count: int) -> Tensor:
-    """For each image `count` numbers of [0, 1), float64 [B, count]: SplitMix64, started from the two.
+    """`count` random numbers from [0, 1) for each image, float64 [B, count]: SplitMix64, started from stream and image.
 
     Args:
         stream: 64 bits, different for each seed and step.
-        image_B: int64, the images' positions in their set.
+        image_B: int64, the images' indices in the training set.
+        count: numbers for each image.
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
     """
     start_B = _mix(_signed(stream) + _STEP * (image_B + 1))
@@ -32,7 +36,7 @@ def _signed(bits: int) -> int:
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
-    """To the right as an unsigned number: without copies of the sign."""
+    """Bits shifted to the right as those of an unsigned number: zeros come in, not copies of the sign."""
     return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""Settings before anything runs: the schema, how a command line is composed, and every refusal that needs neither torch
-nor data.
+"""Settings before anything runs: the schema, the composition of a command line, and every refusal that needs neither
+torch nor data.
 
-Not here: what the settings build (caco/engine/assembly.py). Nothing here imports torch or a component."""
+Not here: building the parts from the settings (caco/engine/assembly.py). Nothing here imports torch or a component."""

@@ -1,4 +1,4 @@
-"""Whether a plain value from YAML fits a type annotation that was read, not run."""
+"""Checks whether a plain value from YAML fits a type annotation, which is parsed from source and never executed."""
 
 import ast
 import builtins
@@ -11,7 +11,7 @@ from caco.config.signatures import Module, Parameter, Signature, is_group, looku
 from caco.ranges import Length, Range
 from caco.redaction import shortened
 
-# int is accepted for float, bool for neither: `true` where a number belongs is a mistake.
+# An int fits a float annotation. A bool fits neither int nor float: `true` in place of a number is a mistake.
 SCALARS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -27,7 +27,7 @@ DICTS = {"dict", "Dict", "Mapping", "MutableMapping"}
 
 
 def alternatives(annotation: ast.expr, module: Module) -> list[tuple[Module, ast.expr]]:
-    """The members of a union, aliases resolved, each with the module that its names belong to."""
+    """The members of a union with aliases resolved, each with the module in which its names are looked up."""
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
         return alternatives(ast.parse(annotation.value, mode="eval").body, module)
     if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
@@ -49,7 +49,7 @@ def alternatives(annotation: ast.expr, module: Module) -> list[tuple[Module, ast
 
 
 def is_plain(annotation: ast.expr | None, module: Module) -> bool:
-    """Whether YAML can hold it: else (a network, parameters, a device) the program supplies it."""
+    """Whether YAML can hold a value of this type. The program supplies all others: networks, parameters, devices."""
     members = [] if annotation is None else alternatives(annotation, module)
     return bool(members) and all(_is_plain(item, where) for where, item in members)
 
@@ -73,14 +73,14 @@ def _parameters(module: Module, node: ast.stmt) -> list[Parameter]:
 
 
 def mismatches(value: Any, annotation: ast.expr | None, module: Module, path: str) -> list[str]:
-    """Why `value` at `path` does not fit, one line per place; empty if it does."""
+    """The reasons why `value` at `path` does not fit, one line per place; empty if it fits."""
     if annotation is None or (isinstance(value, dict) and "_target_" in value):
         return []
     members = alternatives(annotation, module)
     attempts = [_mismatch(value, item, where, path) for where, item in members]
     if any(not attempt for attempt in attempts):
         return []
-    # The member that got deepest knows best what is wrong: `views.0.blur`, not "expected list[View] | None".
+    # Report the union member that matched deepest: "views.0.blur: ..." helps more than "expected list[View] | None".
     inner = [attempt for attempt in attempts if attempt and not attempt[0].startswith(f"{path}: ")]
     if inner:
         return inner[0]
@@ -90,10 +90,10 @@ def mismatches(value: Any, annotation: ast.expr | None, module: Module, path: st
         and _reads_as_number(value)
         and "str" not in [_word(_head(member)) for _, member in members]
     ):
-        # What a variable of the environment holds is text; in YAML, so is what stands in quotes.
+        # An environment variable always arrives as text, and so does a YAML value in quotes.
         return [
-            f"{path}: expected {' or '.join(_shown(m, w) for w, m in members)}, got the text {value!r}; a variable is"
-            " read as a number by '${oc.decode:${oc.env:NAME}}'"
+            f"{path}: expected {' or '.join(_shown(m, w) for w, m in members)}, got the text {value!r}; to use an"
+            " environment variable as a number, write '${oc.decode:${oc.env:NAME}}'"
         ]
     near = difflib.get_close_matches(str(value), [str(item) for item in choices], n=1)
     hint = f"; did you mean {near[0]}?" if near and isinstance(value, str) else ""
@@ -104,16 +104,17 @@ def mismatches(value: Any, annotation: ast.expr | None, module: Module, path: st
 def argument_mismatches(
     given: dict[str, Any], taken: Signature, path: str, owner: str, supplied: Collection[str] = ()
 ) -> list[str]:
-    """Why a mapping does not fit a signature: unknown names, missing ones, wrong types.
+    """The reasons why a mapping does not fit a signature: unknown names, missing names, wrong types.
 
     Args:
-        supplied: plain arguments that the program gives all the same, as the width of the network before.
+        supplied: arguments that the program always passes although YAML could hold them, such as the width of the
+            preceding network. The mapping must not contain them.
     """
     found = []
     for name, value in given.items():
         inner_path = f"{path}.{name}"
         if name in supplied:
-            found.append(f"{inner_path}: the program sets it, it cannot be chosen")
+            found.append(f"{inner_path}: the program sets this argument itself; leave it out")
         elif name in taken.parameters:
             found += mismatches(value, taken.parameters[name].annotation, taken.module, inner_path)
         elif not taken.open:
@@ -130,7 +131,7 @@ def argument_mismatches(
 
 
 def _mismatch(value: Any, annotation: ast.expr, module: Module, path: str) -> list[str]:
-    """mismatches for one member of a union."""
+    """`mismatches` for one member of a union."""
     wrong = [f"{path}: does not fit"]
     kind = _word(_head(annotation))
     items = _items(annotation.slice) if isinstance(annotation, ast.Subscript) else []
@@ -138,7 +139,7 @@ def _mismatch(value: Any, annotation: ast.expr, module: Module, path: str) -> li
         return []
     if kind == "Annotated":
         inside = mismatches(value, items[0], module, path)
-        # What is wrong within it is said by itself; what is wrong with it as a whole, together with its bounds.
+        # A mismatch inside the value gets its own line; a mismatch of the whole value is reported with its bounds.
         deeper = [line for line in inside if not line.startswith(f"{path}: ")]
         return deeper or (wrong if inside or not all(bound.holds(value) for bound in bounds(items[1:])) else [])
     if kind in SCALARS:
@@ -166,7 +167,7 @@ def _mismatch(value: Any, annotation: ast.expr, module: Module, path: str) -> li
         return [line for key, item in value.items() for line in mismatches(item, items[1], module, f"{path}.{key}")]
     found = lookup(module, kind) if isinstance(annotation, ast.Name) else None
     if found is None:
-        return []  # cannot be read, so nothing is claimed
+        return []  # a type whose source cannot be read is not checked
     taken = signature(*found)
     if not isinstance(value, dict) or taken is None:
         return wrong
@@ -178,7 +179,7 @@ def _head(annotation: ast.expr) -> ast.expr:
 
 
 def _word(node: ast.expr) -> str:
-    """`list`, `typing.Optional` -> "Optional", `None` -> "None"."""
+    """The last name of an annotation: `list` -> "list", `typing.Optional` -> "Optional", `None` -> "None"."""
     if isinstance(node, ast.Constant) and node.value is None:
         return "None"
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
@@ -199,7 +200,8 @@ def _literals(annotation: ast.expr) -> list[Any]:
 
 
 def bounds(declared: list[ast.expr]) -> list[Range | Length]:
-    """The `Range(...)` and `Length(...)` in an Annotated (caco/ranges.py), read and not run. Others say nothing."""
+    """The `Range(...)` and `Length(...)` in an Annotated (caco/ranges.py), parsed from source; other metadata is
+    ignored."""
     calls = [item for item in declared if isinstance(item, ast.Call) and _word(item.func) in ("Range", "Length")]
     kinds: dict[str, type[Range] | type[Length]] = {"Range": Range, "Length": Length}
     found = []

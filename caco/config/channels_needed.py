@@ -1,6 +1,4 @@
-"""Whether what is chosen beside data.channels=N goes with images as they are stored, of other than red, green and
-blue.
-"""
+"""Checks that other settings suit data.channels=N: images used with the channels they are stored with, not as RGB."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,29 +9,29 @@ from caco.config import signatures
 
 
 def channels_of(cfg: DictConfig | Mapping[str, Any]) -> int | None:
-    """data.channels of a configuration; None of photographs, also where `data` has no such setting."""
+    """data.channels of a configuration. None for photographs (read as RGB) and for a `data` without this setting."""
     data = cfg.get("data")
     return None if data is None else data.get("channels")
 
 
 def problems(tree: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
-    """One line for each setting that such images cannot have. What a recipe sets of colours is left out of their views,
-    and said; what the command line sets of them is refused."""
+    """One line for each setting that does not suit data.channels=N. Colour changes that come from a recipe's file are
+    left out of the views with a note (see `left_out`); those that the command line asks for are refused."""
     channels, found = channels_of(tree), []
     if channels is None:
         return []
     augmentation = tree.get("augmentation") or {}
     if augmentation.get("colours", "rgb") != "rgb":
         found.append(
-            f"augmentation.colours: expected rgb with data.channels={channels}, for other spaces are made of red, green"
-            f" and blue of 8 bits; got {augmentation['colours']}; choose another augmentation"
+            f"augmentation.colours: expected rgb with data.channels={channels}, because the other colour spaces are"
+            f" computed from 8-bit RGB; got {augmentation['colours']}; choose another augmentation"
         )
     views = augmentation.get("views")
     for name, view in views.items() if isinstance(views, Mapping) else ():
         if isinstance(view, Mapping) and view.get("then"):
             found.append(
-                f"augmentation.views.{name}.then: its operations are of RGB of 8 bits, and data.channels={channels};"
-                f" leave them out, '~augmentation.views.{name}.then', or choose another augmentation"
+                f"augmentation.views.{name}.then: its operations need 8-bit RGB, and data.channels={channels} is set;"
+                f" remove them with '~augmentation.views.{name}.then', or choose another augmentation"
             )
     for item in overrides:
         key, _, value = item.lstrip("+~").partition("=")
@@ -41,25 +39,25 @@ def problems(tree: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
             continue
         if key in ("augmentation.mean", "augmentation.std"):
             found.append(
-                f"{key}: is of photographs; with data.channels={channels} say data.{key.rpartition('.')[2]}, or leave"
-                " it out to have it measured"
+                f"{key}: applies to photographs only; with data.channels={channels} set data.{key.rpartition('.')[2]}"
+                " instead, or leave it out to have it measured"
             )
         elif key.startswith("augmentation.views.") and channels != 3 and _is_of_colour(key.rpartition(".")[2], value):
             found.append(
-                f"{key}: images of {channels} channels have no hue, saturation or grey; expected 0 for these, or it"
-                f" left out; got {value}"
+                f"{key}: images of {channels} channels have no hue, saturation or grey; expected 0 for these, or the"
+                f" setting left out; got {value}"
             )
     for name, node in (tree.get("eval") or {}).items():
         if signatures.declared(str(node.get("_target_")), "reads_photographs"):
             found.append(
-                f"eval.{name}: reads photographs of its own, RGB of 8 bits, and this backbone takes"
-                f" data.channels={channels}; leave it out"
+                f"eval.{name}: this evaluator reads its own photographs as 8-bit RGB, but this backbone takes"
+                f" {channels} channels (data.channels); leave it out"
             )
     return found
 
 
 def _is_of_colour(name: str, value: str) -> bool:
-    """Whether a setting of a view asks for saturation, hue or grey."""
+    """Whether this value of a view's setting asks for a change of saturation, hue or grey."""
     given = OmegaConf.from_dotlist([f"value={value}"]).value
     if name == "gray_p":
         return bool(given)
@@ -67,7 +65,7 @@ def _is_of_colour(name: str, value: str) -> bool:
 
 
 def left_out(tree: Mapping[str, Any]) -> str | None:
-    """Which parts of a recipe the views of such images go without, in a sentence; None where it has none of them."""
+    """A sentence that names the colour changes of the recipe which these images cannot have; None if there are none."""
     channels, views = channels_of(tree), (tree.get("augmentation") or {}).get("views")
     if channels in (None, 3) or not isinstance(views, Mapping):
         return None
@@ -79,8 +77,8 @@ def left_out(tree: Mapping[str, Any]) -> str | None:
         parts["grey"] |= view.get("gray_p", 0.2) > 0
     names = [name for name, is_set in parts.items() if is_set]
     return (
-        f"data.channels={channels}: views have no {', '.join(names)}, which the recipe sets and only red, green and"
-        " blue have"
+        f"data.channels={channels}: the recipe's {', '.join(names)} are left out of the views, because only red, green"
+        " and blue images have them"
         if names
         else None
     )

@@ -1,6 +1,6 @@
-"""How the configuration is composed, and how a component is built from its part.
+"""Composes the configuration of a command line, and builds a component from its part of the configuration.
 
-Imports neither torch nor a component, so that `--help` and every refusal come at once.
+Imports neither torch nor a component, so that `--help` and every refusal appear at once.
 """
 
 import importlib
@@ -25,14 +25,14 @@ from caco.runs.identity import file_digest, run_name
 
 
 def register() -> None:
-    """Tell Hydra the schemas and OmegaConf the resolvers: a run's directory, what is in a file, what follows from other
-    settings.
+    """Register the schemas with Hydra and the resolvers with OmegaConf: a run's directory name, a file's digest, and
+    values that follow from other settings.
     """
     ConfigStore.instance().store("schema", Root)
     ConfigStore.instance().store("evaluate_schema", EvaluateRoot)
     ConfigStore.instance().store("export_schema", ExportRoot)
     ConfigStore.instance().store("embed_schema", EmbedRoot)
-    ConfigStore.instance().store("of_the_run", {})  # caco/config/pretrained.py replaces it by what a run recorded
+    ConfigStore.instance().store("of_the_run", {})  # caco/config/pretrained.py replaces it by the recorded settings
     ConfigStore.instance().store("bank_learning_taken_whole", bank_learning_taken_whole())
     ConfigStore.instance().store(
         "caco", {"_target_": "hydra_plugins.caco_launcher.SubmititLauncher"}, group="hydra/launcher"
@@ -45,21 +45,23 @@ def register() -> None:
 
 
 def bank_learning_taken_whole() -> dict[str, str]:
-    """For conf/learned_bank.yaml: each setting of conf/config.yaml's bank_learning by its name, so that it is listed
-    there alone.
+    """For conf/learned_bank.yaml: maps every setting of bank_learning to a reference to its value, so that only
+    conf/config.yaml lists these settings.
     """
     names = OmegaConf.load(CONF / "config.yaml").bank_learning
     return {name: f"${{bank_learning.{name}}}" for name in names}
 
 
 def installed_tracking() -> str:
-    """The option of `tracking` where none is chosen: without MLflow the ledger alone, which can be sent to it later."""
+    """The default option of `tracking`: mlflow if MLflow is installed, else the ledger, which can be sent to it
+    later.
+    """
     return "mlflow" if is_installed("mlflow") else "ledger"
 
 
 def random_norms(initialisation: str, reading: str) -> str:
-    """For conf/learned_bank.yaml: as published, rows that start at random and keep their norms have those of a plain
-    normal law.
+    """For conf/learned_bank.yaml: the norms of the bank's first rows. Published code starts rows from a plain normal
+    distribution; only random rows read as in that code (reading=code) keep those norms, all others have length 1.
     """
     return "normal" if (initialisation, reading) == ("random", "code") else "unit"
 
@@ -68,13 +70,13 @@ register()
 
 
 def compose(overrides: list[str], name: str = "config") -> DictConfig:
-    """The configuration of a command line, with Hydra's own part under `hydra`.
+    """The configuration of a command line, including Hydra's own settings under `hydra`.
 
     Args:
-        name: of the root in conf/.
+        name: the root configuration, a file of conf/ or one that is stored with Hydra.
     Raises:
-        UserError: a file is no YAML; names the file and the line.
-        Hydra's and OmegaConf's own errors; caco.config.refusals.explain puts them in words.
+        UserError: a file is not valid YAML; names the file and the line.
+        Hydra's and OmegaConf's own errors, which caco.config.refusals.explain puts into words.
     """
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -87,8 +89,8 @@ def compose(overrides: list[str], name: str = "config") -> DictConfig:
     except OSError as error:
         name = redacted(str(error.filename or ""))
         shown = f": {name[:40]}...{name[-40:]}" if len(name) > 90 else f": {name}" if name else ""
-        raise UserError(f"an option's name must be that of a file ({error.strerror}{shown})") from error
-    except Exception as error:  # noqa: BLE001 - Hydra and OmegaConf raise what they like where a command line makes no sense to them
+        raise UserError(f"an option's name must be a valid file name ({error.strerror}{shown})") from error
+    except Exception as error:  # noqa: BLE001 - Hydra and OmegaConf raise many types for a senseless command line
         raise UserError(
             "this command line cannot be composed:"
             f" {str(error).splitlines()[0] if str(error) else type(error).__name__}"
@@ -96,16 +98,16 @@ def compose(overrides: list[str], name: str = "config") -> DictConfig:
 
 
 def job_config(cfg: DictConfig) -> DictConfig:
-    """cfg without Hydra's own part."""
+    """cfg without Hydra's own settings."""
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
 def instantiate(part: dict[str, Any] | DictConfig, **supplied: Any) -> Any:
-    """Call a component's `_target_` with its other keys and what only the program can supply.
+    """Call a component's `_target_` with its other keys as arguments, and with arguments that only the program has.
 
     Args:
-        part: mapping with `_target_`, a dotted path; parts inside it that have one too are built first.
-        supplied: arguments that no YAML holds, such as a module or parameters, or that come in place of what it holds.
+        part: mapping with `_target_`, a dotted path. Inner mappings with a `_target_` are built first.
+        supplied: arguments that YAML cannot hold, such as a module or parameters. They also replace keys of `part`.
     """
     arguments = (
         cast(dict[str, Any], OmegaConf.to_container(part, resolve=True)) if isinstance(part, DictConfig) else dict(part)
@@ -116,7 +118,7 @@ def instantiate(part: dict[str, Any] | DictConfig, **supplied: Any) -> Any:
 
 
 def target(part: Mapping[str, Any] | DictConfig) -> Any:
-    """What a component's `_target_` names: a class or a function, imported."""
+    """The class or function that a component's `_target_` names, imported."""
     module, _, name = part["_target_"].rpartition(".")
     return getattr(importlib.import_module(module), name)
 

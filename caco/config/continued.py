@@ -1,8 +1,8 @@
-"""A finished run that is trained longer: `continue_from=RUN epochs=400 continued_schedule=restart|planned`. Imports no
-torch.
+"""Trains a finished run longer: `continue_from=RUN epochs=400 continued_schedule=restart|planned`. Imports no torch.
 
-The new run's configuration is the one that RUN recorded, with the few settings that may differ. It is a root of its
-own, "continued", beside conf/config.yaml, so that Hydra composes, sweeps and launches it as any other.
+The new run uses the configuration that RUN recorded; only a few settings may differ. This configuration is stored with
+Hydra as a root named "continued", beside conf/config.yaml, so that Hydra composes, sweeps and launches it like any
+other.
 """
 
 import shlex
@@ -24,8 +24,9 @@ from caco.runs.files import read_json
 from caco.runs.identity import AS_BEFORE, key_of, read_yaml, run_hash
 
 SCHEDULES = ("restart", "planned")
-GROUPS = ("eval", "tracking", "loader", "launcher")  # chosen anew as a whole; all others are the run's
-# What may differ; with a dot behind it all below. The rest decides what a checkpoint holds, or what the images are.
+GROUPS = ("eval", "tracking", "loader", "launcher")  # an option may be chosen anew; all other groups stay as recorded
+# Keys that may differ; one that ends in a dot stands for all keys below it. Every other setting decides what a
+# checkpoint holds or what the images are.
 MAY_DIFFER = (
     "continue_from", "continued_schedule", "epochs", "max_steps", "name", "precision", "device", "compile", "schedule.",
     "optimizer.lr", "bank.lr",
@@ -33,33 +34,35 @@ MAY_DIFFER = (
     "eval_every_epochs",
     "checkpoint.", "profile", "anomaly", "hydra.", "derived", *(f"{group}." for group in GROUPS),
 )  # fmt: skip
-_choices: dict[str, str] = {}  # the options that the run was started with, for whoever names them
+_choices: dict[str, str] = {}  # group -> option, as the continued run was started
 
 
 def choices() -> Mapping[str, str]:
-    """group -> option, of the run that this process continues; {} of any other run."""
+    """group -> option, of the run that this process continues; {} if it continues none."""
     return _choices
 
 
 def root(overrides: Sequence[str]) -> str:
-    """The root that a command line is composed with: "config", or "continued", which is made here of the run that it
-    names.
+    """The root that a command line is composed with: "config", or "continued", which is built here from the run that
+    continue_from names.
 
     Raises:
-        UserError: there is no such run, it is not finished, or the command line changes what may not differ.
+        UserError: the run does not exist or is not finished, or the command line changes a setting that may not differ.
     """
     _choices.clear()
     given = _given(overrides)
     if not given:
         return "config"
     if len(given) > 1:
-        raise UserError(f"continue_from: expected one run, got {', '.join(given)}; give a command for each")
+        raise UserError(
+            f"continue_from: expected one run, got {', '.join(given)}; start a separate command for each of them"
+        )
     location = pretrained.locate(given[0], key="continue_from")
     run_dir = location.run_dir
     if location.checkpoint is not None:
         raise UserError(
-            f"continue_from: a run is continued from its end; expected its directory, continue_from={run_dir}, got a"
-            " checkpoint of it"
+            f"continue_from: a run is continued from its end; expected its directory, continue_from={run_dir}, got one"
+            " of its checkpoints"
         )
     tree, summary = _finished(run_dir)
     _refuse_what_may_not_differ(overrides, run_dir)
@@ -75,7 +78,7 @@ def _given(overrides: Sequence[str]) -> list[str]:
     try:
         parsed = OverridesParser.create().parse_overrides(mine[-1:])
     except OverrideParseException:
-        return []  # composing the command line says what is wrong with it
+        return []  # composing the command line reports this error
     values = [
         value for item in parsed for value in (item.sweep_iterator() if item.is_discrete_sweep() else [item.value()])
     ]
@@ -86,15 +89,15 @@ def _finished(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A finished run's configuration and summary."""
     if renamed.is_old(run_dir):
         raise UserError(
-            f"continue_from: {run_dir} is a run of an earlier version of caco, which this one shows, evaluates and"
-            " exports but cannot go on with"
+            f"continue_from: {run_dir} was made by an earlier version of caco; this version can show, evaluate and"
+            " export it but cannot continue it"
         )
     summary, environment = read_json(run_dir / "summary.json"), read_json(run_dir / "environment.json")
     if not summary or metrics.missing_at_the_end(summary):
         how = (
-            f"its own command goes on with it: {environment['command']}"
+            f"to finish it, give its own command again: {environment['command']}"
             if "command" in environment
-            else "its own command goes on with it"
+            else "to finish it, give its own command again"
         )
         raise UserError(f"continue_from: {run_dir} is not finished; {how}")
     return renamed.read_config(run_dir), summary
@@ -109,10 +112,11 @@ def _refuse_what_may_not_differ(overrides: Sequence[str], run_dir: Path) -> None
     ]
     if wrong:
         raise UserError(
-            f"continue_from: {', '.join(wrong)} cannot differ from {run_dir}, whose weights, optimiser and images go"
-            " on; may be set: epochs, continued_schedule, max_steps, schedule.*, optimizer.lr, bank.lr, bank.final_lr,"
-            " precision, device, eval, loader, tracking, launcher, checkpoint.*, name and where the data lie. To begin"
-            f" anew with its weights: weights={shlex.quote(str(pretrained.checkpoints(run_dir)[-1]))} format=caco"
+            f"continue_from: {', '.join(wrong)} cannot differ from {run_dir}, because its weights, optimiser and images"
+            " are continued. These may be set: epochs, continued_schedule, max_steps, schedule.*, optimizer.lr,"
+            " bank.lr, bank.final_lr, precision, device, eval, loader, tracking, launcher, checkpoint.*, name and the"
+            " places of the data. To start a new run from its weights instead:"
+            f" weights={shlex.quote(str(pretrained.checkpoints(run_dir)[-1]))} format=caco"
         )
 
 
@@ -126,8 +130,8 @@ def _chosen_by(run_dir: Path) -> dict[str, str]:
 
 
 def _composed_of(tree: dict[str, Any], summary: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The root: what the run recorded; what came later as it was before; of what is no part of a run's identity today's
-    defaults.
+    """The root "continued": the run's recorded settings; for settings introduced since, the value that reproduces the
+    earlier behaviour; and today's defaults for settings that are no part of a run's identity.
     """
     today = read_yaml(folders.CONF / "config.yaml")
     defaults = OmegaConf.to_container(today, resolve=False)
@@ -139,9 +143,8 @@ def _composed_of(tree: dict[str, Any], summary: Mapping[str, Any], overrides: Se
         part, _, name = key.partition(".")
         if not name:
             before[part] = value
-        elif isinstance(
-            defaults.get(part), dict
-        ):  # of a component that is not given the constructor's default is how it was
+        # A component's missing setting needs no entry: its constructor's default is the earlier behaviour.
+        elif isinstance(defaults.get(part), dict):
             before.setdefault(part, {})[name] = value
     merged = OmegaConf.to_container(OmegaConf.merge(DictConfig(defaults), DictConfig(before)), resolve=False)
     assert isinstance(merged, dict)
@@ -156,7 +159,7 @@ def _composed_of(tree: dict[str, Any], summary: Mapping[str, Any], overrides: Se
     }  # fmt: skip
     chosen = {key_of(item) for item in overrides}
     if "tracking" not in chosen and validation.missing_package(merged.get("tracking", {})) is not None:
-        chosen.add("tracking")  # of a run from another machine
+        chosen.add("tracking")  # the run comes from another machine, and its tracker is not installed here
     groups: dict[str, Any] = {"eval": [], "tracking": None, "loader": None, "launcher": None}
     if "tracking" in chosen:
         groups["tracking"] = installed_tracking()

@@ -1,8 +1,8 @@
-"""Where options and components come from: conf/, and a folder of the user's own, which `--config-dir DIR` names.
+"""Where options and components are looked for: conf/, and the user's own folder, which `--config-dir DIR` names.
 
 DIR/method/mine.yaml is the option method=mine, and its `_target_: mine.Mine` is found in DIR/mine.py. A command that
-starts from a run looks besides into the folder that the run recorded. What a command looks into is one state of its
-process: the import path is one, too, and forked and spawned processes inherit that.
+starts from a run also searches the folder that the run recorded. The folders in use are module state, because the
+import path is state of the process too; forked and spawned processes inherit both.
 """
 
 import difflib
@@ -21,16 +21,16 @@ from caco.config import signatures
 from caco.errors import FileError, UserError
 from caco.runs.identity import file_digest
 
-# Beside the package in a checkout, inside it in a wheel (pyproject.toml maps the one to the other).
+# conf/ is beside the package in a checkout and inside it in a wheel (pyproject.toml maps one to the other).
 CONF = next(path for path in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if path.is_dir())
-SUFFIXES = (".py", ".yaml", ".so")  # of what belongs to a folder of the user's own; images and weights beside it do not
-_own: list[Path] = []  # the first is looked into first
-_gone: list[Path] = []  # what a run recorded and is not there any more
-_added: list[str] = []  # to the import path
+SUFFIXES = (".py", ".yaml", ".so")  # files that count as part of the user's folder; images and weights do not
+_own: list[Path] = []  # the user's folders in use; the first is searched first
+_gone: list[Path] = []  # folders that a run recorded and that no longer exist
+_added: list[str] = []  # folders that were added to the import path
 
 
 class _SearchPath(SearchPathPlugin):
-    """How Hydra hears of the folders, whichever way something is composed."""
+    """Adds the folders to Hydra's search path for every composition."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for folder in _own:
@@ -38,16 +38,16 @@ class _SearchPath(SearchPathPlugin):
 
 
 def take(arguments: Sequence[str]) -> list[str]:
-    """The command line without `--config-dir DIR`; from here on that folder is looked into, and no other but conf/.
+    """The command line without `--config-dir DIR`; from now on DIR and conf/ are searched, and no other folder.
 
     Raises:
-        UserError: as `use`; or no folder is named, or several are.
+        UserError: as in `use`; also if --config-dir names no folder, or is given several times.
     """
     rest, named = [], []
     words = iter(arguments)
     for word in words:
         flag, equals, value = word.partition("=")
-        if flag in ("--config-dir", "-cd"):  # Hydra's own names of it
+        if flag in ("--config-dir", "-cd"):  # Hydra's own names of this flag
             named.append(value if equals else next(words, ""))
         else:
             rest.append(word)
@@ -58,21 +58,21 @@ def take(arguments: Sequence[str]) -> list[str]:
 
 
 def flag() -> list[str]:
-    """The words that `take` would take for what is looked into now."""
+    """The command-line words that name the folder in use now; `take` accepts them."""
     return ["--config-dir", str(_own[0])] if _own else []
 
 
 def use(*folders: str | Path) -> None:
-    """Look into these folders besides conf/, the first of them first, and no longer into others.
+    """Search these folders besides conf/, in this order, and no others.
 
     Raises:
-        UserError: one is not there, or something in it would be ignored: a file whose name is taken, a # @package
-            further down.
+        UserError: a folder does not exist, or one of its files would be ignored: its name is already taken, or its
+            `# @package` is not in the first line.
     """
     chosen = [Path(folder).expanduser().absolute() for folder in folders]
     for folder in chosen:
         if not folder.is_dir():
-            raise FileError(f"--config-dir: expected a folder, got {folder}, which is not there")
+            raise FileError(f"--config-dir: expected a folder, got {folder}, which does not exist")
     _forget()
     for folder in chosen:
         _refuse_what_would_be_ignored(folder, chosen)
@@ -80,13 +80,13 @@ def use(*folders: str | Path) -> None:
     if chosen:
         Plugins.instance().register(_SearchPath)
     _added[:] = [str(folder) for folder in chosen if str(folder) not in sys.path]
-    sys.path.extend(_added)  # last: what is installed keeps its meaning for everybody else
+    sys.path.extend(_added)  # at the end, so that installed packages keep their meaning
 
 
 def use_recorded(folder: str | None) -> None:
-    """Look, after the folder that the command line names, into the one that a run recorded, if it is still there.
+    """Search the folder that a run recorded, if it still exists, after the folder that the command line names.
 
-    If not, that is said once something is missing: not every command needs what lies in it.
+    A folder that no longer exists is reported only when something from it is needed: not every command needs it.
     """
     if folder is None or Path(folder) in _own:
         return
@@ -97,8 +97,8 @@ def use_recorded(folder: str | None) -> None:
 
 
 def _forget() -> None:
-    """As if no folder had been used; modules of theirs may be edited before they are used again, or others have their
-    names.
+    """Undo `use`, and unload the modules that came from its folders: their files may be edited, or other folders may
+    have modules of the same names.
     """
     for folder in _added:
         sys.path.remove(folder)
@@ -112,12 +112,12 @@ def _forget() -> None:
 
 
 def own() -> list[Path]:
-    """The folders that are looked into besides conf/."""
+    """The folders that are searched besides conf/."""
     return list(_own)
 
 
 def config_dir() -> str | None:
-    """The folder that a run records as `config_dir`."""
+    """The folder that a run records in its setting `config_dir`."""
     return str(_own[0]) if _own else None
 
 
@@ -127,7 +127,7 @@ def option_file(group: str, option: str) -> Path | None:
 
 
 def groups() -> dict[str, list[str]]:
-    """Every config group and its options, as they lie in conf/ and in the user's folder."""
+    """Every config group with its options, from conf/ and from the user's folder."""
     names = sorted(path.name for path in CONF.iterdir() if path.is_dir())
     return {
         name: sorted({file.stem for root in (CONF, *_own) for file in (root / name).glob("*.yaml")}) for name in names
@@ -135,7 +135,9 @@ def groups() -> dict[str, list[str]]:
 
 
 def listed(names: Iterable[str] | None = None) -> str:
-    """The groups and their options as `--help` shows them, as wide as a terminal: those named, or all that have any."""
+    """Groups and their options as `--help` shows them, wrapped at 118 columns: the named groups, or all with
+    options.
+    """
     known = groups()
     return "\n".join(
         textwrap.fill(f"  {name}: {', '.join(known[name])}", 118, subsequent_indent="      ", break_on_hyphens=False)
@@ -145,10 +147,10 @@ def listed(names: Iterable[str] | None = None) -> str:
 
 
 def files(folder: Path) -> list[Path]:
-    """What belongs to a folder of the user's own: at its top, in the folders there, and at any depth of those that hold
-    Python.
+    """The files that count as part of a user's folder: those at its top, those directly in its subfolders, and all
+    files in subfolders that hold Python, at any depth.
 
-    So a folder that holds runs or images as well can be used; they are no part of it.
+    So the folder may also hold runs or images, which do not count.
     """
     found = [path for path in folder.iterdir() if path.is_file()]
     for part in folder.iterdir():
@@ -167,9 +169,10 @@ def files(folder: Path) -> list[Path]:
 
 
 def record(folders: Iterable[Path] | None = None) -> dict[str, str]:
-    """For environment.json: each file of these folders (None: all that are used) with a digest of its content.
+    """For environment.json: every file of these folders (None: all folders in use) with a digest of its content.
 
-    What git_sha is for caco's own code. The files' content is no part of a run's identity, and where they lie neither.
+    It records the user's code as git_sha records caco's own. Neither the files' content nor their place is part of a
+    run's identity.
     """
     used = _own if folders is None else folders
     listed = [f"{file.relative_to(folder)} {file_digest(str(file))}" for folder in used for file in files(folder)]
@@ -177,33 +180,35 @@ def record(folders: Iterable[Path] | None = None) -> dict[str, str]:
 
 
 def code_of(modules: Iterable[str]) -> dict[str, str]:
-    """`record` of the folders that hold one of these modules: what is known of them holds no longer when it changes."""
+    """`record` of the folders that hold one of these modules. Results that depend on a module are stale once it
+    changes.
+    """
     tops = {module.partition(".")[0] for module in modules}
     return record(folder for folder in _own if tops & _modules(folder).keys())
 
 
 def lacks(module: str) -> str:
-    """Where a module that is nowhere was looked for, to go on a sentence with; and what comes nearest."""
+    """The end of a sentence about a module that was not found: where it was looked for, and the nearest name."""
     top = module.partition(".")[0]
     if _gone:
-        return f"; the run had it from {_gone[0]}, which is not there any more: say --config-dir DIR, where that is now"
+        return f"; the run had it from {_gone[0]}, which no longer exists: say --config-dir DIR with its present place"
     if not _own:
-        return "; a file of your own is found in the folder that --config-dir names"
+        return "; to use a file of your own, name its folder with --config-dir"
     near = difflib.get_close_matches(top, [name for folder in _own for name in _modules(folder)], n=1)
     wanted = " nor ".join(str(folder / f"{top}.py") for folder in _own)
     return f", and there is no {wanted}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def misplaced(group: str, option: str) -> str:
-    """Of an option that is not there: a file of its name that lies elsewhere, to go on a sentence with."""
+    """The end of a sentence about an option that does not exist: where a file of that name lies instead."""
     if _gone:
-        return f" Perhaps it was in {_gone[0]}, which is not there any more: say --config-dir DIR, where that is now."
+        return f" Perhaps it was in {_gone[0]}, which no longer exists: say --config-dir DIR with its present place."
     near = [file for folder in _own for file in (*folder.glob(f"{option}.yaml"), *folder.glob(f"*/{option}.yaml"))]
-    return f" {near[0]} would have to lie in a folder {group}/ there." if near else ""
+    return f" {near[0]} would have to be in a folder {group}/ there." if near else ""
 
 
 def _modules(folder: Path) -> dict[str, Path]:
-    """Modules and packages at a folder's top."""
+    """The modules and packages at the top of a folder, by name."""
     paths = [*folder.glob("*.py"), *(file.parent for file in folder.glob("*/__init__.py"))]
     return {path.stem: path for path in sorted(paths) if path.stem.isidentifier() and not path.stem.startswith("__")}
 
@@ -215,22 +220,22 @@ def _refuse_what_would_be_ignored(folder: Path, ours: Sequence[Path]) -> None:
         known = CONF / file.relative_to(folder)
         if known.is_file() and not known.samefile(file):
             raise UserError(
-                f"{file}: caco has {known.relative_to(CONF)} already and would take its own; give yours another name"
+                f"{file}: caco has its own {known.relative_to(CONF)} and would use that one; give yours another name"
             )
         if re.search(r"\A(?!\s*#\s*@)[\s\S]*^\s*#\s*@package\b", file.read_text(encoding="utf-8"), re.MULTILINE):
-            raise UserError(f"{file}: # @package has to be its first line; further down it is a mere comment")
+            raise UserError(f"{file}: # @package must be in the first line; further down it is an ordinary comment")
     for name, path in _modules(folder).items():
         spec = signatures.find_spec(name)
-        origin = None if spec is None else spec.origin  # a mere folder elsewhere has none, and gives way to a module
+        origin = None if spec is None else spec.origin  # None: a folder without __init__.py, which a module overrides
         if name in sys.stdlib_module_names:
             origin = "its own"
         elif origin is None or any(Path(origin).resolve().is_relative_to(one.resolve()) for one in ours):
             continue
-        raise UserError(f"{path}: Python would import {origin} by the name {name}; give yours another one")
+        raise UserError(f"{path}: Python would import {origin} under the name {name}; give yours another name")
 
 
 def groups_chosen_by(file: Path) -> list[str]:
-    """The groups whose option the defaults of an option's file choose anew: of conf/preset/demo.yaml method, bank,
+    """The groups whose options an option's file overrides in its defaults list: for conf/preset/demo.yaml method, bank,
     ...
     """
     return re.findall(r"^\s*- override /([\w/]+):", file.read_text(encoding="utf-8"), re.MULTILINE)

@@ -1,6 +1,4 @@
-"""What a command line asks for and the composed configuration does not do: refused, not ignored. Needs neither torch
-nor data.
-"""
+"""Refuses command-line settings that the composed configuration would ignore. Needs neither torch nor data."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,17 +12,19 @@ from caco.config import folders, signatures
 from caco.config.schema import COMPONENTS
 from caco.runs.identity import flat, read_yaml
 
+LEARNING = "expected pn=both, pn=negative or method=adco"
+
 
 def problems(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[str, Any]) -> list[str]:
-    """What the command line asks for and the composed configuration does not do."""
+    """One line for each thing that the command line asks for and the composed configuration does not do."""
     found = []
     if "pn" in choices and not _composes_pn(choices.get("method")):
-        found.append(f"pn={choices['pn']}: belongs to method=caco, and the method is {choices.get('method')}")
+        found.append(f"pn={choices['pn']}: applies to method=caco only, and the method is {choices.get('method')}")
     leaves = flat(tree)
     assigned = [item.lstrip("+~").partition("=")[0] for item in overrides]
     presets = [item for item in overrides if item.startswith("preset=")]
     if any(name.startswith("warm_start.") for name in assigned) and "warm_start_steps" not in tree["method"]:
-        found.append(f"warm_start: method={choices.get('method')} has none; leave it out")
+        found.append(f"warm_start: method={choices.get('method')} has no warm start; leave it out")
     found += _unlearned(tree, assigned) + _untreated(tree, choices) + _merged_to_nothing(tree, overrides)
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
@@ -40,12 +40,18 @@ def problems(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[st
                 method = choices.get("method")
                 found.append(f"{override}: method={method} has a bank with a row for each training image; leave it out")
                 continue
+            if group == "bank_recipe" and "push" not in (tree.get("bank") or {}):
+                method = f"pn={choices['pn']}" if "pn" in choices else f"method={choices.get('method')}"
+                found.append(f"{override}: {method} has no bank that learns; {LEARNING}")
+                continue
             for key, wanted in settings_of(group, file):
                 by_hand = any(key == name or key.startswith(f"{name}.") for name in assigned if name != group)
-                # A method's wishes for the root and for other components (its warm-up, its rate) are there to be
-                # changed by a preset.
+                # A method's file also sets values of the root and of other components (warm-up, learning rate); a
+                # preset may change those.
                 own_of_option = key.split(".")[0] in (
-                    ("method", "bank") if group == "method" else (*COMPONENTS, "bank", "negatives", "eval")
+                    ("method", "bank")
+                    if group == "method"
+                    else (*COMPONENTS, "bank", "bank_learning", "negatives", "eval")
                 )
                 if own_of_option and not by_hand and leaves.get(key) != wanted and "${" not in str(wanted):
                     undone_by = presets[-1] if presets else "a later group"
@@ -54,8 +60,8 @@ def problems(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[st
 
 
 def _merged_to_nothing(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Each `key={}`, inner ones too, of which Hydra makes nothing: it merges groups of settings key by key, so what is
-    there stays.
+    """One line for each `key={}`, inner ones too, that changes nothing: Hydra merges groups of settings key by key, so
+    an empty group leaves all keys as they are.
     """
     problems = []
 
@@ -82,8 +88,8 @@ def _merged_to_nothing(tree: dict[str, Any], overrides: Sequence[str]) -> list[s
 
 
 def _unlearned(tree: dict[str, Any], assigned: Sequence[str]) -> list[str]:
-    """Settings of bank_learning that do not come to this setting's bank, which conf/learned_bank.yaml gives them
-    all.
+    """One line for each given setting of bank_learning that this bank does not have. (conf/learned_bank.yaml passes all
+    of bank_learning to a learnable bank.)
     """
     block, bank = tree.get("bank_learning", {}), tree.get("bank") or {}
     problems = []
@@ -91,18 +97,16 @@ def _unlearned(tree: dict[str, Any], assigned: Sequence[str]) -> list[str]:
         parent, _, key = name.partition(".")
         if parent == "bank_learning" and key not in ("", *bank):
             taken = ", ".join(name for name in block if name in bank)
-            expected = (
-                f"there are {taken}" if taken else "nothing learns in it; expected pn=both, pn=negative or method=adco"
-            )
-            problems.append(f"{name}: this setting's bank takes no {key}: {expected}")
+            expected = f"it takes {taken}" if taken else f"none of its rows learn; {LEARNING}"
+            problems.append(f"{name}: the bank of this configuration takes no {key}: {expected}")
     return problems
 
 
 def _untreated(tree: dict[str, Any], choices: Mapping[str, Any]) -> list[str]:
-    """A treatment of negatives where the method takes none. Which go with which negatives, caco/methods/treatments.py
-    decides.
+    """Refuses a treatment of negatives if the method takes none. caco/methods/treatments.py decides which treatment
+    suits which negatives.
     """
-    if tree.get("negatives") is None:  # plain; commands that train nothing have none
+    if tree.get("negatives") is None:  # plain negatives, or a command that trains nothing
         return []
     target = tree["method"]["_target_"]
     if _takes(target, "treatment"):
@@ -110,26 +114,26 @@ def _untreated(tree: dict[str, Any], choices: Mapping[str, Any]) -> list[str]:
     taking = [name for name, other in _targets_of_methods().items() if _takes(other, "treatment")]
     return [
         f"negatives={choices.get('negatives')}: {target.rpartition('.')[2]}, the class of"
-        f" method={choices.get('method')}, takes no treatment of negatives: it has none, or a loss of its own over"
-        f" them; expected negatives=plain, or as method one of {', '.join(taking)}"
+        f" method={choices.get('method')}, takes no treatment of negatives: it has no negatives, or its own loss over"
+        f" them; expected negatives=plain, or one of these methods: {', '.join(taking)}"
     ]
 
 
 def _takes(target: str, argument: str) -> bool:
-    """Whether a component takes an argument; of what cannot be read nothing is claimed."""
+    """Whether a component takes an argument; True if its signature cannot be read."""
     signature = signatures.find(target)
     return signature is None or signature.open or argument in signature.parameters
 
 
 def _targets_of_methods() -> dict[str, str]:
-    """Of every option of `method` that names its class itself."""
+    """method -> `_target_`, for every option of `method` whose own file names the class."""
     files = {name: folders.option_file("method", name) for name in folders.groups()["method"]}
     settings = {name: dict(settings_of("method", file)) for name, file in files.items() if file is not None}
     return {name: found["method._target_"] for name, found in settings.items() if "method._target_" in found}
 
 
 def _composes_pn(method: str | None) -> bool:
-    """Whether the method's option has the group pn among its defaults."""
+    """Whether the file of this method, or one that it builds on, has the group pn in its defaults list."""
     file = folders.option_file("method", str(method))
     defaults = read_yaml(file).get("defaults") or () if file else ()
     return any(
@@ -138,7 +142,7 @@ def _composes_pn(method: str | None) -> bool:
 
 
 def settings_of(group: str, file: Path) -> list[tuple[str, Any]]:
-    """The dotted keys that an option's file sets, and their values."""
+    """The dotted keys that an option's file sets, with their values."""
     text = file.read_text(encoding="utf-8")
     header = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)
     package = header.group(1) if header else group

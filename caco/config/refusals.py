@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's composition errors in plain words: what was given, what there is, what comes nearest."""
+"""Puts Hydra's and OmegaConf's composition errors into plain words: what was given, what exists, the nearest match."""
 
 import difflib
 import re
@@ -34,9 +34,9 @@ _OF_MLFLOW = (
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean a, b?" or nothing."""
+    """ "; did you mean a, b?", or "" if no known word is close."""
     known = sorted(set(known))
-    # Lower case, because 12m should find 12M.
+    # Compared in lower case, so that 12m finds 12M.
     lowered = {name.lower(): name for name in known}
     if word.lower() in lowered:
         return f"; did you mean {lowered[word.lower()]}?"
@@ -45,15 +45,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def refuse_unwritable(overrides: Sequence[str]) -> None:
-    """Refuse what cannot be written down, and `data.root=$UNSET`: without a value it would be the working directory, or
-    no directory at all.
+    """Refuse overrides that cannot be written down, and overrides without a value such as `data.root=$UNSET`, which
+    would otherwise mean the working directory or no directory at all.
 
     Raises:
-        UserError: names what has no value, or may not be written down: a password.
+        UserError: an override has no value, holds a secret such as a password, or is not valid text in this locale.
     """
-    if secret := [
-        item for item in overrides if holds_secret(item)
-    ]:  # wherever it stands: a run's directory, the name of an option, ...
+    # Secrets are refused wherever they stand: in a value, a run's directory, the name of an option, ...
+    if secret := [item for item in overrides if holds_secret(item)]:
         raise UserError(f"{redacted(' '.join(secret))}: {OF_SECRETS}")
     for item in overrides:
         try:
@@ -61,24 +60,25 @@ def refuse_unwritable(overrides: Sequence[str]) -> None:
         except UnicodeEncodeError:
             shown = item.encode(errors="backslashreplace").decode()
             raise UserError(
-                f"{shown} is no text in this locale's encoding; set LC_ALL=C.UTF-8, or rename the file"
+                f"{shown} is not valid text in this locale's encoding; set LC_ALL=C.UTF-8, or rename the file"
             ) from None
     empty = [
         item for item in overrides if item.partition("=")[1:] == ("=", "") or item.partition("=")[2] in ("''", '""')
     ]
     if empty:
         raise UserError(
-            f"{', '.join(empty)} has no value after the =: is a variable of the shell unset? Nothing is written null"
+            f"{', '.join(empty)} has no value after the =. Is a shell variable unset? To set nothing, write null"
         )
 
 
 def explain(error: Exception, overrides: Sequence[str], root: str = "config") -> str:
-    """One or two lines on why the command line `overrides` does not compose with the root conf/<root>.yaml."""
+    """One or two lines on why the command line `overrides` cannot be composed with the root conf/<root>.yaml."""
     if isinstance(error, OverrideParseException):
         why = next(
-            (line for line in str(error).splitlines() if not line.startswith("Error parsing override")), "no key=value"
+            (line for line in str(error).splitlines() if not line.startswith("Error parsing override")),
+            "it is not key=value",
         )
-        why = "a sign that Hydra's grammar does not know unquoted" if why.startswith("Lexer") else why
+        why = "it has a character that Hydra's grammar allows only in quotes" if why.startswith("Lexer") else why
         return (
             f"{error.override or 'the command line'} cannot be read ({why}); expected"
             f" key=value{_quoted(error.override)}"
@@ -92,7 +92,7 @@ def explain(error: Exception, overrides: Sequence[str], root: str = "config") ->
             for item in overrides
             if item.lstrip("+~").partition("=")[0].replace("/", ".") == twice.group(1).replace("/", ".")
         ]
-        return f"{twice.group(1)} is chosen twice{': ' * bool(those)}{' '.join(those)}; leave all but one out"
+        return f"{twice.group(1)} is chosen twice{': ' * bool(those)}{' '.join(those)}; keep only one of them"
     given = re.search(r"Could not override '([^'@]+)", str(error))
     if given:
         inner = re.search(r"full_key: (\S+)", str(error.__cause__))
@@ -106,22 +106,22 @@ def explain(error: Exception, overrides: Sequence[str], root: str = "config") ->
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, ValidationError) and cause.full_key:
         return _explain_type(cause)
-    for override in overrides:  # Hydra takes no number and no null for the name of an option, and does not say whose
+    for override in overrides:  # Hydra accepts no number and no null as an option's name, and does not say which it was
         group, _, option = override.partition("=")
         if group in groups() and re.fullmatch(r"[\d.-]*|null|true|false", option, re.IGNORECASE):
             size = f"; for another size bank.size={option}" if group == "bank" and option.isdigit() else ""
             return f"{override}: {group} is one of {', '.join(groups()[group])}{size}"
     if "RecursionError" in str(error):
-        return "a setting is made of itself, by ${...} in a circle; write its value out"
+        return "a setting refers to itself through a circle of ${...}; write its value out"
     lines = [line.strip() for line in str(error if str(error) else cause).splitlines() if line.strip()]
     said = " ".join(line for line in lines if not line.startswith(("full_key:", "reference_type=", "object_type=")))
-    said = said.replace(" full_key: ", ", asked for by ").partition(" reference_type=")[0]
+    said = said.replace(" full_key: ", ", needed by ").partition(" reference_type=")[0]
     made = [item for item in overrides if "${" in item and item.partition("=")[0] not in said]
     return f"{made[0]}: {said}" if len(made) == 1 else said
 
 
 def culprit(said: str, overrides: Sequence[str]) -> str | None:
-    """The override that a line of `explain` is about; None where it is about none of them."""
+    """The override that a line from `explain` is about; None if it is about none of them."""
     for item in overrides:
         key = item.lstrip("+~").partition("=")[0]
         if said.startswith((f"{item} ", f"{item}:", f"{key}:", f"{key} ", f"{key}=")):
@@ -130,8 +130,8 @@ def culprit(said: str, overrides: Sequence[str]) -> str | None:
 
 
 def _quoted(override: str | None) -> str:
-    """How a value is written that Hydra's grammar does not take as it is (a path with blanks, umlauts, parentheses, =,
-    ~): what a shell is to be given, if that can be read."""
+    """A hint how to quote a value that Hydra's grammar cannot read unquoted (a path with blanks, umlauts, parentheses,
+    = or ~), as it is typed in a shell; "" if quoting does not make it readable."""
     key, equals, value = (override or "").partition("=")
     if not equals or not value:
         return ""
@@ -141,13 +141,12 @@ def _quoted(override: str | None) -> str:
         OverridesParser.create().parse_override(written)
     except HydraException:
         return ""
-    return f". Hydra takes such a value in quotes of its own, within the shell's: {shlex.quote(written)}"
+    return f". Hydra needs quotes around such a value, and the shell needs its own around those: {shlex.quote(written)}"
 
 
 def _explain_option(missing: str) -> str:
-    known = [
-        name for name in groups() if missing.startswith(f"{name}/")
-    ]  # an address as the option has slashes of its own
+    # Split after the group's name, not at the last slash: a URL given as an option has slashes too.
+    known = [name for name in groups() if missing.startswith(f"{name}/")]
     group, option = (known[0], missing.removeprefix(f"{known[0]}/")) if known else missing.rpartition("/")[::2]
     options = groups().get(group, [])
     listed = f" There are: {', '.join(options)}." if options else ""
@@ -157,21 +156,22 @@ def _explain_option(missing: str) -> str:
 
 
 def _explain_key(key: str, overrides: Sequence[str], root: str, *, in_defaults_list: bool, inner: str) -> str:
-    """
+    """Why `key` cannot be set.
+
     Args:
-        inner: the name in a value {NAME: ...} that there is not, below key; or key.
+        inner: the unknown name within a value {NAME: ...} given for `key`; else `key` itself.
     """
     if key in renamed.KEYS:
-        return f"{key}: is called {renamed.KEYS[key]} now"
+        return f"{key}: is now called {renamed.KEYS[key]}; use that name"
     if key == "pn":
         return (
-            "pn belongs to method=caco: it chooses the positives and negatives of that method alone (Table VII). "
-            "Leave pn out or choose method=caco"
+            "pn applies to method=caco only: it chooses where that method takes its positives and negatives (Table"
+            " VII). Leave pn out, or choose method=caco"
         )
     if in_defaults_list:
         return f"{key}: no such group in this configuration{nearest(key, groups())}"
     cfg = _compose_without(key, overrides, root)
-    # Unresolved: another setting may be one that does not resolve, and what is looked for is what this one is called.
+    # Left unresolved: only names are needed, and some other setting may not resolve.
     tree = None if cfg is None else OmegaConf.to_container(job_config(cfg), resolve=False)
     known = [*ROOTS[root].__dataclass_fields__, *groups()] if tree is None else [*_names(tree), *groups()]
     parent, _, name = key.rpartition(".")
@@ -191,21 +191,21 @@ def _explain_key(key: str, overrides: Sequence[str], root: str, *, in_defaults_l
             )
             if inner.startswith(f"{key}."):
                 return f"{inner} is not set by the chosen {parent}; to add it, write +{key}={value}"
-            return f"{key} is not set by the chosen {parent}, but it takes one: write +{key}={value}"
+            return f"{key} is not set by the chosen {parent}, which does accept it: write +{key}={value}"
         if key in _OF_MLFLOW and not is_installed("mlflow"):
             return (
-                f"{key}: belongs to tracking=mlflow, and MLflow is not installed; to have it:"
+                f"{key}: applies to tracking=mlflow, and MLflow is not installed; to install it:"
                 f" {command_to_install('mlflow')}"
             )
         near = nearest(name, [str(item) for item in node])
         return f"{key}: no such key{near or nearest(key, known)} {parent} has: {', '.join(map(str, node))}"
     if parent and cfg is not None and parent in ROOTS[root].__dataclass_fields__:
-        return f"{key}: this setting has no {parent} (it is {shortened(node, 40)})"
+        return f"{key}: this configuration has no {parent} (it is {shortened(node, 40)})"
     return f"{key}: no such key{nearest(key, known) or '. `--help` lists all'}"
 
 
 def _explain_type(error: ValidationError) -> str:
-    """OmegaConf's own type error, for a key of the typed root."""
+    """The text for OmegaConf's own type error of a key of the typed root."""
     key = str(error.full_key)
     got = re.search(r"Value '(.*)' (?:of type|is not a valid|\()", str(error), re.DOTALL)
     expected = re.search(r"(?:could not be converted to|is not a valid) (\w+)", str(error))
@@ -216,7 +216,8 @@ def _explain_type(error: ValidationError) -> str:
 
 
 def _compose_without(key: str, overrides: Sequence[str], root: str) -> DictConfig | None:
-    """The configuration that the other overrides make, to look for what the user may have meant; None if none."""
+    """The configuration made by all overrides but those of `key`, to look up names that the user may have meant; None
+    if these cannot be composed either."""
     others = [item for item in overrides if item.lstrip("+~").partition("=")[0] != key]
     try:
         return compose(others, root)
@@ -225,7 +226,7 @@ def _compose_without(key: str, overrides: Sequence[str], root: str) -> DictConfi
 
 
 def _selected(cfg: DictConfig, key: str) -> Any:
-    """The node of this name; None where there is none, or where it does not resolve."""
+    """The node at this key; None if there is none, or if it cannot be resolved."""
     try:
         return OmegaConf.select(cfg, key)
     except (OmegaConfBaseException, RecursionError):
@@ -233,7 +234,7 @@ def _selected(cfg: DictConfig, key: str) -> Any:
 
 
 def _names(node: Any, prefix: str = "") -> list[str]:
-    """Every dotted name in the tree, inner ones too."""
+    """Every dotted name in the tree, at all depths."""
     if not isinstance(node, dict):
         return []
     return [

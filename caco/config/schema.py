@@ -1,4 +1,4 @@
-"""The roots of the configuration: the name and the type of every setting that is not a component's own."""
+"""The roots of the configuration: name and type of every setting that does not belong to a component."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,9 +37,9 @@ class Checkpoint:
 
 @dataclass
 class Root:
-    """Types only: the values and what they mean are in conf/config.yaml.
+    """The settings of conf/config.yaml, which has their values and meanings; only their types are given here.
 
-    A component (Any here) is checked against the signature of its `_target_` by caco/config/validation.py.
+    A component has the type Any: caco/config/validation.py checks it against the signature of its `_target_`.
     """
 
     name: str = MISSING
@@ -64,7 +64,7 @@ class Root:
     config_dir: str | None = MISSING
     schedule: Schedule = field(default_factory=Schedule)
     warm_start: WarmStart = field(default_factory=WarmStart)
-    bank_learning: dict[str, Any] = field(default_factory=dict)  # what it holds are the bank's settings, checked there
+    bank_learning: dict[str, Any] = field(default_factory=dict)  # settings of the bank, checked as the bank's arguments
     log_every_steps: int = MISSING
     eval_every_epochs: int = MISSING
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -86,7 +86,7 @@ class Root:
 
 @dataclass
 class EvaluateRoot:
-    """As Root, of conf/evaluate.yaml."""
+    """Like Root, for conf/evaluate.yaml."""
 
     name: str = MISSING
     run: str | None = MISSING
@@ -118,7 +118,7 @@ class StoredImages:
 
 @dataclass
 class ExportRoot:
-    """As Root, of conf/export.yaml."""
+    """Like Root, for conf/export.yaml."""
 
     run: str | None = MISSING
     weights: str | None = MISSING
@@ -133,7 +133,7 @@ class ExportRoot:
 
 @dataclass
 class EmbedRoot:
-    """As Root, of conf/embed.yaml."""
+    """Like Root, for conf/embed.yaml."""
 
     run: str | None = MISSING
     weights: str | None = MISSING
@@ -158,7 +158,7 @@ COMPONENTS = (
     "data",
     "loader",
     "tracking",
-)  # of a run, besides its bank
+)  # of a run; bank, negatives, launcher and eval may be null or empty, so they are not listed
 AnyRoot = type[Root] | type[EvaluateRoot] | type[ExportRoot] | type[EmbedRoot]
 ROOTS: dict[str, AnyRoot] = {
     "config": Root,

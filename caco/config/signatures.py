@@ -1,7 +1,8 @@
-"""What a `_target_` takes, read from its source: importing it would import torch, seconds before a slip is told.
+"""The arguments that a `_target_` takes, read from its source, because importing it would import torch: seconds of
+waiting before a typing mistake is reported.
 
-A name is looked up as Python would (imports, re-exports, aliases, base classes followed), by parsing, not by running.
-Where that ends, at a C extension say, nothing is claimed and nothing refused.
+Names are looked up as Python would look them up (through imports, re-exports, aliases and base classes), by parsing
+instead of running. Where the source cannot be read, for example in a C extension, nothing is refused.
 """
 
 import ast
@@ -15,7 +16,7 @@ from typing import Any
 
 from caco.errors import UserError
 
-MAX_HOPS = 12  # re-exports followed before giving up; also ends import circles
+MAX_HOPS = 12  # the number of re-exports followed before giving up, which also ends circular imports
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """A callable's parameters by name; `open` if it takes others too (**kwargs, or a base that cannot be read)."""
+    """A callable's parameters by name. `open`: it also takes others (**kwargs, or a base class that cannot be read)."""
 
     parameters: dict[str, Parameter]
     open: bool
@@ -40,7 +41,7 @@ class Module:
         self.name = name
         self.is_package = path.name == "__init__.py"
         self.nodes: dict[str, ast.stmt] = {}
-        self.imports: dict[str, tuple[str, str]] = {}  # local name -> (module, name there)
+        self.imports: dict[str, tuple[str, str]] = {}  # local name -> (module, name in that module)
         self.stars: list[str] = []
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -78,17 +79,21 @@ class Module:
 
 
 def find_spec(name: str, search: Sequence[str] | None = None) -> ModuleSpec | None:
-    """Where Python would import a module from, whatever it has imported; `search` is its parent's path."""
+    """Where Python would import a module from, whether or not it is already imported.
+
+    Args:
+        search: the search path of the parent package; None for a top-level module.
+    """
     specs = (finder.find_spec(name, search) for finder in sys.meta_path if hasattr(finder, "find_spec"))
     return next(filter(None, specs), None)
 
 
 @lru_cache(maxsize=None)
 def load(name: str) -> Module | None:
-    """The module's parsed source; None where there is none to read. Parents are found, not imported.
+    """The module's parsed source; None if no Python source is found. Parent packages are found without importing them.
 
     Raises:
-        UserError: it is no Python; names the file and the line.
+        UserError: the file is not valid Python; names the file and the line.
     """
     spec: ModuleSpec | None = None
     search = None
@@ -105,7 +110,7 @@ def load(name: str) -> Module | None:
 
 
 def lookup(module: Module, name: str, hops: int = MAX_HOPS) -> tuple[Module, ast.stmt] | None:
-    """Where `name`, as seen in `module`, is defined."""
+    """The definition of `name` as seen in `module`: the module that defines it and the statement; None if not found."""
     if hops == 0:
         return None
     if name in module.nodes:
@@ -124,7 +129,7 @@ def lookup(module: Module, name: str, hops: int = MAX_HOPS) -> tuple[Module, ast
 
 @lru_cache(maxsize=None)
 def find(target: str) -> Signature | None:
-    """The signature of the dotted path `target`; None where its source cannot be read or found."""
+    """The signature of the dotted path `target`; None if its source cannot be found or read."""
     module_name, _, name = target.rpartition(".")
     module = load(module_name) if module_name else None
     found = lookup(module, name) if module else None
@@ -132,13 +137,13 @@ def find(target: str) -> Signature | None:
 
 
 def forget() -> None:
-    """Read every file anew: one may have been edited, or another come before it on the import path."""
+    """Drop all cached sources: a file may have been edited, or the import path may now lead to another file."""
     load.cache_clear()
     find.cache_clear()
 
 
 def signature(module: Module, node: ast.stmt) -> Signature | None:
-    """What calling a function or a class takes; for a TypedDict its keys."""
+    """The parameters of a function or a class; for a TypedDict its keys. None for any other statement."""
     if isinstance(node, ast.FunctionDef):
         return _of_function(module, node)
     if not isinstance(node, ast.ClassDef):
@@ -165,10 +170,10 @@ def signature(module: Module, node: ast.stmt) -> Signature | None:
 
 
 def declared(target: str, name: str) -> Any:
-    """The plain value that the class of the dotted path `target`, or a base of it, gives a name of its own, as `package
-    = "mlflow"`; of a call, as `needs = Needs(patches="shuffled")`, its plain keywords as a dict, and of a dict its
-    plain items; None where it gives none or cannot be read."""
-    module_name, _, class_name = str(target).rpartition(".")  # that it is text is demanded elsewhere
+    """The plain value of a class attribute, such as `package = "mlflow"`, of the class at the dotted path `target` or
+    of its base classes. For a call, such as `needs = Needs(patches="shuffled")`, its plain keyword arguments as a dict;
+    for a dict its plain items; None if the attribute is not set or cannot be read."""
+    module_name, _, class_name = str(target).rpartition(".")  # str: validation.py refuses a target that is no text
     module = load(module_name) if module_name else None
     return _declared(lookup(module, class_name), name) if module else None
 
@@ -211,7 +216,7 @@ def is_typed_dict(module: Module, node: ast.stmt) -> bool:
 
 
 def is_group(module: Module, node: ast.stmt) -> bool:
-    """Whether it is a group of settings that YAML can hold: a dataclass, or a TypedDict."""
+    """Whether the class is a group of settings that YAML can hold: a dataclass or a TypedDict."""
     return is_typed_dict(module, node) or (isinstance(node, ast.ClassDef) and _is_dataclass(node))
 
 
@@ -234,7 +239,7 @@ def _is_dataclass(node: ast.ClassDef) -> bool:
 
 
 def _fields(node: ast.ClassDef) -> Iterator[tuple[str, Parameter]]:
-    """The fields of a dataclass or the keys of a TypedDict."""
+    """The fields of a dataclass, or the keys of a TypedDict, with their parameters."""
     total = not any(item.arg == "total" and getattr(item.value, "value", True) is False for item in node.keywords)
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):

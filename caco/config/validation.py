@@ -1,7 +1,7 @@
-"""Every refusal that needs neither torch nor data, made before either is touched.
+"""Every refusal that needs neither torch nor data; it comes before either is loaded.
 
-The root is typed by its schema; each component's keys are bound to the signature of its `_target_`; plain values are
-checked against each other; and a choice on the command line that something later undoes is refused, not ignored.
+The root's types come from its schema. Each component's keys are checked against the signature of its `_target_`. Plain
+values are checked against each other. A choice on the command line that something later undoes is refused, not ignored.
 """
 
 import difflib
@@ -23,37 +23,37 @@ from caco.redaction import OF_SECRETS, holds_secret, names_secret, shortened
 from caco.runs import renamed
 from caco.runs.identity import file_digest, flat, plain
 
-FORMATS = (  # of released weights, caco/nn/formats.py
+FORMATS = (  # of weights files, read by caco/nn/formats.py
     "caco", "adco", "moco", "torchvision", "timm", "transformers", "vissl", "dino", "dinov2", "lightly",
     "stable_pretraining", "solo",
     "instdisc", "pycontrast", "pcl", "mocov3", "simsiam", "swav", "barlow", "vicreg", "simclr", "sela", "mmselfsup",
     "byol",
 )  # fmt: skip
-EXPORTS = ("safetensors", "timm", "torchvision", "detectron2")  # caco/export.py
-# Plain values that no YAML gives, because another component or the data decide them.
+EXPORTS = ("safetensors", "timm", "torchvision", "detectron2")  # written by caco/export.py
+# Plain values that are never set in YAML, because another component or the data determine them.
 SUPPLIED = {"projector": ("in_dim",), "method": ("num_images",), "backbone": ("in_channels",)}
 
 
 def check(
     cfg: DictConfig, *, overrides: Sequence[str] = (), choices: Mapping[str, Any] | None = None, root: AnyRoot = Root
 ) -> None:
-    """Refuse what cannot be run.
+    """Refuse a configuration that cannot be run.
 
     Args:
-        cfg: composed; Hydra's own part is ignored.
-        overrides: the command line, to tell the user which of it would have no effect.
+        cfg: the composed configuration; Hydra's own settings are ignored.
+        overrides: the command line, to report which of its words would have no effect.
         choices: group -> option, from Hydra.
         root: the schema that cfg was composed with.
 
     Raises:
-        UserError: one line per problem, each with the key, what was expected and what was got.
+        UserError: one line per problem, with the key, the expected value and the given one.
     """
     try:
         tree = plain(cfg)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     except RecursionError as error:
-        raise UserError("a setting is made of itself, by ${...} in a circle; write its value out") from error
+        raise UserError("a setting refers to itself through a circle of ${...}; write its value out") from error
     if missing := sorted(key for key, value in flat(tree).items() if value == "???"):
         raise UserError("\n".join(f"{key}: must be given, as {key}=..." for key in missing))
     problems = _shape(tree, root) + _senseless(tree)
@@ -71,7 +71,9 @@ def check(
 
 
 def _senseless(tree: dict[str, Any]) -> list[str]:
-    """What is no value for any setting, whoever takes it: of own components, too, whose arguments declare no range."""
+    """Values that make no sense in any setting. Also covers the user's own components, whose arguments declare no
+    range.
+    """
     problems = []
     for key, value in flat(tree).items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -82,17 +84,17 @@ def _senseless(tree: dict[str, Any]) -> list[str]:
             continue
         elif not value and not key.startswith("launcher.sbatch."):
             problems.append(
-                f"{key}: expected a value, got an empty text; is a variable of the shell unset? Nothing is written null"
+                f"{key}: expected a value, got an empty text. Is a shell variable unset? To set nothing, write null"
             )
         elif "\0" in value:
-            problems.append(f"{key}: expected a text without a byte of zero, got {shortened(value, 60)}")
+            problems.append(f"{key}: expected text without NUL characters, got {shortened(value, 60)}")
         elif names_secret(key.rpartition(".")[2]) or holds_secret(value):
             problems.append(f"{key}: {OF_SECRETS}")
     return problems
 
 
 def _shape(tree: dict[str, Any], root: AnyRoot) -> list[str]:
-    """The root has its keys and no others, and a component in each place for one."""
+    """Checks that the root has exactly its own keys, and a component wherever one belongs."""
     known = list(root.__dataclass_fields__)
     problems = []
     for key in tree.keys() - set(known):
@@ -120,8 +122,8 @@ def _shape(tree: dict[str, Any], root: AnyRoot) -> list[str]:
             problems.append(f"{key}: expected a component with a _target_, got {shortened(tree[key], 60)}")
     if tree.get("bank") is not None and not (isinstance(tree["bank"], dict) and "_target_" in tree["bank"]):
         problems.append(
-            f"bank: this setting has none, got {shortened(tree['bank'], 60)}; a method without one says bank: null in"
-            " its file, as conf/method/simclr.yaml does"
+            f"bank: expected a component with a _target_, or null, got {shortened(tree['bank'], 60)}; the file of a"
+            " method without a bank says bank: null, as conf/method/simclr.yaml does"
         )
     if tree.get("negatives") is not None and not (
         isinstance(tree["negatives"], dict) and "_target_" in tree["negatives"]
@@ -143,9 +145,10 @@ def _shape(tree: dict[str, Any], root: AnyRoot) -> list[str]:
 
 
 def _root(tree: dict[str, Any]) -> list[str]:
-    """Plain values: sense, not taste. What depends on the data is checked where the data are known."""
+    """Checks the plain values of a training. Refuses what cannot work, not what is unusual; whatever depends on the
+    data is checked once the data are known."""
     problems, demand = _demands(tree)
-    demand("config_dir", tree["config_dir"] == folders.config_dir(), "it not to be set; --config-dir DIR does")
+    demand("config_dir", tree["config_dir"] == folders.config_dir(), "this key left out; use --config-dir DIR instead")
     _continued(tree, problems, demand)
     schedule, checkpoint, warm_start = tree["schedule"], tree["checkpoint"], tree["warm_start"]
     demand("name", re.fullmatch(r"\w[\w.+-]*", tree["name"]) is not None, "letters, digits and ._+- (a folder's name)")
@@ -158,10 +161,10 @@ def _root(tree: dict[str, Any]) -> list[str]:
     demand(
         "norm_groups",
         groups == "rank" or counted,
-        f"1, rank, or a divisor of batch, {batch}, with 2 images or more to a group",
+        f"1, rank, or a divisor of batch={batch} that leaves 2 or more images in each group",
     )
     demand(
-        "shuffle_keys", not tree["shuffle_keys"] or groups != 1, "false with norm_groups=1, where it changes nothing"
+        "shuffle_keys", not tree["shuffle_keys"] or groups != 1, "false, because norm_groups=1 leaves it without effect"
     )
     demand("seed", 0 <= tree["seed"] < 2**32, "0 to 2**32 - 1")
     demand("precision", tree["precision"] in ("bf16", "fp32"), "bf16 or fp32")
@@ -176,14 +179,14 @@ def _root(tree: dict[str, Any]) -> list[str]:
     demand("schedule.drop_factor", 0 < schedule["drop_factor"] < 1, "a number between 0 and 1")
     if [schedule["final_fraction"] is None, schedule["final_lr"] is None, not schedule["drops"]].count(False) != 1:
         problems.append(
-            "schedule: expected one of final_fraction, final_lr and drops, and the others null (of drops []); got"
+            "schedule: set one of final_fraction, final_lr and drops, and the others to null (drops to []); got"
             " {final_fraction}, {final_lr} and {drops}".format(**schedule)
         )
     by_image = tree["bank"] is not None and signatures.declared(tree["bank"]["_target_"], "by_image")
     demand(
         "bank.size",
         not by_image or tree["bank"].get("size") is None,
-        "null: this bank has a row for each training image",
+        "null: this bank always has one row for each training image",
     )
     demand("warm_start.steps", warm_start["steps"] is None or warm_start["steps"] >= 0, "null, or 0 or more")
     demand("warm_start.passes", warm_start["passes"] is None or warm_start["passes"] >= 0, "null, or 0 or more")
@@ -195,8 +198,8 @@ def _root(tree: dict[str, Any]) -> list[str]:
         )
     elif warm_start["passes"] and tree["bank"] is None:
         problems.append(
-            "warm_start.passes: they go over the rows of a bank, and this setting has none, got"
-            f" {warm_start['passes']}; say warm_start.steps=N"
+            "warm_start.passes: counts passes over the rows of a bank, and this configuration has no bank, got"
+            f" {warm_start['passes']}; use warm_start.steps=N instead"
         )
     demand("schedule.unit", schedule["unit"] in ("step", "epoch"), "step or epoch")
     demand("log_every_steps", tree["log_every_steps"] >= 1, "at least 1")
@@ -210,7 +213,7 @@ def _root(tree: dict[str, Any]) -> list[str]:
 
 
 def _demands(tree: dict[str, Any]) -> tuple[list[str], Callable[[str, bool, str], None]]:
-    """A list of problems, and `demand(key, holds, expected)`, which adds one to it."""
+    """A list of problems, and a function `demand(key, holds, expected)` that adds a line to it unless `holds`."""
     problems: list[str] = []
 
     def demand(key: str, holds: bool, expected: str) -> None:
@@ -225,25 +228,25 @@ def _demands(tree: dict[str, Any]) -> tuple[list[str], Callable[[str, bool, str]
 
 def _weights(tree: dict[str, Any], demand: Callable[[str, bool, str], None]) -> None:
     weights = tree["weights"]
-    demand("weights", weights is None or tree["weights_digest"] is not None, "a file that is there and can be read")
+    demand("weights", weights is None or tree["weights_digest"] is not None, "a file that exists and can be read")
     demand(
         "weights_digest",
         tree["weights_digest"] == (None if weights is None else file_digest(weights)),
-        "it not to be set; weights=FILE does",
+        "this key left out; it follows from weights=FILE",
     )
     if weights is None:
-        demand("format", tree["format"] is None, "null, as there is no weights=FILE")
+        demand("format", tree["format"] is None, "null, because no weights=FILE is given")
     else:
         family, _, choice = (tree["format"] or FORMATS[0]).partition(":")
         expected = (
-            f"null, for what the keys of weights={weights} say, or one of {', '.join(FORMATS)}, with :online or :twin"
-            " after it or not"
+            f"null, to detect the format from the keys of weights={weights}, or one of {', '.join(FORMATS)}, optionally"
+            " followed by :online or :twin"
         )
         demand("format", family in FORMATS and choice in ("", "online", "twin"), expected)
 
 
 def _continued(tree: dict[str, Any], problems: list[str], demand: Callable[[str, bool, str], None]) -> None:
-    """Of a run that trains a finished one longer; of any other that it says nothing of it."""
+    """Checks the settings of a run that continues a finished one; in any other run they must be null."""
     run, schedule, before, epochs = (
         tree["continue_from"],
         tree["continued_schedule"],
@@ -252,32 +255,32 @@ def _continued(tree: dict[str, Any], problems: list[str], demand: Callable[[str,
     )
     if run is None:
         for key in ("continued_schedule", "continued_run", "continued_epochs"):
-            demand(key, tree[key] is None, "null, as there is no continue_from=RUN")
+            demand(key, tree[key] is None, "null, because no continue_from=RUN is given")
         return
     if before is None:
-        demand("continue_from", False, "null: caco.train alone continues a run")
+        demand("continue_from", False, "null: only caco.train can continue a run")
         return
     demand(
         "continued_schedule", schedule in ("restart", "planned"),
-        "restart (the schedule anew, over the added epochs) or planned (that of all epochs, from where they stand)",
+        "restart (a new schedule over the added epochs) or planned (the schedule of all epochs, from where RUN ended)",
     )  # fmt: skip
-    demand("epochs", epochs > before, f"more than the {before:g} that {run} has trained, those included")
+    demand("epochs", epochs > before, f"more than the {before:g} epochs of {run}, which are counted too")
     if schedule == "restart" and before != int(before):
         problems.append(
-            f"continued_schedule: {run} has ended within an epoch, after {before:g}, and a schedule begins anew with a"
-            " whole one; expected planned"
+            f"continued_schedule: {run} ended within an epoch, after {before:g} epochs, and a new schedule can start"
+            " only with a whole epoch; expected planned"
         )
 
 
 def _root_of_the_pretrained(tree: dict[str, Any]) -> list[str]:
-    """Plain values of conf/evaluate.yaml, conf/export.yaml and conf/embed.yaml."""
+    """Checks the plain values of conf/evaluate.yaml, conf/export.yaml and conf/embed.yaml."""
     problems, demand = _demands(tree)
     if (tree["run"] is None) == (tree["weights"] is None):
         got = "both" if tree["run"] else "neither"
         problems.append(f"expected run=RUN or weights=FILE, got {got}")
     _weights(tree, demand)
     if "layouts" in tree:
-        demand("to", tree["to"] is not None, "a folder to write to, as to=FOLDER")
+        demand("to", tree["to"] is not None, "the folder to write to, as to=FOLDER")
         demand(
             "layouts", bool(tree["layouts"]) and set(tree["layouts"]) <= set(EXPORTS), f"some of {', '.join(EXPORTS)}"
         )
@@ -293,38 +296,38 @@ def _root_of_the_pretrained(tree: dict[str, Any]) -> list[str]:
         demand(
             "to",
             (tree["to"] or "").endswith((".npz", ".parquet")),
-            "a file to write to, as to=FILE.npz or to=FILE.parquet",
+            "the file to write to, as to=FILE.npz or to=FILE.parquet",
         )
         if (tree["to"] or "").endswith(".parquet") and not is_installed("pyarrow"):
             problems.append(
-                "to: a .parquet is written by pyarrow, which is not installed: pip install pyarrow, or take to=FILE.npz"
+                "to: a .parquet file needs pyarrow, which is not installed: pip install pyarrow, or use to=FILE.npz"
             )
         unreadable = tree["loader"].get("corrupt", "fail") if isinstance(tree["loader"], dict) else "fail"
         if unreadable != "fail":
             problems.append(
-                f"loader.corrupt: expected fail, got {unreadable!r}: an image that cannot be read would get another's"
-                " features"
+                f"loader.corrupt: expected fail, got {unreadable!r}: an unreadable image would get the features of"
+                " another image"
             )
     return problems
 
 
 def _stored_images(tree: dict[str, Any]) -> list[str]:
-    """Of an export: what only weights from elsewhere leave open, and what all of these have to say together."""
+    """Checks an export's data.channels, data.mean and data.std: given together, and only for weights from elsewhere."""
     channels, mean, std = (tree["data"][key] for key in ("channels", "mean", "std"))
     if channels is None and mean is None and std is None:
         return []
     if tree["run"] is not None:
-        return ["data: a run has noted channels, mean and std of its images; leave them out with run="]
+        return ["data: a run has recorded channels, mean and std of its images; leave them out when you give run="]
     if channels is None or channels < 1 or not len(mean or ()) == len(std or ()) == channels:
         return [
-            "data: expected data.channels=N with data.mean and data.std, a value for each of the N channels, got"
+            "data: expected data.channels=N together with data.mean and data.std of N values each, got"
             f" {channels}, {mean} and {std}"
         ]
     return []
 
 
 def _components(node: Any, path: str = "") -> list[str]:
-    """Every `_target_` in the tree exists and takes what is set beside it."""
+    """Checks that every `_target_` in the tree exists and takes the arguments that stand beside it."""
     if isinstance(node, list):
         return [line for number, item in enumerate(node) for line in _components(item, f"{path}.{number}")]
     if not isinstance(node, dict):
@@ -340,13 +343,13 @@ def _component(part: dict[str, Any], path: str) -> list[str]:
     if not isinstance(target, str) or "." not in target:
         return [f"{path}._target_: expected a dotted path to a class or function, got {target!r}"]
     if (new := renamed.target(target)) != target:
-        return [f"{path}._target_: {target} is called {new} now"]
+        return [f"{path}._target_: {target} is now called {new}; use that name"]
     module_name, _, name = target.rpartition(".")
     module = signatures.load(module_name)
     if module is None:
         if signatures.load(module_name.partition(".")[0]) is None:
             return [f"{path}._target_: {target} is not installed here{folders.lacks(module_name)}"]
-        return [f"{path}._target_: no module {module_name} that can be read, for {target}"]
+        return [f"{path}._target_: cannot find or read the module {module_name} of {target}"]
     if signatures.lookup(module, name) is None:
         near = difflib.get_close_matches(name, [*module.nodes, *module.imports], n=1)
         return [f"{path}._target_: no {name} in {module_name}" + (f"; did you mean {near[0]}?" if near else "")]
@@ -356,34 +359,34 @@ def _component(part: dict[str, Any], path: str) -> list[str]:
 
 
 def _of_one_name(evaluators: dict[str, Any]) -> list[str]:
-    """Two evaluators whose results would have the same names."""
+    """One line for each evaluator whose results would get the same name as another one's."""
     first: dict[str, str] = {}
     given = [(name, protocol) for name, node in evaluators.items() for protocol in metrics.protocols(node)]
     return [
-        f"eval.{name}: its results would be called {protocol}, as those of eval.{first[protocol]} are: leave one of"
-        " them out, or give it other settings"
+        f"eval.{name}: its results would be called {protocol}, the same as those of eval.{first[protocol]}: leave one"
+        " of them out, or give it other settings"
         for name, protocol in given
         if first.setdefault(protocol, name) != name
     ]
 
 
 def missing_package(tracking: Mapping[str, Any]) -> str | None:
-    """What is not installed here and the chosen tracker needs (caco/tracking/base.py: `package`); None where nothing is
-    missing.
+    """The package that the chosen tracker needs (caco/tracking/base.py: `package`) and that is not installed; None if
+    nothing is missing.
     """
     package = signatures.declared(str(tracking.get("_target_")), "package")
     return None if package is None or is_installed(package) else package
 
 
 def _not_installed(tree: dict[str, Any]) -> list[str]:
-    """Of the tracker; MLflow, where it is missing, is chosen by nobody who does not name it (composition.py:
-    installed_tracking).
+    """One line if the tracker's package is missing. Without MLflow, mlflow is chosen only by a user who names it
+    (composition.py: installed_tracking).
     """
     package = missing_package(tree.get("tracking", {}))
     if package is None:
         return []
     name, how = ("MLflow", command_to_install("mlflow")) if package == "mlflow" else (package, f"pip install {package}")
     return [
-        f"tracking={package}: {name} is not installed; to have it: {how}; or leave tracking out: "
+        f"tracking={package}: {name} is not installed; to install it: {how}; or leave tracking out: "
         "the ledger keeps everything, and python -m caco.tracking.sync can send it later"
     ]

@@ -1,4 +1,4 @@
-"""Whether the views of a recipe are what a method declares that it needs of them (caco/methods/base.py: Needs)."""
+"""Checks that the views of an augmentation meet the needs that a method declares (caco/methods/base.py: Needs)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,11 +9,11 @@ from caco.config import folders, signatures
 from caco.errors import UserError
 from caco.runs.identity import read_yaml
 
-LIGHTNESS_FIRST = ("lab", "ydbdr", "ycbcr")  # of Views.colours
+LIGHTNESS_FIRST = ("lab", "ydbdr", "ycbcr")  # values of Views.colours whose first channel is lightness
 
 
 def early_problems(tree: Mapping[str, Any]) -> list[str]:
-    """Of a whole configuration, from what its classes declare; nothing is claimed of what cannot be read there."""
+    """`problems` of a configuration, from what its classes declare; empty if the declarations cannot be read."""
     needs, views = signatures.declared(str(tree["method"].get("_target_")), "needs"), tree["augmentation"].get("views")
     if not isinstance(needs, Mapping) or not isinstance(views, Mapping):
         return []
@@ -24,12 +24,12 @@ def early_problems(tree: Mapping[str, Any]) -> list[str]:
 
 
 def refuse(needs: Mapping[str, Any], patches: Any, colours: str) -> None:
-    """Of a method and views that were built.
+    """Check a method and views that have been built.
 
     Args:
         needs: the fields of the method's Needs. patches, colours: of the Views.
     Raises:
-        UserError: they do not fit.
+        UserError: the views do not meet the needs.
     """
     shape = None if patches is None else {"grid": patches.grid, "shuffled": patches.shuffled}
     if found := problems(needs, shape, colours):
@@ -42,7 +42,7 @@ def problems(
     """One line for each need that is not met.
 
     Args:
-        patches: `grid` and `shuffled` of the view that is cut, which has that name; None where none is.
+        patches: `grid` and `shuffled` of the view that is cut into patches, whose name is `name`; None if no view is.
     """
     wanted, found = needs.get("patches", "none"), []
     number = f"{count} patches" if (count := needs.get("num_patches")) else "patches"
@@ -54,8 +54,9 @@ def problems(
     elif wanted != "none" and patches is None:
         options = _options(lambda option: _has_patches(option, shuffled=wanted == "shuffled"))
         found.append(
-            f"augmentation: this method takes {number} of each image, and no view here is cut into patches; choose one"
-            f" of {options}. Images of fewer than 24 pixels a side, as the digits, are too small for patches"
+            f"augmentation: this method takes {number} of each image, and no view of this augmentation is cut into"
+            f" patches; choose one of {options}. Images with sides below 24 pixels, such as the digits, are too small"
+            " for patches"
         )
     elif patches is not None and (shuffled := bool(patches.get("shuffled"))) != (wanted == "shuffled"):
         found.append(
@@ -65,14 +66,14 @@ def problems(
         )
     if patches is not None and count and count != patches["grid"] ** 2:
         found.append(
-            f"augmentation: this method takes {number} of each image; got a grid of {patches['grid']} x"
+            f"augmentation: this method takes {number} of each image; got a grid of patches, {patches['grid']} x"
             f" {patches['grid']}"
         )
     if needs.get("lightness_first") and colours not in LIGHTNESS_FIRST:
         options = _options(lambda option: option.get("colours") in LIGHTNESS_FIRST)
         found.append(
             "augmentation: this method contrasts the lightness of an image with its colour, and needs"
-            f" colours={', '.join(LIGHTNESS_FIRST)}; got {colours}; choose one of {options}. Grey images, as the"
+            f" colours={', '.join(LIGHTNESS_FIRST)}; got {colours}; choose one of {options}. Grey images, such as the"
             " digits, have no colour to contrast with"
         )
     return found
@@ -84,7 +85,7 @@ def _has_patches(option: Mapping[str, Any], *, shuffled: bool) -> bool:
 
 
 def _options(fits: Callable[[Mapping[str, Any]], bool]) -> str:
-    """The names of the augmentations that do."""
+    """The names of the augmentations that fit, for a message."""
     names = []
     for name in folders.groups()["augmentation"]:
         file = folders.option_file("augmentation", name)

@@ -1,3 +1,3 @@
 """Images: sets of them, their augmented views, and the loaders that make batches.
 
-Not here: what becomes of a batch (caco/methods, caco/evals)."""
+Not here: what is done with a batch (caco/methods, caco/evals)."""

@@ -1,4 +1,4 @@
-"""From a checked configuration to a Trainer or an evaluation: the only place where components meet their settings."""
+"""Builds the parts of a training or an evaluation from a checked configuration, and runs the training."""
 
 import dataclasses
 import os
@@ -48,25 +48,26 @@ from caco.tracking.base import Tracker
 
 
 def pick_device(name: str) -> torch.device:
-    """auto takes CUDA where there is one.
+    """The torch device of the setting `device`; "auto" takes CUDA if torch sees a CUDA device.
 
     Raises:
-        ValueError: cuda was asked for and torch sees none.
+        UserError: "cuda" was asked for and torch sees no CUDA device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("device=cuda, but torch sees no CUDA device here; use device=cpu or device=auto")
-        # Modulo: some clusters show each process its own GPU alone, as number 0.
+        # The modulo: some clusters show each process only its own GPU, as number 0.
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device(name)
 
 
 def refuse_unfit_backbone(cfg: DictConfig) -> None:
-    """
+    """Check a timm backbone against the sizes of the views.
+
     Raises:
-        UserError: a model of timm's that makes no features of images of the sizes that the views have.
+        UserError: the timm model cannot compute features of images of a size that the views have.
     """
     channels = channels_of(cfg)
     settings = dict(cfg.backbone) | ({} if channels is None else {"in_channels": channels})
@@ -76,22 +77,22 @@ def refuse_unfit_backbone(cfg: DictConfig) -> None:
 
 
 def build_encoder(cfg: DictConfig) -> Encoder:
-    """Backbone and projector, random weights from torch's generator."""
+    """Backbone and projector with random weights, drawn from torch's global generator."""
     refuse_unfit_backbone(cfg)
     backbone = backbone_of(cfg.backbone, channels_of(cfg))
     return Encoder(backbone=backbone, projector=instantiate(cfg.projector, in_dim=feature_width(backbone)))
 
 
 def counts_images(cfg: DictConfig) -> bool:
-    """Whether the method or its bank keeps something for each training image, and so is given how many there are."""
+    """Whether the method or its bank keeps something for each training image, and so must be told their number."""
     return (cfg.bank is not None and cfg.bank.size is None) or getattr(target(cfg.method), "needs", Needs()).indices
 
 
 def build_method(cfg: DictConfig, num_images: int | None = None) -> Method:
-    """Encoder, bank and objective; the same weights and rows on every rank, from `seed` alone.
+    """Encoder, bank and objective. `seed` alone decides weights and rows, so they are the same on every rank.
 
     Args:
-        num_images: of the training set; None counts them, where the method or its bank keeps something for each.
+        num_images: number of training images. None: count them if the method or its bank keeps something for each.
     """
     if num_images is None and counts_images(cfg):
         num_images = len(build_splits(cfg).pretrain)
@@ -100,11 +101,11 @@ def build_method(cfg: DictConfig, num_images: int | None = None) -> Method:
 
 
 def method_on(encoder: Encoder, cfg: DictConfig, num_images: int | None) -> tuple[Method, Bank | None]:
-    """The objective on this encoder, and its bank. A part that is not there is no argument: a method that knows nothing
-    of banks, or of treatments of negatives, takes none.
+    """The objective on this encoder, and its bank. A part that the configuration does not have is not passed at all, so
+    a method that knows no banks or no treatments of negatives needs no argument for them.
 
     Args:
-        num_images: of the training set; needed where `counts_images`.
+        num_images: number of training images; needed if `counts_images`.
     """
     parts: dict[str, Any] = {}
     if cfg.get("negatives") is not None:
@@ -133,7 +134,7 @@ def build_splits(cfg: DictConfig) -> Splits:
 
 
 def refuse_unfit(method: Method, views: Views, source: Source) -> None:
-    """Raises UserError where the views, or the images that they are of, are not what the method needs."""
+    """Raise UserError if the views, or the images that they are made from, do not meet the method's needs."""
     views_needed.refuse(dataclasses.asdict(method.needs), views.patches, views.colours)
     if method.needs.patches != "none":
         unfit.refuse_too_small_for_patches(source)
@@ -142,7 +143,7 @@ def refuse_unfit(method: Method, views: Views, source: Source) -> None:
 
 
 def final_backbone(cfg: DictConfig, method: Method) -> torch.nn.Module:
-    """A backbone of its own with the weights of the method's, on the CPU and in eval mode; its BatchNorm asks for no
+    """A new backbone with the weights of the method's, on the CPU and in eval mode. Its BatchNorm communicates with no
     other rank.
     """
     backbone = backbone_of(cfg.backbone, channels_of(cfg))
@@ -151,13 +152,13 @@ def final_backbone(cfg: DictConfig, method: Method) -> torch.nn.Module:
 
 
 def refuse_different_steps(step: int | None, run_dir: Path) -> None:
-    """A collective: every rank reads the run's checkpoints itself, and a file may be late or damaged on one machine
-    alone.
+    """Check that all ranks loaded the same checkpoint. Each rank reads the checkpoints itself, and on one machine a
+    file may still be missing or be damaged. A collective.
 
     Args:
-        step: of the checkpoint that this rank has loaded, or None.
+        step: the step of the checkpoint that this rank has loaded, or None.
     Raises:
-        UserError: another rank has loaded another; the steps are named by rank.
+        UserError: the ranks have loaded different checkpoints; the steps are listed by rank.
     """
     steps = distributed.all_objects(step)
     if len(set(steps)) > 1:
@@ -165,27 +166,27 @@ def refuse_different_steps(step: int | None, run_dir: Path) -> None:
             f"rank {rank} {'none' if step is None else f'step {step}'}" for rank, step in enumerate(steps)
         )
         raise UserError(
-            f"every rank must load the same checkpoint; got {loaded}. Nothing was changed: see to it that all machines"
+            f"every rank must load the same checkpoint; got {loaded}. Nothing was changed: make sure that all machines"
             f" can read the same files in {run_dir / 'checkpoints'}, then start the same command again"
         )
 
 
 def refuse_other_groups(saved_by: int) -> None:
-    """Of a run with norm_groups=rank.
+    """With norm_groups=rank, check that as many ranks go on as saved the checkpoint.
 
     Raises:
-        UserError: as many ranks as are here would be other groups than those of the ranks that saved its checkpoint.
+        UserError: the number of ranks differs, so that BatchNorm would work on other groups than before.
     """
     if saved_by != distributed.world():
         raise UserError(
-            f"norm_groups=rank: this run's BatchNorm had {saved_by} groups, one for each process, and would go on with"
-            f" {distributed.world()}; start {saved_by} processes (a run with norm_groups={saved_by} also goes on with"
-            " fewer)"
+            f"norm_groups=rank: this run's BatchNorm had {saved_by} groups, one for each process, and would have"
+            f" {distributed.world()} from here on; start {saved_by} processes (a run with norm_groups={saved_by} can"
+            " also go on with fewer)"
         )
 
 
 def _again(label: labels.Label, cfg: DictConfig) -> list[str]:
-    """The options of `eval` that caco.evaluate can take for this run too, which knows its backbone alone."""
+    """The run's options of `eval` that caco.evaluate can repeat; it has only the backbone, not the method."""
     return [
         option
         for option in label.evaluators
@@ -198,7 +199,7 @@ def run_training(
 ) -> dict[str, Any]:
     """Build everything, go on from the newest checkpoint if there is one, train, and write summary.json.
 
-    Data come first, so that what is missing or too small is said before any model is built.
+    The data come first, so that missing or too few images are reported before any model is built.
     """
     label = label or labels.Label(run_dir.name, {})
     device = pick_device(cfg.device)
@@ -214,7 +215,7 @@ def run_training(
     with start.part("reading the images"):
         splits = build_splits(cfg)
     with start.part("looking at the images"):
-        splits.pretrain.look(say)  # all ranks together: of a large set the digest takes its time
+        splits.pretrain.look(say)  # on all ranks together, because the digest of a large set takes long
     with start.part("measuring the images"):
         views = views_of(cfg, splits, run_dir=run_dir, say=say)
     with start.part("the digest of the images"):
@@ -355,10 +356,10 @@ def run_training(
         )  # fmt: skip
         print(message, file=sys.stderr)
         start.say(always=cfg.profile)
-        directory.write_config(run_dir, cfg)  # of a run that goes on: nothing has been refused, and this is how it does
+        directory.write_config(run_dir, cfg)  # not earlier: a run that goes on may still have been refused
         write_json(images_file, {**read_json(images_file), **evaluated_on})
         note(views, run_dir)
-        # Again: now PyTorch is here to say which GPUs and instructions it has.
+        # Written again: now that PyTorch is imported, the file can name the GPUs and the processor's instructions.
         environment = directory.write_environment(run_dir, folders.record())
         tracker.start(
             run_dir,
@@ -400,7 +401,7 @@ def run_training(
         if not distributed.has_lost_another(error):
             raise
         raise UserError(
-            "another of this run's processes has ended or does not answer; what it said, or failure.txt, says why. The"
+            "another process of this run has ended or does not answer; its own output, or failure.txt, says why. The"
             f" same command goes on from the last checkpoint ({str(error).splitlines()[0][:200]})"
         ) from error
     finally:

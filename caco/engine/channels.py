@@ -1,5 +1,5 @@
-"""What follows from data.channels, images as they are stored: a run's views, its backbone, and what is noted of both in
-its directory.
+"""What follows from data.channels, with which images are used as they are stored: the views, the backbone, and the file
+channels.json that records both in the run's directory.
 """
 
 import sys
@@ -27,11 +27,13 @@ FILE = "channels.json"  # in a run's directory: channels, mean and std of its im
 
 
 def backbone_of(node: DictConfig | dict[str, Any], channels: int | None) -> nn.Module:
-    """The backbone that a configuration names, for images of so many channels; None is three.
+    """The backbone that a configuration names, with `channels` input channels; None means three.
 
-    One that takes `in_channels` is given it; of any other, torchvision's or one of your own, the first convolution is
-    replaced. Raises:
-        UserError: it has no first convolution of three channels.
+    A backbone that has an argument `in_channels` is given the number. In any other, torchvision's or the user's own,
+    the first convolution is replaced.
+
+    Raises:
+        UserError: the backbone has no first convolution of three channels.
     """
     if channels in (None, 3):
         return instantiate(node)
@@ -42,12 +44,13 @@ def backbone_of(node: DictConfig | dict[str, Any], channels: int | None) -> nn.M
 
 
 def views_of(cfg: DictConfig, splits: Splits, *, run_dir: Path | None, say: Say = silent) -> Views:
-    """The recipe's views, of the images that these splits have. A collective.
+    """The views of the recipe, for the images of these splits. A collective.
 
-    Of images as they are stored, their mean and standard deviation are those that data.mean and data.std say, or that
-    the run in run_dir has noted, or else measured on the training images and said. `note` writes them down.
+    For images as they are stored, mean and standard deviation come from data.mean and data.std; else from what the run
+    in run_dir has recorded (see `note`); else they are measured on the training images and printed.
+
     Raises:
-        UserError: the recipe does not go with such images; none of them can be read.
+        UserError: the recipe does not suit such images, or no training image can be read.
     """
     views: Views = instantiate(cfg.augmentation)
     if splits.pretrain.channels is None:
@@ -73,14 +76,14 @@ def views_of(cfg: DictConfig, splits: Splits, *, run_dir: Path | None, say: Say 
 
 
 def note(views: Views, run_dir: Path) -> None:
-    """Write down, in the run's directory, what its images are; of photographs there is nothing to say."""
+    """Record channels, mean and std of the images in the run's directory. For photographs no file is written."""
     if views.channels is not None:
         write_json(run_dir / FILE, {"channels": views.channels, "mean": views.mean, "std": views.std})
 
 
 def stated(cfg: DictConfig, run_dir: Path | None) -> dict[str, Any]:
-    """channels, mean and std of a backbone's images, where these are as they are stored; else nothing. Of a run as it
-    has noted them, of weights from elsewhere as an export's `data` says.
+    """channels, mean and std of the images that a backbone takes as they are stored; {} for photographs. They come from
+    the run's record, or for weights from elsewhere from the export's `data`.
     """
     if run_dir is not None:
         return dict(noted(run_dir))
@@ -88,5 +91,5 @@ def stated(cfg: DictConfig, run_dir: Path | None) -> dict[str, Any]:
 
 
 def noted(run_dir: Path) -> Mapping[str, Any]:
-    """channels, mean and std of a run's images, where these are as they are stored; else nothing."""
+    """channels, mean and std that a run has recorded of its images as they are stored; {} for photographs."""
     return read_json(run_dir / FILE)

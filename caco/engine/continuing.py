@@ -1,4 +1,4 @@
-"""The state with which a finished run is trained longer: that of its last checkpoint, bit by bit."""
+"""The state from which a finished run is trained longer: exactly that of its last checkpoint, to the bit."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ def last_state(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], Path]:
     """The state that a run ended with, and its file.
 
     Raises:
-        UserError: the run has none that can be read, or it is not that of its end.
+        UserError: the run has no readable checkpoint, or the newest one belongs to another configuration.
     """
     newest = Checkpoints(run_dir / "checkpoints").load_newest()
     if newest is None or newest[0]["config_hash"] != cfg.continued_run:
@@ -25,22 +25,22 @@ def last_state(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], Path]:
 
 
 def taken_over(state: dict[str, Any], *, place: list[str | int | None], config_hash: str) -> dict[str, Any]:
-    """The state that a new run begins with behind another one's last step: weights, twin, bank, velocity, optimiser and
-    random state are what they were there. Its results and its time are its own; what it is evaluated with stands first
-    in its curve, too.
+    """The state with which a new run begins after the last step of a finished one. Weights, twin, bank, velocity,
+    optimiser and random state stay as they were there. Results and training time start empty, and an evaluation is due,
+    so that the new run's curve begins with the old one's end.
 
     Args:
-        place: of that step in the new run, as the Trainer says it.
+        place: where that step lies in the new run, in the form of Trainer.place.
     Raises:
-        UserError: that step lies elsewhere in the new run.
+        UserError: that step lies at another place in the new run than in the old one.
     """
     (phase, in_phase, *_), there = place, state["place"]
-    # At its end a run says its last step, and not the one that would follow.
+    # At its end a run records its last step; before the end it would record the step that follows.
     if there[0] != phase or not isinstance(in_phase, int) or there[1] not in (in_phase, in_phase - 1):
         raise UserError(
-            f"continue_from: step {state['step']} is step {there[1]} of the {there[0]} there, and step {in_phase} of"
-            f" the {phase} here: the warm start has another length, or an epoch other steps; expected the same batch,"
-            " images and number of warm-start steps"
+            f"continue_from: step {state['step']} is step {there[1]} of the {there[0]} in the old run and step"
+            f" {in_phase} of the {phase} in the new one, so the length of the warm start or the number of steps in an"
+            " epoch has changed; expected the same batch, images and number of warm-start steps"
         )
     own = {"config_hash": config_hash, "place": place, "evaluation_due": "epoch"}
     return {**state, **own, "latest": {}, "failed_evaluations": [], "time": {"steps": 0, "seconds": 0.0}}

@@ -1,5 +1,5 @@
-"""What one image of a run takes on one device: arithmetic, memory, messages. Counted on tensors without contents, for
-caco.plan.
+"""What one image of a run costs on one device: arithmetic, memory, messages. Counted for caco.plan, on tensors without
+contents.
 """
 
 import copy
@@ -25,7 +25,7 @@ from caco.runs.identity import plain
 
 
 def parts(cfg: DictConfig, num_images: int) -> str:
-    """What the counts depend on, so that runs that share it are counted once."""
+    """A text of everything that the counts depend on, so that runs with the same text are counted once."""
     tree = plain(cfg)
     names = (
         "method",
@@ -50,8 +50,8 @@ def parts(cfg: DictConfig, num_images: int) -> str:
 
 @functools.lru_cache(maxsize=64)
 def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
-    """Of one image where it depends on the batch: built on torch's meta device and run once, forward and backward. And
-    what was built.
+    """The costs of a step, per image where they depend on the batch, and the method and bank that were built. These are
+    built on torch's meta device and run once, forward and backward.
     """
     cfg = OmegaConf.create(json.loads(text))
     with torch.device("meta"):
@@ -61,10 +61,9 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     views = instantiate(cfg.augmentation)
     views_needed.refuse(dataclasses.asdict(method.needs), views.patches, views.colours)
     sizes, channels = views.sizes, channels_of(cfg) or 3
+    # Heads that learn; the twin of a head does not.
     others = [child for name, child in method.named_children() if name not in ("encoder", "twin", "bank")]
-    others = [
-        child.to("meta") for child in others if any(p.requires_grad for p in child.parameters())
-    ]  # no twin of a head
+    others = [child.to("meta") for child in others if any(p.requires_grad for p in child.parameters())]
     costs = method.costs(sizes)
     of_patches = set() if costs.patch_network is None else set(costs.patch_network.modules())
     others = [child for child in others if child not in of_patches]
@@ -77,7 +76,7 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
     )
     buffers = sum(b.nbytes for name, b in method.named_buffers() if not name.startswith("bank."))
     flops = activation_bytes = 0.0
-    of_images = float(channels) * sum(size * size for size in sizes)  # values that the views of an image have
+    of_images = float(channels) * sum(size * size for size in sizes)  # number of values in all views of an image
     for size in dict.fromkeys(sizes):
         forward, both, saved = run_once(encoder, others, (channels, size, size), cfg.precision)
         with_gradient = sum(sizes[view] == size for view in costs.encoded)
@@ -87,7 +86,7 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
         shape = (views.patches.grid**2, channels, views.patches.size, views.patches.size)
         _, both, saved = run_once(costs.patch_network, [], shape, cfg.precision)
         flops, activation_bytes, of_images = flops + both, activation_bytes + saved, of_images + math.prod(shape)
-    optimizer.step()  # on the gradients of the last run, so that its state is there to be counted
+    optimizer.step()  # with the gradients of the last run, so that the optimiser's state exists and can be counted
     state = sum(v.nbytes for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v))
     # Autocast keeps a bf16 copy of the weights until the backward pass is over.
     copies = weight_bytes // 2 if cfg.precision == "bf16" else 0
@@ -127,16 +126,16 @@ def counted(text: str) -> tuple[dict[str, float], Method, Bank | None]:
 def run_once(
     encoder: nn.Module, others: list[nn.Module], shape: tuple[int, ...], precision: str
 ) -> tuple[float, float, float]:
-    """Of one image (or its patches) of this shape: operations of the encoder forward, of it and what follows it forward
-    and backward, bytes kept for backward."""
+    """Counts for one image (or its patches) of this shape: operations of the encoder's forward pass; operations of
+    forward and backward of the encoder and the heads after it; bytes kept for the backward pass."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     run = copy.deepcopy(encoder).to(dtype)
 
     def forward(images: int) -> tuple[torch.Tensor, int]:
-        """The output, and the bytes of all that is kept for backward: of weights and what is made of them, and of the
-        images.
+        """The output, and the bytes of everything kept for the backward pass: for the weights and what is made from
+        them, the same for any number of images, and for the images.
         """
-        held: list[torch.Tensor] = []  # meta tensors, so holding them costs nothing and keeps their storages apart
+        held: list[torch.Tensor] = []  # holding meta tensors costs no memory and keeps their storages distinct
 
         def hold(x: torch.Tensor) -> torch.Tensor:
             held.append(x)
@@ -151,7 +150,7 @@ def run_once(
 
     encoder_flops: list[int] = []
     with FlopCounterMode(display=False) as counter:
-        out, of_two = forward(2)  # BatchNorm needs more than one
+        out, of_two = forward(2)  # two images, because BatchNorm needs more than one
         out.sum().backward()
         both = counter.get_total_flops()
     for parameter, copied in zip(encoder.parameters(), run.parameters(), strict=True):
@@ -160,8 +159,8 @@ def run_once(
 
 
 def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[nn.Module], *, in_groups: bool) -> int:
-    """How many numbers the BatchNorm layers sum over the ranks: means and variances and, but in groups, their
-    gradients.
+    """How many numbers the BatchNorm layers sum over the ranks in a step: means and variances and, unless they work in
+    groups, the gradients of these.
     """
 
     def features(*parts: nn.Module) -> int:
@@ -170,10 +169,8 @@ def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[
     backbone, total = features(encoder.get_submodule("backbone")), 0
     if costs.patch_network is not None:
         total += (2 if in_groups else 4) * features(costs.patch_network)
-    for views, numbers, heads in (
-        (costs.encoded, 2 if in_groups else 4, others),
-        (costs.followed, 2, []),
-    ):  # a twin has no predictor
+    # A twin has no predictor, so the `followed` views pass through no heads.
+    for views, numbers, heads in ((costs.encoded, 2 if in_groups else 4, others), (costs.followed, 2, [])):
         passes = (
             (len({sizes[view] for view in views}), min(1, len(views))) if costs.together else (len(views), len(views))
         )
@@ -182,21 +179,21 @@ def _norm_sums(costs: Costs, sizes: list[int], encoder: nn.Module, others: list[
 
 
 def sent_bytes(one: dict[str, float], batch: int, size: int, dim: int, world: int) -> float:
-    """Bytes that one rank sends in a step: all-gathers pass a part on to each other rank, all-reduces go round twice.
+    """Bytes that one rank sends in a step. An all-gather passes each part on to every other rank; an all-reduce goes
+    round the ring twice.
 
-    Of the bank nothing but queries, keys and their sums travels, whatever its size. Where further negatives are made of
-    its rows, each of these travels once, and so many different ones are counted as there can be.
+    Of the bank only queries, keys and their sums travel, whatever its size. If further negatives are made from its
+    rows, each row needed travels once; the estimate assumes as many different rows as there can be.
     """
     part, ring = (world - 1) * batch / world, 2 * (world - 1) / world
     term = part * (4 * dim + 8 + 4) + ring * batch * 4 * (1 + dim + 2)  # query, positive, gradient; maximum and sums
-    term += (
-        8 * (part * (1 + 2 * one["sums"]) + ring * batch * one["sums"]) if one["sums"] else 0
-    )  # sums and derivatives, doubles
-    scan = part * (4 * dim + 8) + ring * batch * (8 + 8)  # key, choice; its score and its index
+    # Sums and derivatives, as doubles.
+    term += 8 * (part * (1 + 2 * one["sums"]) + ring * batch * one["sums"]) if one["sums"] else 0
+    scan = part * (4 * dim + 8) + ring * batch * (8 + 8)  # key and choice; the choice's score and index
     lookup = part * 8 + ring * batch * 4 * dim
-    drawn = part * (4 * dim + 8) + ring * batch * (4 * dim + 8 + 8)  # query, image; gradient, sum, own score
-    # Query and positive; candidates and their places, of which each rank gets its own queries'; the places that are
-    # wanted; the rows.
+    drawn = part * (4 * dim + 8) + ring * batch * (4 * dim + 8 + 8)  # query and image; gradient, sum and own score
+    # Query and positive; the candidates and their places, which each rank gets for its own queries; the places of the
+    # rows that are needed; these rows.
     mixing = part * (
         4 * dim + 8 * (one["scans"] > 0) + 12 * min(one["candidates"], -(-size // world)) + 8 * one["drawn"]
     )

@@ -1,4 +1,4 @@
-"""From a checked configuration of caco.embed to a file of features."""
+"""Computes the features of images for a checked configuration of caco.embed, and writes them into one file."""
 
 import json
 import shutil
@@ -28,18 +28,18 @@ from caco.evals.features import FeatureStore
 from caco.runs.paths import expanded
 from caco.saying import Sometimes, clock, doing
 
-ROWS = 8192  # that are written at once
+ROWS = 8192  # feature rows written at a time
 
 
 def run_embedding(cfg: DictConfig, location: Location | None, to: Path, aside: Path) -> None:
-    """Features of all images, kept aside batch by batch, then written into one file under its name; one that is there
-    already stays.
+    """Write the features of all images into one file. They are first kept in `aside`, batch by batch; the finished file
+    then gets its name. A file that caco.embed has already written from the same inputs is kept as it is.
 
     Args:
-        location: the run whose backbone it is; None for weights=.
-        to: FILE.npz or FILE.parquet. aside: a folder for what is not finished, removed at the end.
+        location: the run whose backbone is used; None with weights=.
+        to: FILE.npz or FILE.parquet. aside: a folder for unfinished work, removed at the end.
     Raises:
-        UserError: `to` holds something else; images that cannot be read.
+        UserError: `to` holds something else, or an image cannot be read.
     """
     began = time.monotonic()
     device = pick_device(cfg.device)
@@ -50,8 +50,8 @@ def run_embedding(cfg: DictConfig, location: Location | None, to: Path, aside: P
         of_run = {} if location is None else noted(location.run_dir)
         if of_run.get("channels") != channels_of(cfg):
             raise UserError(
-                f"data.channels: this backbone was trained on {_of_channels(of_run.get('channels'))}, and the images"
-                f" are to be read as {_of_channels(channels_of(cfg))}; expected"
+                f"data.channels: this backbone was trained on {_of_channels(of_run.get('channels'))}, but these images"
+                f" would be read as {_of_channels(channels_of(cfg))}; expected"
                 f" data.channels={of_run.get('channels', 'null')}"
             )
         backbone = backbone_of(cfg.backbone, channels_of(cfg))
@@ -94,7 +94,7 @@ def _of_channels(channels: int | None) -> str:
 def _about(
     cfg: DictConfig, store: FeatureStore, sources: list[Source], backbone: torch.nn.Module, views: Views
 ) -> dict[str, Any]:
-    """What decides the features, as plain values."""
+    """Everything that decides the features, as plain values."""
     return {
         "backbone": store.digest_of(backbone),
         "images": [source.digest() for source in sources],
@@ -105,10 +105,10 @@ def _about(
 
 
 def already(to: Path, about: dict[str, Any]) -> str | None:
-    """The day on which this very file was written; None where none is there.
+    """The day on which the file was written, if these features are in it already; None if there is no such file.
 
     Raises:
-        UserError: what is there was made from something else.
+        UserError: the file was made by another program or from something else.
     """
     if not to.exists():
         return None
@@ -120,28 +120,27 @@ def already(to: Path, about: dict[str, Any]) -> str | None:
             from pyarrow import parquet
 
             found = json.loads(parquet.read_schema(to).metadata[b"caco"])
-    except Exception as error:  # noqa: BLE001 - a file of anyone's leads its readers into errors of any type
+    except Exception as error:  # noqa: BLE001 - a file that caco did not write can make its reader raise any error
         raise UserError(
-            f"to: {to} is there already and is no file of caco.embed's; choose another name, or remove it"
+            f"to: {to} exists and was not written by caco.embed; choose another name, or remove it"
         ) from error
     if found != about:
         differs = ", ".join(name for name in about if found.get(name) != about[name])
-        raise UserError(f"to: {to} is there already, of another {differs}; choose another name, or remove it")
+        raise UserError(f"to: {to} exists and was made from another {differs}; choose another name, or remove it")
     return time.strftime("%Y-%m-%d", time.localtime(to.stat().st_mtime))
 
 
 def names_of(source: Source, root: Path | None) -> list[str]:
-    """Of each image its file below the root, or, where it has none of its own, the set's name and the image's
-    position.
+    """The name of each image: its file below the root, or, for a set without a file per image, the set's name and the
+    image's position.
     """
     if not len(source) or source.path(0) is None:
         return [f"{source.name}/{index}" for index in range(len(source))]
     paths = [Path(path) for path in map(source.path, range(len(source))) if path is not None]
     inside = root is not None and all(path.is_relative_to(root) for path in paths)
     names = [str(path.relative_to(root)) if inside and root is not None else str(path) for path in paths]
-    return [
-        name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names
-    ]  # a name may be of any bytes
+    # A file's name may be any bytes, so what is not UTF-8 is replaced.
+    return [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]
 
 
 def _write(
@@ -162,7 +161,7 @@ def _write(
 
 
 def _pieces(features: list[Tensor]) -> Iterator[np.ndarray]:
-    """float32 [b, D], in order."""
+    """The features in order, as float32 arrays [b, D] with b at most ROWS."""
     for part in features:
         for rows in part.split(ROWS):
             yield rows.float().numpy()
@@ -179,7 +178,7 @@ def _npz(
     others = {"files": np.array(files), "about": np.array(about)}
     if label is not None:
         others |= {"label": label} | ({} if classes is None else {"classes": np.array(classes)})
-    with zipfile.ZipFile(path, "w") as archive:  # without dates: the same features are the same bytes
+    with zipfile.ZipFile(path, "w") as archive:  # entries without dates, so that the same features give the same bytes
         with archive.open(zipfile.ZipInfo("features.npy"), "w", force_zip64=True) as file:
             shape = (len(files), features[0].shape[1])
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})

@@ -1,4 +1,6 @@
-"""From a checked configuration of caco.evaluate to results: whose weights, which images, what is not known yet."""
+"""Runs the evaluators of a checked configuration of caco.evaluate: loads the weights and images, skips known
+results.
+"""
 
 import copy
 import sys
@@ -25,12 +27,13 @@ from caco.saying import Sometimes, doing
 
 
 def load_pretrained(cfg: DictConfig, location: Location | None, backbone: torch.nn.Module) -> tuple[Path, int]:
-    """Give a backbone the weights that run=, the newest checkpoint that can be read, or weights= names.
+    """Load the weights named by run= (its newest readable checkpoint, unless it names a file) or weights= into a
+    backbone.
 
     Returns:
-        the file, and the step at which it was saved (0: not one of our runs).
+        the file, and the step at which it was saved (0 for weights=).
     Raises:
-        ValueError: no file can be read, or it is of another architecture; the keys are named.
+        ValueError: no file can be read, or the file has another architecture; the differing keys are listed.
     """
     if location is None:
         path = expanded(cfg.weights)
@@ -52,21 +55,20 @@ def load_pretrained(cfg: DictConfig, location: Location | None, backbone: torch.
 
 
 def run_evaluation(cfg: DictConfig, location: Location | None, results_dir: Path) -> dict[str, float]:
-    """Run the evaluators that have not given their results yet; each result is written as soon as it is there.
+    """Run the evaluators whose results are not known yet; each result is written as soon as it exists.
 
     Args:
-        location: the run that is evaluated; None for weights=.
-        results_dir: where results go: the run's directory, or another.
+        location: the run that is evaluated; None with weights=.
+        results_dir: the folder for the results: the run's directory or another one.
     Returns:
-        every result by name; baselines as untrained/NAME and pixels/NAME.
+        every result by name; those of the baselines as untrained/NAME and pixels/NAME.
     """
     device = pick_device(cfg.device)
     distributed.start(device)
     refuse_unfit_backbone(cfg)
     torch.manual_seed(cfg.seed)
-    backbone = backbone_of(
-        cfg.backbone, channels_of(cfg)
-    )  # as the run's was before its first step: seeded alike and built first
+    # Seeded alike and built first, the backbone has the weights with which the run's began: the "untrained" baseline.
+    backbone = backbone_of(cfg.backbone, channels_of(cfg))
     encoders: dict[str, torch.nn.Module] = {"": backbone}
     if cfg.baselines:
         encoders |= {

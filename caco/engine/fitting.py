@@ -1,8 +1,8 @@
-"""What settings and a folder of images lack of one another: found before torch is imported or a directory made, and
-named all at once.
+"""Checks that the settings and a folder of images fit together, before torch is imported or a directory is made. All
+problems are reported at once.
 
-Where a value that nobody gave does not fit and a sensible one follows from the images or the length of the run, it is
-derived.
+A value that the user did not set is derived if its default does not fit and a sensible one follows from the images or
+the length of the run.
 """
 
 import os
@@ -22,16 +22,16 @@ from caco.errors import UserError
 from caco.runs.directory import is_first_rank
 from caco.runs.identity import plain
 
-FOLDERS = "caco.data.sets.folders"  # what is read from files that need not be opened to be counted
-IN_WHEELS = ("digits", "photo_tiles")  # of its sets those that are small, and need scikit-learn
+FOLDERS = "caco.data.sets.folders"  # sets in this module can be counted without opening their files
+IN_WHEELS = ("digits", "photo_tiles")  # sets in that module which come with scikit-learn and are small
 WARMUP_SHARE, HELD_OUT = 0.1, 0.1
 
 
 @dataclass
 class Fit:
-    """What came of it.
+    """What `fit` found.
 
-    problems: a line for each thing that does not fit. derived: override -> why, of what was derived.
+    problems: one line for each thing that does not fit. derived: override -> reason, for each derived value.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -39,11 +39,11 @@ class Fit:
 
 
 class Given:
-    """Which settings the command line or a preset gives, and are left alone.
+    """Whether the user has set a key, so that its value must not be derived: by the command line or by a preset.
 
     Args:
-        overrides: the command line. presets: the options of `preset`.
-        recorded: whether all but the schedule is given, too, as a run recorded it that is continued.
+        overrides: the command line. presets: the chosen options of `preset`.
+        recorded: the configuration is that of a continued run, so all settings but the schedule count as set.
     """
 
     def __init__(self, overrides: Sequence[str], presets: Sequence[str] = (), recorded: bool = False):
@@ -54,7 +54,7 @@ class Given:
         self._keys, self._recorded = set(keys), recorded
 
     def __call__(self, key: str) -> bool:
-        options = folders.groups().keys()  # choosing one of these gives no value in it
+        options = folders.groups().keys()  # choosing an option of a group sets no single value in it
         return (self._recorded and not key.startswith("schedule.")) or any(
             key == one or one.startswith(f"{key}.") or (key.startswith(f"{one}.") and one not in options)
             for one in self._keys
@@ -64,12 +64,12 @@ class Given:
 def fit(
     tree: Mapping[str, Any], given: Given, read: Callable[[Mapping[str, Any]], Splits | None], *, world: int = 1
 ) -> Fit:
-    """What does not fit in a configuration that is otherwise right, and what was derived so that it does.
+    """What does not fit in an otherwise valid configuration, and the values derived so that the rest fits.
 
     Args:
         tree: the configuration as dicts and lists.
-        read: the images of its `data`, or None where these are not known yet; raises UserError.
-        world: how many processes share a batch.
+        read: returns the images of its `data`, or None if they are not known yet; raises UserError.
+        world: the number of processes that share a batch.
     """
     found = Fit()
     _warmup(tree, given, found)
@@ -91,13 +91,11 @@ def fit(
             and tree["data"].get("validation_fraction") is None
         ):
             found.derived[f"data.validation_fraction={HELD_OUT}"] = (
-                "there are no test images, and a tenth of the training images takes their place"
+                "there are no test images, so a tenth of the training images is held out for testing"
             )
             held_out = round(HELD_OUT * num_train)
-            num_train, labels = (
-                num_train - held_out,
-                labels[held_out:],
-            )  # to count by; which are held out is drawn later
+            # Enough for counting; which images are held out is drawn later.
+            num_train, labels = num_train - held_out, labels[held_out:]
         else:
             found.problems.append(_missing("no test images", splits, needing))
             needing = []
@@ -108,13 +106,14 @@ def fit(
             )
         else:
             found.derived["eval=[geometry]"] = (
-                f"the images have no labels, which {' and '.join(needing)} need; geometry needs none"
+                f"the images have no labels, which {' and '.join(needing)} need; geometry needs no labels"
             )
         needing = []
     if num_train < batch:
         largest = 2 ** int(np.log2(max(num_train, 1)))
         found.problems.append(
-            f"batch: expected at most the {num_train:,} images of {splits.pretrain.name} to train on, got {batch:,}"
+            f"batch: expected at most {num_train:,}, the number of training images of {splits.pretrain.name}, got"
+            f" {batch:,}"
             + (
                 f"; batch={largest} leaves {num_train // largest} steps an epoch"
                 if largest >= 2
@@ -134,11 +133,11 @@ def _warmup(tree: Mapping[str, Any], given: Given, found: Fit) -> None:
         return
     if given(key):
         found.problems.append(
-            f"{key}: expected less than the {epochs:g} epochs of the schedule, got {length:g}; 0 is none"
+            f"{key}: expected less than the {epochs:g} epochs of the schedule, got {length:g}; 0 means no warm-up"
         )
     else:
         found.derived[f"{key}={WARMUP_SHARE * epochs:g}"] = (
-            f"{length:g} epochs of warm-up do not fit into {epochs:g}; a tenth of them does"
+            f"{length:g} epochs of warm-up do not fit into {epochs:g} epochs; this is a tenth of them"
         )
 
 
@@ -146,13 +145,13 @@ def _missing(what: str, splits: Splits, needing: Sequence[str]) -> str:
     return (
         f"eval=[{','.join(needing)}]: expected labelled training and test images, got {splits.pretrain.name} with"
         f" {what}; give data.labelled_root=PATH (train/ and test/ of class"
-        f" folders){', hold some out with data.validation_fraction=0.1' * (splits.train is not None)}, or take"
-        " eval=[geometry], which needs none"
+        f" folders){', hold some out with data.validation_fraction=0.1' * (splits.train is not None)}, or use"
+        " eval=[geometry], which needs no labels"
     )
 
 
 def _evaluator(name: str, node: Mapping[str, Any], labels: np.ndarray, given: Given, found: Fit, world: int) -> None:
-    """What an evaluator's settings may be at most (caco/evals/base.py: bounded)."""
+    """Check settings of an evaluator that the number of labelled images limits (caco/evals/base.py: bounded)."""
     counts, total = np.unique(labels, return_counts=True)[1].tolist(), len(labels)
     for setting, share in (signatures.declared(node["_target_"], "bounded") or {}).items():
         key, part = f"eval.{name}.{setting}", node[share] if share else 1
@@ -162,23 +161,23 @@ def _evaluator(name: str, node: Mapping[str, Any], labels: np.ndarray, given: Gi
         fits = total // world * world
         if given(key) or (share and given(f"eval.{name}.{share}")) or fits < 2:
             found.problems.append(
-                f"{key}: expected at most {there:,}, the labelled training images that it takes, got {node[setting]:,}"
+                f"{key}: expected at most {there:,}, the number of labelled training images used, got {node[setting]:,}"
             )
             continue
         if part != 1:
             found.derived[f"eval.{name}.{share}=1"] = (
-                f"{part:g} of the labelled training images are {there:,}, fewer than its {setting}, {node[setting]:,}"
+                f"{part:g} of the labelled training images are {there:,}, fewer than {setting}, {node[setting]:,}"
             )
         if total < node[setting]:
             found.derived[f"{key}={fits}"] = f"there are {total:,} labelled training images"
 
 
 def images_of(data: Mapping[str, Any]) -> Splits | None:
-    """The images of a `data` that is read from a folder, none of them opened; None of others. A run in this process
-    walks over no folder again.
+    """The images of a `data` that is read from a folder, without opening any of them; None for any other `data`. The
+    list of the folder's files is kept, so that a run in this process does not walk over the folder again.
 
     Raises:
-        UserError: the folder is not there, or not as it should be.
+        UserError: the folder does not exist, or its layout is not the expected one.
     """
     module, _, name = data["_target_"].rpartition(".")
     if module != FOLDERS or name in IN_WHEELS:
@@ -188,7 +187,11 @@ def images_of(data: Mapping[str, Any]) -> Splits | None:
 
 
 def remembered(look: bool) -> Callable[[Mapping[str, Any]], Splits | None]:
-    """`images_of` that reads each `data` once, for a sweep whose jobs share it; or that knows of no images."""
+    """A function like `images_of` that reads each `data` once, for the jobs of a sweep.
+
+    Args:
+        look: False gives a function that always returns None, for images that cannot be looked at yet.
+    """
     known: dict[str, Splits | UserError | None] = {}
 
     def read(data: Mapping[str, Any]) -> Splits | None:
@@ -212,17 +215,18 @@ def overrides_that_fit(
     *, recorded: bool,
     is_sound: bool,
 ) -> list[str]:  # fmt: skip
-    """What was derived for this command line, as overrides, and said; what does not fit is added to the problems.
+    """Derive missing values for this command line, print them, and return them as overrides. Anything that does not fit
+    is added to `problems` instead.
 
     Args:
-        recorded: whether the configuration is that of a run which is continued.
-        is_sound: whether nothing else is wrong with it; else what cannot be looked at is left out.
+        recorded: whether this is the configuration of a run that is continued.
+        is_sound: whether the configuration has no other errors; if it has, checks that fail on them are skipped.
     """
     presets = [item.partition("=")[2].strip("[]").split(",") for item in overrides if item.startswith("preset=")]
     given = Given(overrides, [name.strip() for names in presets for name in names], recorded)
     try:
         found = fit(plain(cfg), given, read, world=int(os.environ.get("WORLD_SIZE", "1")))
-    except Exception:  # noqa: BLE001 - of a configuration that is refused anyway anything may be wrong
+    except Exception:  # noqa: BLE001 - a configuration that is refused anyway may fail here in any way
         if is_sound:
             raise
         return []
@@ -232,7 +236,8 @@ def overrides_that_fit(
     if is_first_rank():
         for override, why in found.derived.items():
             print(
-                f"caco: nobody gave {override.partition('=')[0]}: it is {override.partition('=')[2]}, as {why}",
+                f"caco: {override.partition('=')[0]} is not set; it becomes {override.partition('=')[2]}, because"
+                f" {why}",
                 file=sys.stderr,
             )
     names = ",".join(override.partition("=")[0] for override in found.derived)

@@ -1,5 +1,5 @@
-"""What watches the training's steps when it is asked for: torch's detection of anomalies, its profiler, and the shares
-of a step."""
+"""Optional observers of the training steps: torch's anomaly detection, its profiler, and a table of the time that each
+part of a step takes."""
 
 import contextlib
 import functools
@@ -13,25 +13,25 @@ import torch
 from caco import distributed
 from caco.runs.files import write_json
 
-WAIT, WARM_UP, TRACED = 2, 2, 6  # steps; those after them are timed part by part
+WAIT, WARM_UP, TRACED = 2, 2, 6  # numbers of steps for torch's profiler; the steps after these are timed part by part
 
 
 class Part(NamedTuple):
-    """A function whose calls are timed."""
+    """A function whose calls are timed: the attribute `name` of `owner`."""
 
-    owner: Any  # an object whose attribute `name` is called
+    owner: Any
     name: str
     label: str
 
 
 def parts_of_a_step(trainer: Any) -> list[Part]:
-    """Of the Trainer's own steps, and of those children of its method that methods call by the same names."""
+    """The functions of the Trainer that make up a step, and those of the method's children with the usual names."""
     optimisation, method = trainer.optimisation, trainer.method
     parts = [
         Part(trainer, "batches", "waiting for images"),
         Part(method, "before_epoch", "before the epoch"),
         Part(trainer, "_forward_and_backward", "encoder, backward, and the method's own arithmetic"),
-        Part(trainer, "_averaged", "loss looked at"),
+        Part(trainer, "_averaged", "loss, mean over ranks"),
         Part(optimisation, "step", "optimiser"),
         Part(trainer, "_log", "metrics and logging"),
         Part(trainer, "save", "saving"),
@@ -46,20 +46,20 @@ def parts_of_a_step(trainer: Any) -> list[Part]:
         parts += [
             Part(bank.rows, "most_probable", "bank, choice of positives"),
             Part(bank, "score", "bank, loss"),
-            Part(bank, "fill", "bank, filled"),
-            Part(bank, "update", "bank, rows move"),
+            Part(bank, "fill", "bank, filling"),
+            Part(bank, "update", "bank, motion of rows"),
         ]
     return parts
 
 
 class Shares:
-    """Seconds that the parts of a step take, each without the parts that are called inside of it.
+    """Measures the seconds that each part of a step takes, without the parts that are called inside it.
 
-    On a GPU each part is waited for before and after, so nothing overlaps and a step takes longer than it would. Parts
-    in other threads (making views ahead) are not seen: only the wait for them is.
+    On a GPU, each part starts and ends with a synchronisation, so nothing overlaps and a step takes longer than without
+    this class. Work in other threads, such as preparing views, is not measured; only waiting for it is.
 
     Args:
-        parts: of the trainer; what none of them takes is "the rest".
+        parts: the functions to time. Time outside of all of them is called "the rest".
     """
 
     def __init__(self, parts: Iterable[Part], device: torch.device) -> None:
@@ -67,11 +67,11 @@ class Shares:
         self.seconds: dict[str, float] = {}
         self.steps = 0
         self._began, self._counted = 0.0, (0.0, dict[str, float]())
-        self._open: list[list[Any]] = []  # of each part that is under way: label, when it began, seconds inside of it
+        self._open: list[list[Any]] = []  # for each running part, outermost first: label, start, seconds of inner parts
 
     @contextlib.contextmanager
     def timing(self) -> Iterator[None]:
-        """The parts' functions are replaced meanwhile."""
+        """While this context is open, timed versions replace the functions of the parts."""
         for owner, name, label in self.parts:
             setattr(owner, name, self._timed(getattr(owner, name), label))
         try:
@@ -81,16 +81,16 @@ class Shares:
                 delattr(owner, name)
 
     def begin(self) -> None:
-        """Count from here."""
+        """Start counting anew."""
         self.seconds, self.steps, self._began = {}, 0, self._now()
 
     def step(self) -> None:
-        """A step is over."""
+        """Note the end of a step."""
         self.steps += 1
         self._counted = self._now() - self._began, dict(self.seconds)
 
     def as_dict(self) -> dict[str, Any]:
-        """Steps since `begin`, milliseconds a step, and each part's share of them in percent, the largest first."""
+        """Steps since `begin`, milliseconds per step, and each part's share of that time in percent, largest first."""
         whole, seconds = self._counted
         shares = {label: 100 * one / whole for label, one in seconds.items()}
         shares["the rest"] = 100 - sum(shares.values())
@@ -127,7 +127,7 @@ class Shares:
             if isinstance(given, Iterator):
                 return self._each(given, label)
             loss = getattr(given, "loss_B", None)
-            if loss is not None and loss.grad_fn is not None:  # a bank's score: its backward is a part too
+            if loss is not None and loss.grad_fn is not None:  # the score of a bank: its backward pass is timed too
                 loss.grad_fn.register_prehook(lambda _: self.enter(f"{label}, backward"))
                 loss.grad_fn.register_hook(lambda *_: self.leave())
             return given
@@ -147,7 +147,7 @@ class Shares:
 
 
 class Profile:
-    """A trace of a few steps, and the shares of those after them. `step` after each one."""
+    """A trace of a few steps, and the shares of the steps after them. Call `step` after each step."""
 
     def __init__(self, profiler: torch.profiler.profile, shares: Shares, folder: Path) -> None:
         self._profiler, self._shares, self._folder = profiler, shares, folder
@@ -161,9 +161,9 @@ class Profile:
             self._shares.begin()
 
     def lines(self) -> list[str]:
-        """What people see at the end; the same is in the run's shares.json."""
+        """The lines that are printed at the end of the run. Writes the same numbers to shares.json."""
         if self._steps <= WAIT + WARM_UP + TRACED:
-            return ["the shares of a step need more than 10 steps: max_steps=40"]
+            return ["the shares of a step need more than 10 steps: give max_steps=40"]
         found = self._shares.as_dict()
         write_json(self._folder / "shares.json", found)
         head = f"where the time of a step goes, {found['ms_per_step']:.1f} ms, mean of {found['steps']} steps:"
@@ -174,11 +174,12 @@ class Profile:
 def instruments(
     *, anomaly: bool, profile_to: Path | None, parts: Iterable[Part], device: torch.device
 ) -> Iterator[Profile | None]:
-    """Around the steps; yields a profile that is told of each, or None.
+    """A context for the training steps. Yields a Profile, whose `step` the loop calls after each step, or None.
 
     Args:
-        profile_to: a folder for the trace of a few steps and for the shares of a step, which rank 0 writes.
-        parts: of a step.
+        anomaly: whether to turn on torch's anomaly detection.
+        profile_to: a folder for the trace and the shares, which rank 0 writes; None turns both off.
+        parts: the parts of a step.
     """
     with contextlib.ExitStack() as stack:
         if anomaly:

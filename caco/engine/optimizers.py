@@ -1,5 +1,5 @@
-"""Optimisers from libraries on the paper's parameter groups, and what a step does with them: rates, clipping,
-freezing.
+"""Optimisers from libraries on the parameter groups of a method, and the changes over a run: learning rates, weight
+decays, clipping, frozen parameters.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from caco.schedules import RunShape, Table, cosine, drops, scaled_lr, warmup_and
 def parameter_groups(
     groups: list[ParameterGroup], weight_decay: float, *, exclude_one_dimensional: bool
 ) -> list[dict[str, Any]]:
-    """torch's groups: of each of the method's the parameters that decay and, where it or the optimiser excludes these,
-    those of one dimension (biases, BatchNorm), which do not."""
+    """torch's parameter groups. Each group of the method is split into parameters that decay and one-dimensional ones
+    (biases, BatchNorm) that do not, if the method or the optimiser excludes the latter from decay."""
     parts = []
     for group in groups:
         own = {"rate": group.rate, "frozen_steps": group.frozen_steps, "frozen_epochs": group.frozen_epochs}
@@ -42,7 +42,7 @@ def lars(
     weight_decay: NonNegative = 1.5e-6,
     trust_coefficient: NonNegative = 1e-3,
 ) -> torch.optim.Optimizer:
-    """LARS as published, see there. The rate is lr * batch / reference_batch."""
+    """LARS as published (caco/nn/layerwise.py). The learning rate is lr * batch / reference_batch."""
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=True)
     rate = scaled_lr(lr, batch, reference_batch)
     return LARS(parts, lr=rate, momentum=momentum, trust_coefficient=trust_coefficient)
@@ -59,17 +59,18 @@ def lars_timm(
     trust_coefficient: NonNegative = 1e-3,
     trust_clip: bool = False,
 ) -> torch.optim.Optimizer:
-    """timm's LARS: trust |p| / (|g| + wd |p|), up to a hundredth from the published |p| / |g + wd p|.
+    """timm's LARS. Its trust ratio |p| / (|g| + wd |p|) differs from the published |p| / |g + wd p| by up to a
+    hundredth.
 
-    timm scales no group whose weight decay is 0, so parameters of one dimension get neither decay nor scaling.
+    timm does not scale a group whose weight decay is 0, so one-dimensional parameters get neither decay nor scaling.
 
-    trust_clip: whether a parameter's rate is the smaller of the learning rate and that factor, and not their product
-        (LARC's clipping, which solo-learn's LARS has).
+    trust_clip: limit a parameter's rate to the smaller of the learning rate and the trust ratio, instead of multiplying
+        them (LARC's clipping, which solo-learn's LARS has).
     """
     if weight_decay <= 0:
         raise UserError(
-            "optimizer.weight_decay must be positive with timm's LARS, which ties its scaling to it; got"
-            f" {weight_decay}; or optimizer=lars"
+            "optimizer.weight_decay must be positive with timm's LARS, which scales no group without weight decay; got"
+            f" {weight_decay}; use optimizer=lars instead"
         )
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=True)
     rate = scaled_lr(lr, batch, reference_batch)
@@ -85,7 +86,9 @@ def sgd(
     momentum: ShareBelowOne = 0.9,
     weight_decay: NonNegative = 1e-4,
 ) -> torch.optim.Optimizer:
-    """SGD with momentum; decay on every parameter, as in MoCo and AdCo. The rate is lr * batch / reference_batch."""
+    """SGD with momentum; decay on every parameter, as in MoCo and AdCo. The learning rate is lr * batch /
+    reference_batch.
+    """
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=False)
     return torch.optim.SGD(parts, lr=scaled_lr(lr, batch, reference_batch), momentum=momentum)
 
@@ -100,9 +103,9 @@ def adamw(
     weight_decay: NonNegative = 0.05,
     decay_one_dimensional: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW, for ViTs. The rate is lr * batch / reference_batch.
+    """AdamW, for ViTs. The learning rate is lr * batch / reference_batch.
 
-    decay_one_dimensional: whether biases and norms decay too (MoCo v3).
+    decay_one_dimensional: whether biases and norm parameters decay too (MoCo v3).
     """
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=not decay_one_dimensional)
     first, second = betas
@@ -118,7 +121,9 @@ def adam(
     betas: Betas = (0.9, 0.999),
     weight_decay: NonNegative = 0.0,
 ) -> torch.optim.Optimizer:
-    """Adam, whose decay is part of the gradient; on every parameter. The rate is lr * batch / reference_batch."""
+    """Adam. Weight decay is added to the gradient and applies to every parameter. The learning rate is lr * batch /
+    reference_batch.
+    """
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=False)
     first, second = betas
     return torch.optim.Adam(parts, lr=scaled_lr(lr, batch, reference_batch), betas=(first, second))
@@ -134,27 +139,29 @@ def larc(
     weight_decay: NonNegative = 1e-6,
     trust_coefficient: NonNegative = 1e-3,
 ) -> torch.optim.Optimizer:
-    """LARC, see there; decay on every parameter. The rate is lr * batch / reference_batch."""
+    """LARC (caco/nn/layerwise.py); decay on every parameter. The learning rate is lr * batch / reference_batch."""
     parts = parameter_groups(groups, weight_decay, exclude_one_dimensional=False)
     rate = scaled_lr(lr, batch, reference_batch)
     return LARC(parts, lr=rate, momentum=momentum, trust_coefficient=trust_coefficient)
 
 
 class OptimizerSchedule:
-    """Settings of what changes over the run in an optimiser of any kind.
+    """The settings of what changes over a run, for any optimiser.
 
     Args:
-        warmup_epochs: of the learning rate.
-        warmup_start: fraction of the learning rate at the first tick of the warm-up's W. None: 1 / W.
-        warmup_end: which tick is the first with the whole rate: the warm-up's "last" (SwAV, DINO), or the "next" (BYOL,
-            MoCo v3, Barlow Twins, VICReg, whose rate of 0 at the start is t / W).
-        final_fraction: of the learning rate, at the end; 0.01 in the paper. None where `final_lr` says it.
-        final_lr: the learning rate at the end by itself, whatever the batch makes of the peak (DINO).
-        drops: in place of the cosine and its end: shares of the run, rounded to whole epochs, from each of which on the
-            learning rate is `drop_factor` times what it was before (InstDisc, SeLa, CMC).
-        final_weight_decay: at the end of a cosine from the optimiser's; None keeps that (DINO goes from 0.04 to 0.4).
-        clip_gradient_norm: the gradient's largest norm over all parameters together; None does not clip.
-        clip_each_gradient_norm: the largest norm of each parameter's gradient by itself (DINO).
+        warmup_epochs: length of the learning rate's warm-up, which is W ticks.
+        warmup_start: fraction of the learning rate at the first tick of the warm-up. None: 1 / W.
+        warmup_end: the first tick with the full rate: the "last" of the warm-up (SwAV, DINO), or the "next" after it
+            (BYOL, MoCo v3, Barlow Twins, VICReg, whose rate t / W starts at 0).
+        final_fraction: the learning rate at the end, as a fraction of the full one; 0.01 in the paper. None if
+            `final_lr` gives it.
+        final_lr: the learning rate at the end as an absolute value, whatever the batch makes of the full one (DINO).
+        drops: replaces the cosine and its end: shares of the run, rounded to whole epochs; from each on, the learning
+            rate is multiplied by `drop_factor` (InstDisc, SeLa, CMC).
+        final_weight_decay: the weight decay at the end, reached by a cosine from the optimiser's value; None keeps that
+            value (DINO goes from 0.04 to 0.4).
+        clip_gradient_norm: the largest norm of the gradient of all parameters together; None does not clip.
+        clip_each_gradient_norm: the largest norm of each parameter's own gradient (DINO); None does not clip.
     """
 
     def __init__(
@@ -178,7 +185,7 @@ class OptimizerSchedule:
             )
         if [final_fraction is None, final_lr is None, not drops].count(False) != 1 or (final_lr or 0) < 0:
             raise UserError(
-                "schedule needs one of final_fraction, final_lr and drops, and the others null (of drops []); got "
+                "schedule needs exactly one of final_fraction, final_lr and drops, the others null (drops []); got "
                 f"final_fraction={final_fraction}, final_lr={final_lr}, drops={list(drops)}"
             )
         if not all(0 < share < 1 for share in drops) or not 0 < drop_factor < 1:
@@ -202,8 +209,11 @@ class OptimizerSchedule:
         self.clip_gradient_norm, self.clip_each_gradient_norm = clip_gradient_norm, clip_each_gradient_norm
 
     def learning_rate(self, run: RunShape, base_lr: float = 1.0) -> Table:
-        """Factor on the base rate: a line up to 1 in the warm-up's W ticks, then a cosine to the end's fraction of it,
-        or drops.
+        """The factor on the base rate at each tick: a line up to 1 during the warm-up, then a cosine down to the final
+        fraction, or the drops.
+
+        Raises:
+            UserError: the warm-up is not shorter than the run.
         """
         if self.warmup_epochs >= run.epochs:
             raise UserError(
@@ -218,12 +228,12 @@ class OptimizerSchedule:
 
 
 class Optimisation:
-    """torch's optimiser, and the rates and decays that it has at each step of the training.
+    """torch's optimiser, with its learning rate and weight decay at each step of the training.
 
     Args:
-        optimizer: of `lars`, `lars_timm`, `larc`, `sgd`, `adam` or `adamw`.
-        schedule: see there.
-        run: how long the training is.
+        optimizer: made by `lars`, `lars_timm`, `larc`, `sgd`, `adam` or `adamw`.
+        schedule: what changes over the run.
+        run: the length of the training.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: OptimizerSchedule, run: RunShape):
@@ -248,19 +258,19 @@ class Optimisation:
 
     @property
     def lr(self) -> float:
-        """Of the first group, at the step that was prepared last."""
+        """The learning rate of the first group, at the step that was prepared last."""
         return self.optimizer.param_groups[0]["lr"]
 
     def rate(self, training_step: int, lr_factor: float | None) -> float:
-        """Of parameters whose group has no factor or schedule of its own; see `prepare`."""
+        """The learning rate of groups without a factor or schedule of their own; for lr_factor see `prepare`."""
         return self.base_lr[0] * (self.lr_factor[training_step] if lr_factor is None else lr_factor)
 
     def prepare(self, now: Now, lr_factor: float | None) -> None:
-        """Set the rates and decays of a step.
+        """Set the learning rates and weight decays of a step.
 
         Args:
-            lr_factor: of a phase before the training, whose decays are those of the training's first step; None in the
-                training.
+            lr_factor: factor on the base rate in a phase before the training, whose weight decays are those of the
+                first training step; None in the training.
         """
         training_step = now.step_in_phase if lr_factor is None else 0
         factor = self.lr_factor[training_step] if lr_factor is None else lr_factor
@@ -272,7 +282,7 @@ class Optimisation:
                 group["weight_decay"] = decays[training_step]
 
     def step(self, now: Now) -> None:
-        """Move the parameters along their gradients, which are the mean over the ranks, and drop these."""
+        """Move the parameters along their gradients, which must be means over the ranks, and clear the gradients."""
         for group in self.optimizer.param_groups:
             if now.step < group["frozen_steps"] or (0 if now.epoch is None else now.epoch) < group["frozen_epochs"]:
                 for p in group["params"]:

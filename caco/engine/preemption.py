@@ -1,8 +1,10 @@
-"""Being told to stop, by a scheduler or a user: a flag that the loop reads, and what happens after its save.
+"""Handles signals to stop, from a scheduler or a user: sets a flag that the training loop reads, and ends the process
+after the loop has saved.
 
-SIGUSR2 comes from SLURM ahead of a time limit or a preemption (`--signal`), SIGTERM on `scontrol requeue`, on the
-preemption of clusters that send nothing else, on `scancel`, and from any user's `kill`, SIGHUP when the terminal is
-closed or the connection to it is lost. (Under nohup, which lets a run go on then, SIGHUP stays ignored.)
+SLURM sends SIGUSR2 ahead of a time limit or a preemption (`--signal`). SIGTERM comes from `scontrol requeue`, from
+preemption on clusters that send nothing else, from `scancel`, and from any user's `kill`. SIGHUP comes when the
+terminal is closed or the connection to it is lost; under nohup, with which a run is meant to go on then, SIGHUP stays
+ignored.
 """
 
 import contextlib
@@ -19,7 +21,7 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class Stopped(Exception):
-    """The run was told to stop and has saved itself; not an error."""
+    """The run received a signal to stop and has saved itself; not an error."""
 
     def __init__(self, at: str, signum: int | None):
         name = signal.Signals(signum).name if signum else "a signal to another rank"
@@ -28,8 +30,8 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Within `with`, a signal to stop is noted instead of obeyed; the loop asks `requested` and ends at a step's
-    end.
+    """Within `with`, a signal to stop sets a flag instead of ending the process. The training loop asks `requested` at
+    the end of each step.
     """
 
     def __init__(self):
@@ -38,7 +40,7 @@ class Stop:
         self._terminals: list[int] = []
 
     def requested(self) -> bool:
-        """Whether this process was told to stop; the ranks of a run agree among themselves."""
+        """Whether this process received a signal to stop; the ranks of a run then agree among themselves."""
         return self.signum is not None
 
     def __enter__(self) -> "Stop":
@@ -56,14 +58,15 @@ class Stop:
     def _note(self, signum: int, frame: object) -> None:
         self.signum = signum
         for stream in self._terminals:
-            if not os.isatty(stream):  # any more: what is printed there would be an error, before the run is saved
+            if not os.isatty(stream):  # the terminal is gone, and printing to it would fail before the run is saved
                 os.dup2(self._nowhere, stream)
 
 
 def leave(stopped: Stopped, *, is_first_rank: bool) -> NoReturn:
-    """End this process such that the run goes on: requeued by whom it was started by, or by the user's next command.
+    """End this process so that the run can go on: in the queue of the scheduler that started it, or by the user's next
+    command.
 
-    Called outside `with Stop()`, where SIGUSR2 is submitit's again if submitit started this process.
+    Must be called outside `with Stop()`, where SIGUSR2 has submitit's handler again if submitit started this process.
     """
     executor = os.environ.get("SUBMITIT_EXECUTOR")
     if executor is None or (executor == "local" and stopped.signum in (signal.SIGTERM, signal.SIGHUP)):
@@ -79,21 +82,21 @@ def leave(stopped: Stopped, *, is_first_rank: bool) -> NoReturn:
     print(f"caco: {stopped}; it goes back into the queue", file=sys.stderr)
     requeue = signal.getsignal(signal.SIGUSR2)
     assert callable(requeue), "submitit listens for the signal"
-    requeue(signal.SIGUSR2, None)  # counts time-outs, writes its submission anew, requeues and exits
+    requeue(signal.SIGUSR2, None)  # counts time-outs, writes its submission again, requeues the job and exits
     raise AssertionError("unreachable: submitit's handler exits")
 
 
 def _still_running() -> bool:
-    """Whether SLURM means this job to run on. Once it is being requeued or cancelled its state is another one.
+    """Whether SLURM intends to keep this job running. A job that is being requeued or cancelled has another state.
 
-    A job that the user cancels must not come back, and one that SLURM requeues must not be requeued twice.
+    A job that the user cancels must not come back, and one that SLURM requeues must not be requeued a second time.
     """
-    # Of an array's last task SLURM_JOB_ID is the whole array's.
+    # In the last task of an array, SLURM_JOB_ID is the id of the whole array.
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
     command = ["scontrol", "show", "job", "-o", job]
     try:
         shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return True  # requeueing, which needs the same controller, then says what is wrong
+        return True  # if the controller does not answer, the attempt to requeue will report that
     return "JobState=RUNNING" in shown.split()

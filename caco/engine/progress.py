@@ -1,5 +1,5 @@
-"""What a person sees of a run: how it begins and ends, and while it trains a bar on a terminal, plain lines
-elsewhere.
+"""The text that a person sees of a run: at its beginning and end, and during training a progress bar on a terminal or
+plain lines elsewhere.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ def beginning(
     warm_start_steps: int,
     epochs: int, steps_per_epoch: int, processes: int, device: str, run_dir: Path,
 ) -> str:  # fmt: skip
-    """What is about to run, for how long, and where its results will be."""
+    """Lines that say what is about to run, for how long, and where its results will be."""
     shown = [
         group
         for group in ("method", "pn", "negatives", "backbone", "augmentation")
@@ -50,8 +50,8 @@ def ending(
     epochs: int = 0,
     commands: bool = True,
 ) -> str:
-    """That a run is finished, its results, what of them is missing, and (but for a job of a sweep) commands to go on
-    with.
+    """Lines that say that a run is finished, with its results, failed evaluations and, if `commands`, useful next
+    commands (not for a job of a sweep).
     """
     lines = [f"caco: finished in {clock(seconds)}: {run_dir}{_results(summary)}"]
     if failed := summary.get("failed_evaluations"):
@@ -59,8 +59,8 @@ def ending(
         lines += [f"caco:   {one['message'].splitlines()[0]}" for one in failed]
         if metrics.missing_at_the_end(summary):
             lines += [
-                "caco: so results are missing, and the exit code is 3; the same command makes the evaluation at the end"
-                " again"
+                "caco: so results are missing, and the exit code is 3; give the same command again to repeat the"
+                " evaluation at the end"
             ]
     return "\n".join(lines + (_next(summary, run_dir, evaluators, epochs) if commands else []))
 
@@ -68,10 +68,10 @@ def ending(
 def ended_before(
     summary: Mapping[str, Any], *, when: float, run_dir: Path, evaluators: Sequence[str], epochs: int
 ) -> str:
-    """That the command of a finished run was given again.
+    """Lines for the repeated command of a run that is already finished.
 
     Args:
-        when: it finished, in seconds since 1970.
+        when: the time at which the run finished, in seconds since 1970.
     """
     date = time.strftime("%Y-%m-%d at %H:%M", time.localtime(when))
     return "\n".join(
@@ -88,7 +88,7 @@ def _results(summary: Mapping[str, Any]) -> str:
 
 
 def _next(summary: Mapping[str, Any], run_dir: Path, evaluators: Sequence[str], epochs: int) -> list[str]:
-    """Commands that work as they are printed, from the folder that the run's was given in."""
+    """Commands that work as they are printed, if given in the folder where the run was started."""
     run, folder = _typed(run_dir), _typed(Path(run_dir).parent)
     is_cut = summary.get("epochs", epochs) < epochs
     longer, how = ("to its planned end", f"epochs={epochs} continued_schedule=planned") if is_cut else (
@@ -119,7 +119,7 @@ def _typed(path: Path | str) -> str:
 
 
 def _setting(key: str, path: str) -> str:
-    """As Hydra's grammar and the shell take it."""
+    """A setting KEY=PATH in a form that both Hydra's grammar and the shell accept."""
     if re.fullmatch(r"[\w./+-]+", path):
         return f"{key}={path}"
     inner = path.replace("\\", "\\\\").replace("'", "\\'")
@@ -127,13 +127,13 @@ def _setting(key: str, path: str) -> str:
 
 
 class Progress:
-    """Steps done, images per second, time left; and of a step that takes longer than the pause between two lines, what
-    it is about.
+    """Shows the steps done, images per second and the time left. During a step that takes longer than the pause between
+    two lines, it shows what the step is doing.
 
     Args:
-        total: steps of the run; done: steps that an earlier process made.
-        batch: images a step, over all ranks.
-        enabled: rank 0 alone speaks.
+        total: number of steps of the run; done: number of steps made by earlier processes.
+        batch: images in a step, over all ranks.
+        enabled: whether this rank prints; only rank 0 does.
     """
 
     _tick_s = 1.0
@@ -147,11 +147,11 @@ class Progress:
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if enabled and terminal else None
         self._said = self.started
-        self._at = "waiting for its images", self.started  # what the step under way is about, and since when
+        self._at = "waiting for its images", self.started  # what the current step is doing, and since when
         self._over = threading.Event()
         if enabled:
             threading.Thread(target=self._watch, name="caco-progress", daemon=True).start()
-        self._first = contextlib.ExitStack()  # open until a step is done
+        self._first = contextlib.ExitStack()  # open until the first step is done
         self._await_the_first()
 
     def _await_the_first(self) -> None:
@@ -159,11 +159,11 @@ class Progress:
             self._first.enter_context(doing("the first step, for which workers and device start"))
 
     def seconds_of_training(self) -> float:
-        """Of this process so far, evaluation excluded."""
+        """Seconds that this process has spent on training so far, without evaluation."""
         return time.monotonic() - self.started - self.paused
 
     def images_per_second(self, step: int) -> float:
-        """Mean over this process so far, evaluation excluded."""
+        """Mean over this process so far, without evaluation."""
         return (step - self.first) * self.batch / max(self.seconds_of_training(), 1e-9)
 
     def elapsed(self) -> float:
@@ -171,7 +171,7 @@ class Progress:
 
     @contextlib.contextmanager
     def pause(self):
-        """Evaluation inside does not count as training time."""
+        """A context for evaluation, which does not count as training time."""
         since, waits = time.monotonic(), self._done == self.first
         self._first.close()
         yield
@@ -180,17 +180,17 @@ class Progress:
         self.paused += time.monotonic() - since
 
     def computing(self) -> None:
-        """The images of the next step are here."""
+        """Note that the images of the next step have arrived."""
         self._at = "computing", time.monotonic()
 
     def _pause_s(self) -> float:
-        """Between two lines: ever longer, so that a long run's log stays readable."""
+        """Seconds between two lines. They grow with the run, so that its log stays readable."""
         return min(max(5.0, self.elapsed() / 20), 300.0)
 
     def _watch(self) -> None:
         while not self._over.wait(self._tick_s):
             now, (what, since) = time.monotonic(), self._at
-            if is_under_way():  # and speaks for itself
+            if is_under_way():  # a longer action prints its own lines
                 self._at = what, now
             elif self.bar is not None:
                 self.bar.refresh()
@@ -198,8 +198,11 @@ class Progress:
                 self.say(f"step {self._done + 1}/{self.total}: {what}, {clock(now - since)} so far")
 
     def step(self, step: int, where: str, loss: float | None) -> None:
-        """`step` steps are done; `where` says in words where in the run that is. `loss` is given where it is known
-        already.
+        """Note that `step` steps are done.
+
+        Args:
+            where: the position in the run, in words.
+            loss: the loss, or None if it has not been read from the device.
         """
         self._done, self._at = step, ("waiting for its images", time.monotonic())
         self._first.close()
@@ -216,7 +219,7 @@ class Progress:
             self.next_line = time.monotonic() + self._pause_s()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays above the progress bar."""
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
         elif self.enabled:

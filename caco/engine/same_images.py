@@ -1,4 +1,4 @@
-"""Which images a run is evaluated on: images.json in its directory, and the refusal of others."""
+"""Records in images.json which images a run is evaluated on, and refuses to go on with others."""
 
 import json
 from typing import Any
@@ -7,10 +7,11 @@ from caco.evals.evaluation import Evaluation
 
 
 def images_read(evaluation: Evaluation) -> dict[str, Any]:
-    """The images that a run's evaluations read besides those that it is trained on, by digest: what images.json in its
-    directory keeps.
+    """The digests of the images that a run's evaluations read besides the images it is trained on, for images.json in
+    the run's directory.
 
-    They are no part of a run's identity, nor is where they lie; so this is how two test sets are kept out of one curve.
+    These images and their place are no part of a run's identity, so this record keeps results of two different test
+    sets out of one curve.
     """
     if not evaluation.evaluators:
         return {}
@@ -22,19 +23,19 @@ def images_read(evaluation: Evaluation) -> dict[str, Any]:
         "epoch": {name: read for name, (when, read) in inputs.items() if when == "epoch" and read},
         "end": {name: read for name, (when, read) in inputs.items() if when != "epoch" and read},
     }
-    return json.loads(json.dumps(read))  # as the file will say it: tuples are lists there
+    return json.loads(json.dumps(read))  # in the form that the file gives back: lists in place of tuples
 
 
 def other_images(recorded: dict[str, Any], ours: dict[str, Any], *, is_done: bool) -> str | None:
-    """Why a run that has been evaluated on the recorded images cannot go on with these; None where it can.
+    """Why a run that was evaluated on the recorded images cannot go on with `ours`; None if it can.
 
     Args:
-        is_done: whether what is evaluated at its end has been, too.
+        is_done: whether the evaluation at the run's end has been made too.
     """
     parts = [*recorded.get("images", {}), *recorded.get("epoch", {}), *(recorded.get("end", {}) if is_done else {})]
     known, here = ({**of.get("images", {}), **of.get("epoch", {}), **of.get("end", {})} for of in (recorded, ours))
-    # What earlier versions wrote of an evaluator's sets, a list, had the times of files in it, and a copy looked like
-    # other images.
+    # Earlier versions recorded an evaluator's sets as a list with the files' times, so a mere copy of the files looked
+    # like other images. Such lists are not compared.
     differ = [
         part for part in parts if part in here and type(here[part]) is type(known[part]) and here[part] != known[part]
     ]
@@ -46,6 +47,6 @@ def other_images(recorded: dict[str, Any], ours: dict[str, Any], *, is_done: boo
     digests = "; ".join(f"{part}: digest {pair[0]}, now {pair[1]}" for part, pair in shown.items() if pair)
     return (
         f"this run has been evaluated on other images so far ({named}{': ' * bool(digests)}{digests}), and its curve"
-        " would be of both: point data.root, data.labelled_root or the evaluator's root at those, or choose another"
-        " hydra.run.dir"
+        " would mix both: point data.root, data.labelled_root or the evaluator's root at the earlier images, or"
+        " choose another hydra.run.dir"
     )

@@ -1,4 +1,4 @@
-"""How fast this machine trains: for `caco.plan`, in place of its assumptions."""
+"""Measures how fast this machine trains, so that `caco.plan` need not assume it."""
 
 import time
 from collections.abc import Callable
@@ -15,12 +15,13 @@ from caco.engine.assembly import build_encoder, pick_device
 
 
 def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int = 3) -> dict[str, float]:
-    """This machine's own tflops and bank_tflops, each the best of a few runs; the second where a query meets whole rows
-    of a bank.
+    """The speed of this machine, each the best of a few runs: "tflops" of the encoder, forward and backward, and, where
+    a query meets whole rows of a bank, "bank_tflops" of scoring against the bank and moving it.
 
     Args:
-        images: of the first view's size through the encoder, forward and backward.
-        rows: of the bank that as many queries as the run's batch (up to 1024) are scored against.
+        images: number of images, of the first view's size, that go through the encoder.
+        rows: number of rows of the bank. It is scored against the run's batch of queries, at most 1024.
+        runs: number of timed runs.
     """
     device = pick_device(cfg.device)
     encoder = build_encoder(cfg).to(device).to(memory_format=torch.channels_last).train()
@@ -48,7 +49,7 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
 
     def score() -> None:
         bank.score(q_BD, bank.rows.most_probable(q_BD.detach()), temperature=0.1).loss_B.mean().backward()
-        if bank.rows.learnable:  # what the others write is little
+        if bank.rows.learnable:  # other banks only copy keys, which takes little time
             bank.update(lr=0.0, keys_GD=q_BD.detach())
 
     products = 5 if bank.rows.learnable else 3
@@ -57,7 +58,7 @@ def measure(cfg: DictConfig, *, images: int = 16, rows: int = 16_384, runs: int 
 
 
 def seconds(work: Callable[[], None], device: torch.device, runs: int) -> float:
-    """The best of some runs, after one that warms up."""
+    """The shortest of some runs in seconds, after one run to warm up."""
     best = float("inf")
     for _ in range(1 + runs):
         started = time.perf_counter()

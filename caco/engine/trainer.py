@@ -1,7 +1,7 @@
-"""The training loop, to be read from top to bottom.
+"""The training loop, written to be read from top to bottom.
 
-A step, in order: rates, before_step, forward, backward, finite check (on a GPU that of the step before: see
-caco/engine/losses.py), optimiser, after_step, log, save, evaluate.
+The order in a step: rates, before_step, forward, backward, check that the loss is finite (on a GPU the loss of the step
+before, see caco/engine/losses.py), optimiser, after_step, log, save, evaluate.
 """
 
 import contextlib
@@ -36,7 +36,8 @@ __all__ = ["NonFiniteLossError", "Trainer"]
 
 
 class Trainer:
-    """Runs a method over a loader; owns the step counter, the rates, precision, cadence and the run's state.
+    """Trains a method on the batches of a loader. Owns the step counter, the rates, the precision, the intervals of
+    logging, saving and evaluation, and the run's state.
 
     Steps are numbered from 0 over the whole run. Those of a method's earlier phases (a warm start) come first; epoch 0
     follows them.
@@ -44,16 +45,16 @@ class Trainer:
     Args:
         method, loader, optimisation, images, evaluation, tracker, checkpoints: the parts.
         run: epochs, steps of an epoch, global batch.
-        seed: of what draws random numbers in the model.
-        config_hash, data_digest: what a checkpoint must share to be gone on from.
-        max_steps: stop after so many steps (earlier phases included), or None.
-        accumulate: forward and backward passes that a batch is cut into, to fit a small memory; None is 1. The
-            gradients, the positives and the bank's motion are those of the whole batch; BatchNorm sees the parts.
+        seed: for all random numbers drawn in the model.
+        config_hash, data_digest: a run goes on only from a checkpoint with the same two values.
+        max_steps: the number of steps after which to stop (earlier phases included), or None.
+        accumulate: number of parts of a batch that go forward and backward one by one, to fit a small memory; None is
+            1. Gradients, positives and the bank's motion are those of the whole batch; BatchNorm sees the parts.
         precision: "bf16" runs the encoders under autocast; embeddings, bank and parameters stay float32.
-        log_every_steps, eval_every_epochs, save_every_epochs, save_every_steps, milestone_epochs: cadence.
-        anomaly: torch's detection of the operation that made a NaN; slow.
+        log_every_steps, eval_every_epochs, save_every_epochs, save_every_steps, milestone_epochs: the intervals.
+        anomaly: whether torch looks for the operation that made a NaN, which is slow.
         profile_to: a folder for a torch profiler trace of a few steps, or None.
-        stop: says when this process was told to stop.
+        stop: its `requested` tells whether this process received a signal to stop.
     """
 
     def __init__(
@@ -107,8 +108,8 @@ class Trainer:
             )
         if self.accumulate > 1 and method.needs.whole_batch:
             raise UserError(
-                "accumulate: the images of a batch meet one another in this method's loss, and a part of a batch has"
-                f" fewer of them; expected null, got {accumulate}"
+                "accumulate: this method's loss compares the images of a batch with one another, and a part of a batch"
+                f" has fewer of them; expected null, got {accumulate}"
             )
         self.phases = method.phases(run)
         self.tables = {name: run.placed(table) for name, table in method.schedules(run.of_schedules()).items()}
@@ -123,24 +124,18 @@ class Trainer:
 
         self.step, self.signs, self.losses = 0, Signs(), Losses(device)
         self.epoch_sums: dict[str, torch.Tensor] = {}
-        self.latest: dict[str, float] = {}  # newest value of everything that was evaluated
-        self.evaluation_due: Literal["epoch", "end"] | None = (
-            "epoch"  # saved before it is made, and so made when a run goes on
-        )
-        self.failed_evaluations: list[
-            dict[str, Any]
-        ] = []  # evaluator, step, and after what, in words, with the message
+        self.latest: dict[str, float] = {}  # the newest value of each metric of an epoch or an evaluation
+        # Saved before the evaluation is made, so that a run that goes on makes it.
+        self.evaluation_due: Literal["epoch", "end"] | None = "epoch"
+        self.failed_evaluations: list[dict[str, Any]] = []  # each with its evaluator, step and message
         self.has_warned = False
-        self.time = {
-            "steps": 0,
-            "seconds": 0.0,
-        }  # how many steps have been timed, and how long they took; in all processes
-        torch.manual_seed(seed * 1_000_003 + distributed.rank())  # dropout and the like, from here on
+        self.time = {"steps": 0, "seconds": 0.0}  # of all timed steps, over all processes that made the run
+        torch.manual_seed(seed * 1_000_003 + distributed.rank())  # for dropout and the like, from now on
 
     # Where a step lies.
 
     def _check_phases(self) -> None:
-        """What a method says of its run fits together, or nothing starts."""
+        """Check that the phases and schedules of a method fit together, before anything starts."""
         *earlier, last = self.phases
         assert last.steps is None and all(phase.steps for phase in earlier), "the training is the last phase"
         for phase in earlier:
@@ -152,7 +147,7 @@ class Trainer:
         return self.phases[max(number for number, first in enumerate(self.first_step) if first <= step)]
 
     def now(self, step: int) -> Now:
-        """Where step number `step` lies, counted from 0, and its values."""
+        """Phase, epoch, schedule values and learning rate of step number `step`, counted from 0."""
         phase = self.phase(step)
         in_phase = step - self.first_step[self.phases.index(phase)]
         if phase.steps is not None:
@@ -164,19 +159,19 @@ class Trainer:
         return Now(step, phase.name, in_phase, in_phase + 1 == self.run.steps, epoch, in_epoch, values, lr)
 
     def described(self, now: Now) -> str:
-        """In words."""
+        """The place of a step in words."""
         if now.epoch is None or now.step_in_epoch is None:
             return f"{now.phase}, step {now.step_in_phase + 1} of {self.phase(now.step).steps}"
         return f"epoch {now.epoch + 1} of {self.run.epochs}, step {now.step_in_epoch + 1} of {self.run.steps_per_epoch}"
 
     def batches(self) -> Iterator[tuple[Now, Batch]]:
-        """From the current step to the end of the run."""
+        """The batches from the current step to the end of the run, each with its place."""
         step = self.step
         while step < self.total_steps:
             now = self.now(step)
             order: np.ndarray | None = None
             if now.epoch is None or now.step_in_epoch is None:
-                # Orders and augmentations that no epoch has: the loader's negative numbers.
+                # A phase outside the epochs uses negative numbers, whose image orders and augmentations no epoch has.
                 passes, first = divmod(step, self.run.steps_per_epoch)
                 epoch, end = -1 - passes, self.training_starts
             else:
@@ -197,8 +192,8 @@ class Trainer:
         """Train from the current step to the end; returns the final metrics.
 
         Raises:
-            NonFiniteLossError: the last checkpoint stays good.
-            Stopped: some rank was told to stop; all have ended the same step and saved.
+            NonFiniteLossError: the loss is not finite; the last checkpoint stays good.
+            Stopped: a rank received a signal to stop; all ranks have ended the same step and saved.
         """
         progress = Progress(total=self.total_steps, done=self.step, batch=self.run.batch, enabled=distributed.is_main())
         before = self.time
@@ -232,15 +227,14 @@ class Trainer:
                     profile.step()
 
                 last = self.step == self.total_steps
-                ended = (
-                    now.epoch if now.step_in_epoch == self.run.steps_per_epoch - 1 else None
-                )  # an epoch, with this step
+                # The epoch that ends with this step, if any.
+                ended = now.epoch if now.step_in_epoch == self.run.steps_per_epoch - 1 else None
                 phase_over = now.epoch is None and now.last_of_phase
                 saving = self.save_every_steps and self.step % self.save_every_steps == 0
                 due = last or (now.step + 1) % self.log_every_steps == 0
                 if due or ended is not None or phase_over or saving or self.losses.stop:
                     self.losses.settle()
-                stopping = self.losses.stop  # some rank was told to: all end with this step
+                stopping = self.losses.stop  # some rank received a signal: all stop now
                 self._log(now, values, progress, due)
                 if ended is not None:
                     self._log_epoch(ended, progress)
@@ -258,7 +252,7 @@ class Trainer:
                     or stopping
                     or phase_over
                     or milestone
-                    or self.evaluation_due is not None  # which may end the process: what it would lose is saved first
+                    or self.evaluation_due is not None  # an evaluation may end the process, so save first
                     or (ended is not None and (ended + 1) % self.save_every_epochs == 0)
                     or saving
                 ):
@@ -268,7 +262,7 @@ class Trainer:
                 self.evaluate_if_due(progress)
             for line in profile.lines() if profile is not None else ():
                 progress.say(f"caco: {line}")
-        # Of all processes that made the run: the last one may have found no step left to make.
+        # Over all processes that made the run, because the last one may have had no step left to make.
         timed = self.time["steps"] > 0
         return {
             **self.latest,
@@ -282,7 +276,7 @@ class Trainer:
         return max(0, self.step - self.training_starts) / self.run.steps_per_epoch
 
     def _forward_and_backward(self, batch: Batch, now: Now) -> Outputs:
-        """The batch's loss and metrics; gradients are left in the parameters and asked of the bank."""
+        """The batch's loss and metrics. Leaves gradients in the parameters, and in the bank what its update needs."""
         parts: list[Outputs] = []
         for part in batch.parts(self.accumulate):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -295,8 +289,8 @@ class Trainer:
         return Outputs(loss, metrics | self.signs.of_step(torch.cat(embeddings) if embeddings else None))
 
     def _averaged(self, outputs: Outputs, where: str, held: list[Held]) -> dict[str, torch.Tensor]:
-        """Loss and metrics as means over the ranks, and "stop", the part of them told to stop, in one message; looked
-        at in their turn. Every rank sees the same, so all stop together.
+        """Loss and metrics as means over the ranks, from one all-reduce that also takes "stop", the share of ranks to
+        stop. `losses` looks at them in their turn; the ranks share these means, so all raise or stop together.
         """
         names = ["loss", *outputs.metrics, "stop"]
         stop = torch.full((), float(self.stop.requested()), dtype=torch.float64, device=self.device)
@@ -343,14 +337,15 @@ class Trainer:
             self._record({"epoch": epoch, "message": warning}, "warning")
 
     def evaluate_if_due(self, progress: Progress) -> None:
-        """Evaluate the backbone; percent, 0-100. A collective. An evaluator that fails is named, and the training goes
-        on.
+        """Run the evaluators that are due on the backbone; accuracies are in percent. A collective. If an evaluator
+        fails, this is reported, and the training goes on.
         """
         if self.evaluation_due is None:
             return
+        # The phase that has just ended, such as a warm start; None after an epoch.
         ended = next(
             (p for p, first in zip(self.phases, self.first_step[1:], strict=False) if first == self.step), None
-        )  # a warm start
+        )
         after = f"the {ended.name}" if ended else f"{round(self.epochs_done(), 2):g} of {self.run.epochs} epochs"
 
         def failed(name: str, error: Exception) -> None:
@@ -371,18 +366,20 @@ class Trainer:
             progress.say(f"after {after} ({clock(progress.elapsed())}): {shown}")
 
     def place(self, step: int) -> list[str | int | None]:
-        """Phase, step in it, epoch, step in it."""
+        """The place of a step: phase, step in the phase, epoch, step in the epoch."""
         now = self.now(min(step, self.training_starts + self.run.steps - 1))
         return [now.phase, now.step_in_phase, now.epoch, now.step_in_epoch]
 
     def _name_of_backbone(self) -> str:
-        """Of what evaluators see, among the method's parts: DINO's is the teacher's, and a file must say so."""
+        """The name of the evaluated backbone among the method's parts, for the checkpoint: in DINO it is the
+        teacher's.
+        """
         return next(
             (name for name, module in self.method.named_modules() if module is self.method.backbone), "encoder.backbone"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on. A collective: the bank's shards are gathered."""
+        """Everything that the next step depends on. A collective, which gathers the bank's shards."""
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -391,7 +388,7 @@ class Trainer:
             "config_hash": self.config_hash,
             "data_digest": self.data_digest,
             "step": self.step,
-            "place": self.place(self.step),  # follows from the step, written for people
+            "place": self.place(self.step),  # follows from the step, but is easier to read
             "evaluation_due": self.evaluation_due,
             "has_warned": self.has_warned,
             "failed_evaluations": list(self.failed_evaluations),
@@ -409,7 +406,7 @@ class Trainer:
         """Go on from a checkpoint of this run.
 
         Raises:
-            ValueError: the checkpoint is of another configuration, or of other data.
+            UserError: the checkpoint is of another configuration, or of other data.
         """
         if state["config_hash"] != self.config_hash:
             raise UserError(
@@ -417,13 +414,13 @@ class Trainer:
             )
         if state["data_digest"] != self.data_digest:
             raise UserError(
-                f"expected a checkpoint made with these data (digest {self.data_digest}); got one made with others "
-                f"({state['data_digest']}): point data.root to those, or choose another hydra.run.dir"
+                f"expected a checkpoint made with these data (digest {self.data_digest}); got one made with other data "
+                f"(digest {state['data_digest']}): point data.root to those, or choose another hydra.run.dir"
             )
         self.step = state["step"]
         assert state["place"] == self.place(self.step), "the same data and configuration give the same steps"
         self.evaluation_due, self.has_warned = state["evaluation_due"], state["has_warned"]
-        # An older checkpoint does not say.
+        # Checkpoints of earlier versions lack these two.
         self.time, self.failed_evaluations = (
             dict(state.get("time", self.time)),
             list(state.get("failed_evaluations", [])),
@@ -431,7 +428,7 @@ class Trainer:
         self.method.load_state_dict(state["method"])
         self.optimisation.optimizer.load_state_dict(state["optimizer"])
         self.epoch_sums, self.latest = dict(state["epoch_sums"]), dict(state["latest"])
-        if len(state["random"]) == distributed.world():  # else ranks came or went, and no state fits
+        if len(state["random"]) == distributed.world():  # with another number of ranks no saved state fits
             random = state["random"][distributed.rank()]
             torch.set_rng_state(random["cpu"])
             if self.device.type == "cuda" and "cuda" in random:

@@ -1,4 +1,4 @@
-"""The contract of an evaluator, and nothing else."""
+"""The contract of an evaluator."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +15,13 @@ When = Literal["epoch", "end"]
 
 @dataclass(frozen=True)
 class Work:
-    """A part of what an evaluation takes, for caco.plan: so many images of one kind.
+    """The cost of a part of an evaluation, for caco.plan: a number of images of one kind.
 
-    what: in words: "segment_fcn16: crops of 513 px to train on". images: how many, over all steps. flops:
-    multiplications and additions of one. once: computes one on a device, to be timed.
+    Attributes:
+        what: a description: "segment_fcn16: crops of 513 px to train on".
+        images: number of images, over all steps.
+        flops: multiplications and additions for one image.
+        once: processes one image on a device, so that its time can be measured.
     """
 
     what: str
@@ -28,23 +31,25 @@ class Work:
 
 
 class Evaluator(Protocol):
-    """Measures a backbone: `build` once, then `run` as often as the backbone has become another.
+    """Measures a backbone: `build` is called once, then `run` each time that the backbone is to be measured.
 
-    An evaluator of one's own derives from it, sets `when` and defines `build` and `run`. Its constructor takes plain
-    values, the keys of its YAML. Who calls: caco/evals/evaluation.py, for the Trainer and for caco.evaluate.
+    To write an evaluator of your own, derive it from this class, set `when`, and define `build` and `run`. Its
+    constructor takes plain values, the keys of its YAML file. caco/evals/evaluation.py calls the evaluator, for the
+    Trainer and for caco.evaluate.
 
-    when: "epoch" for every evaluation while training and the last one, "end" for the last one alone.
-    on_all_ranks: whether `run` is a collective, because it trains, or because the ranks share the reading of images.
-        Then what the store is asked for (`features`, `of`, `outputs`) is a collective too, whose result rank 0 alone
-        has: it computes and yields, and the other ranks, having asked for the same, yield nothing. Others run on rank
-        0, which reads by itself, and the other ranks wait.
-    needs_labels: whether it needs labelled training and test images of the run's own `data`: then a run without any is
-    told before it begins.
-    needs_method: whether it looks into the method that trains (`attach`); in a backbone alone there is nothing for it.
-    bounded: settings that may be at most the number of labelled training images, or of the share of each class that
-    another setting says: {"k": "fraction"}, {"batch": ""}.
-    departures: in what it differs from what was published by that name, a sentence each, printed with the results at
-    the end.
+    Attributes:
+        when: "epoch" runs it in every evaluation during training and in the last one, "end" only in the last one.
+        on_all_ranks: True if `run` is a collective, because it trains or because the ranks share the reading of images.
+            The store's `features`, `of` and `outputs` are then collectives too, whose result only rank 0 has. So rank 0
+            computes and yields, and the other ranks make the same calls and yield nothing. With False, `run` is called
+            on rank 0 alone, which reads by itself while the other ranks wait.
+        needs_labels: True if it needs labelled training and test images of the run's own `data`; a run without these is
+            refused at its start.
+        needs_method: True if it needs the method that trains (see `attach`), so that a backbone alone is not enough.
+        bounded: settings that must not exceed the number of labelled training images, or the share of each class that
+            another setting gives: {"k": "fraction"}, {"batch": ""}.
+        departures: the differences from the published protocol of that name, a sentence each. They are printed with the
+            results at the end.
     """
 
     when: When
@@ -56,55 +61,57 @@ class Evaluator(Protocol):
 
     @abstractmethod
     def build(self, store: FeatureStore, *, seed: int) -> None:
-        """On every rank, before anything is trained: take from the store what every `run` needs, and draw, by the seed
-        alone.
+        """Prepare before any training, on every rank: get from the store what every `run` needs, and make all draws,
+        which must depend on the seed alone.
 
-        Here is said what the images lack (labels, enough of them), not after hours of training.
+        Anything that the images lack, such as labels or a sufficient number, must be reported here, not after hours of
+        training.
 
         Raises:
-            UserError: they do not suffice; the message says what to do, and `eval.<name>: ` is put before it.
+            UserError: the images do not suffice. The message says what to do; `eval.<name>: ` is put before it.
         """
 
     def require(self, backbone: nn.Module) -> None:
-        """Called once before anything is trained, with a backbone as `run` gets it later.
+        """Called once before any training, with a backbone of the kind that `run` will get.
 
         Raises:
-            UserError: one of this kind cannot be evaluated so; `eval.<name>: ` is put before the message.
+            UserError: the evaluator cannot handle such a backbone; `eval.<name>: ` is put before the message.
         """
         return None
 
     def attach(self, method: nn.Module) -> None:
-        """Called once after `require`, with the method that trains, for what looks into more than the backbone.
+        """Called once after `require`, with the method that trains, for evaluators that use more than the backbone.
 
         Raises:
-            UserError: what it looks into is not there; `eval.<name>: ` is put before the message.
+            UserError: the method lacks what the evaluator needs; `eval.<name>: ` is put before the message.
         """
         return
 
     @abstractmethod
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (name, number), accuracies in percent. A name is that of a column in the record and of no other
-        evaluator.
+        """Yields (name, number); accuracies are in percent. Each name is a column of the record, and no other evaluator
+        may give it.
 
-        Leaves the backbone's weights, modes and gradients and torch's random numbers as they were: training goes on
-        with them.
+        Must leave the backbone's weights, modes and gradients and torch's random number generators unchanged, because
+        training goes on with them.
         """
 
     def inputs(self) -> list[Any]:
-        """What the numbers depend on besides the constructor's arguments and the store's images, as plain values, after
-        `build`: other sets of images, by name and digest. For caco.evaluate, which makes no result twice."""
+        """Everything besides the constructor's arguments and the store's images that the numbers depend on, as plain
+        values; other sets of images by name and digest. Called after `build`. caco.evaluate uses it to avoid computing
+        a result twice."""
         return []
 
     def image_sets(self) -> dict[str, str]:
-        """The sets of images of its own by name, each with a digest of its content, after `build`: where another folder
-        holds another set of that name, its results get a name of their own (caco/evals/record.py), and a run does not
-        go on with it."""
+        """The evaluator's own sets of images: name -> digest of the content. Called after `build`. If a set of the same
+        name in another folder has other content, its results get other names (caco/evals/record.py), and a run does not
+        resume with it."""
         return {}
 
     def work(self, backbone: Callable[[], nn.Module]) -> list[Work]:
-        """What `run` takes, without data and before `build`; nothing where nobody counted it.
+        """The cost of one `run`, determined without data and before `build`; an empty list if it is unknown.
 
         Args:
-            backbone: makes one of the kind that is to be evaluated, on the CPU.
+            backbone: makes a backbone of the kind to be evaluated, on the CPU.
         """
         return []

@@ -1,7 +1,7 @@
-"""Training a linear classifier on a backbone, frozen or not: what linear evaluation and fine-tuning have in common.
+"""Trains a linear classifier on a backbone, frozen or not: the common part of linear evaluation and fine-tuning.
 
-An epoch, in order: rates, features, head, loss, gradients' mean over the ranks, optimiser; a checkpoint after each
-epoch.
+Each step of an epoch, in order: learning rates, features, head, loss, mean of the gradients over the ranks, optimiser.
+A checkpoint follows each epoch.
 """
 
 import copy
@@ -34,16 +34,20 @@ class Recipe:
     """How a classifier is trained.
 
     Args:
-        epochs, batch: `batch` is global, all ranks together.
-        lr, reference_batch: the rate is lr * batch / reference_batch.
-        larc: scale each parameter's gradient by trust * |p| / |g| (apex's LARC without clipping); a parameter that is
-            still zero is not scaled.
-        schedule, milestones, decay: "cosine" to 0, or "steps": times `decay` after each of the epochs `milestones`.
-        unit: "epoch" holds the rate within an epoch, "step" changes it with every step.
-        scale, interpolation: of the random resized crop; the flip has probability 0.5. There is no other augmentation.
-        drop_last: whether an epoch ends with its last whole batch; else with a smaller one of the images that are left.
+        epochs: number of passes over the training images.
+        batch: number of images in a step, over all ranks.
+        lr, reference_batch: the learning rate is lr * batch / reference_batch; it is lr if reference_batch is None.
+        momentum, nesterov, weight_decay: of SGD, or of LARC (without nesterov).
+        larc: scale each parameter's gradient by trust_coefficient * |p| / |g| (apex's LARC without clipping); a
+            parameter that is still zero is not scaled.
+        trust_coefficient: see larc.
+        schedule: "cosine" to 0, or "steps".
+        milestones, decay: with "steps", the rate is multiplied by `decay` after each of the epochs `milestones`.
+        unit: "epoch" holds the rate of "cosine" within an epoch, "step" changes it with every step.
+        scale, interpolation: of the random resized crop. Besides it there is only a flip with probability 0.5.
+        drop_last: True ends an epoch with its last whole batch, False with a smaller batch of the remaining images.
     Raises:
-        ValueError: a value out of its range.
+        UserError: two settings contradict each other.
     """
 
     epochs: int
@@ -65,7 +69,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.milestones and self.schedule != "steps":
-            raise UserError(f"milestones: belong to schedule=steps; got {list(self.milestones)} with {self.schedule}")
+            raise UserError(
+                f"milestones: expected none without schedule=steps, got {list(self.milestones)} with {self.schedule}"
+            )
         if self.nesterov and self.larc:
             raise UserError("nesterov: expected false with larc")
 
@@ -84,14 +90,14 @@ class Recipe:
         )
 
     def lr_factors(self, steps_per_epoch: int) -> list[float]:
-        """Factor on the rate, one number a step."""
+        """The factor on the learning rate for each step, over all epochs."""
         if self.schedule == "cosine":
             return cosine(RunShape(self.epochs, steps_per_epoch, self.batch, self.unit), 1.0, 0.0)
         passed = [sum(epoch >= m for m in self.milestones) for epoch in range(self.epochs)]
         return [self.decay ** passed[step // steps_per_epoch] for step in range(self.epochs * steps_per_epoch)]
 
     def views(self, like: Views) -> Views:
-        """One random crop, perhaps flipped, of the size and normalisation that pre-training used."""
+        """A view that is randomly cropped and flipped, with the size and normalisation of `like`."""
         crop = View(
             scale=list(self.scale), interpolation=self.interpolation, jitter_p=0.0, gray_p=0.0, blur_p=0.0, flip_p=0.5
         )
@@ -99,7 +105,8 @@ class Recipe:
 
 
 def new_head(width: int, num_classes: int, *, seed: int) -> nn.Linear:
-    """A linear layer: weights normal with spread 0.01, biases zero, as in the published evaluations."""
+    """A linear layer whose weights are normal with standard deviation 0.01 and whose biases are zero, as in the
+    published evaluations."""
     head = nn.utils.skip_init(nn.Linear, width, num_classes)
     with torch.no_grad():
         head.weight.normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
@@ -119,21 +126,24 @@ def train_classifier(
     name: str,
     like: Views | None = None,
 ) -> nn.Sequential:
-    """Backbone and head trained on augmented views of a labelled source. A collective.
+    """Train a linear head, and the backbone unless it is frozen, on augmented views of a labelled source. A collective.
 
-    Deterministic: views depend on (seed, epoch, image). With a folder in the store, as a run has while it trains, each
-    epoch ends with a checkpoint, and a call with the same backbone, images and settings goes on from the last one to
-    the same bits.
+    The result is deterministic: views depend on (seed, epoch, image). If the store has a folder, as in a training run,
+    each epoch ends with a checkpoint. A call with the same backbone, images and settings resumes from the last
+    checkpoint, with the same bits as without interruption.
 
     Args:
-        frozen: only the head learns, on the eval-mode backbone; else a copy of the backbone learns too, in train mode.
-        name: what its lines and its checkpoints are called.
-        like: views whose size and normalisation it takes; the store's without.
+        num_classes: number of outputs of the head.
+        frozen: True trains only the head, on the backbone in eval mode; False also trains a copy of the backbone, in
+            train mode.
+        seed: seed of the head, of the order and of the views.
+        name: name in messages and of the checkpoints.
+        like: views whose size and normalisation are used; None uses the store's.
     Returns:
-        nn.Sequential of the backbone (itself if frozen, else the trained copy) and the head.
+        nn.Sequential of the backbone (the given one if frozen, else the trained copy) and the head.
     Raises:
-        UserError: the loss is not finite.
-        ValueError: from the loader: fewer images than one batch, a batch that the ranks cannot share evenly.
+        UserError: the loss is not finite, there are fewer images than one batch, or the ranks cannot share a batch
+            evenly.
     """
     device = store.device
     backbone_digest = store.digest_of(backbone)
@@ -205,13 +215,14 @@ def _epoch(
     backbone.train(not frozen)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(mixed_seed(seed, epoch, distributed.rank()))  # dropout and the like
+            torch.manual_seed(mixed_seed(seed, epoch, distributed.rank()))  # for dropout and similar layers
             batches = loader.epoch(epoch)
 
             def learn(step: int) -> None:
                 batch = next(batches)
                 features_BD = _features(backbone, batch.views[0], store, frozen=frozen)
-                # Of a smaller last batch the ranks may have one image more or less: each image counts the same.
+                # In a smaller last batch one rank may have an image more than another; the factor makes all images
+                # count equally.
                 share = len(batch.label) * distributed.world() / loader.images_of(step)
                 loss = share * F.cross_entropy(head(features_BD), batch.label)
                 loss.backward()
@@ -220,9 +231,8 @@ def _epoch(
             for step in range(steps):
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * factors[epoch * steps + step]
-                distributed.together(
-                    partial(learn, step)
-                )  # an image that one rank cannot read must not leave the others waiting
+                # `together`, because an image that one rank cannot read must not leave the other ranks waiting.
+                distributed.together(partial(learn, step))
                 distributed.mean_gradients(parameters)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -237,7 +247,8 @@ def _epoch(
 
 
 def _features(backbone: nn.Module, images: Tensor, store: FeatureStore, *, frozen: bool) -> Tensor:
-    """Features [B, D] float32; of a frozen backbone in pieces, so that a batch of thousands needs no more memory."""
+    """Features [B, D] float32. A frozen backbone computes them in pieces, so that a batch of thousands of images needs
+    no more memory."""
     with torch.autocast(store.device.type, torch.bfloat16, enabled=store.precision == "bf16"):
         if not frozen:
             return backbone(images.contiguous(memory_format=torch.channels_last)).float()
@@ -249,7 +260,7 @@ def _features(backbone: nn.Module, images: Tensor, store: FeatureStore, *, froze
 
 
 def width_of(backbone: nn.Module, store: FeatureStore) -> int:
-    """The width of a backbone's features: its `num_features`, else that of what it gives for one image."""
+    """The width of a backbone's features: its `num_features`, or else measured with one image."""
     width = getattr(backbone, "num_features", None)
     if isinstance(width, int):
         return width
@@ -258,7 +269,7 @@ def width_of(backbone: nn.Module, store: FeatureStore) -> int:
 
 
 def accuracies(logits_NC: Tensor, label_N: Tensor, name: str) -> Iterator[tuple[str, float]]:
-    """(`<name>_top1`, percent), and `<name>_top5` where there are more than five classes."""
+    """Yields (`<name>_top1`, percent), and (`<name>_top5`, percent) if there are more than five classes."""
     for k in (1, 5):
         if k == 1 or logits_NC.shape[1] > 5:
             hit = (logits_NC.topk(k, dim=1).indices == label_N[:, None]).any(dim=1)
@@ -266,7 +277,7 @@ def accuracies(logits_NC: Tensor, label_N: Tensor, name: str) -> Iterator[tuple[
 
 
 def classify(head: nn.Linear, features_ND: Tensor, *, block: int = 8192) -> Tensor:
-    """Logits [N, C] float32 on the CPU, in blocks of rows."""
+    """Logits [N, C] float32 on the CPU, computed in blocks of rows."""
     device = head.weight.device
     with torch.no_grad():
         return torch.cat([head(x.to(device, torch.float32)).cpu() for x in features_ND.split(block)])

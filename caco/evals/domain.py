@@ -1,4 +1,5 @@
-"""Domain generalisation on PACS: learned from three domains, tested on the fourth, in turn.
+"""Domain generalisation on PACS: a classifier learns from three domains and is tested on the fourth, each domain in its
+turn.
 
 Shapes: N images of all domains.
 """
@@ -38,29 +39,33 @@ from caco.ranges import (
 
 
 class Domain(Evaluator):
-    """Accuracy on each domain of a classifier of the three others: `<protocol>/<domain>_top1`, and the mean of the four
-    domains, `<protocol>/mean_top1`, percent. The protocols are `pacs`, of frozen features, and `pacs_finetune`; what is
-    changed of them stands in their names (caco/metrics.py).
+    """Accuracy on each domain of a classifier that was trained on the three others, percent:
+    `<protocol>/<domain>_top1`, and the mean over the four domains, `<protocol>/mean_top1`. The protocols are `pacs`, on
+    frozen features, and `pacs_finetune`; changed settings appear in their names (caco/metrics.py).
 
-    Protocol of the set's published lists, as Dassl has it: train on the train lists of three domains, choose by their
-    crossval lists, test once on all images of the fourth. Frozen: logistic regression by L-BFGS, as transfer's, whose
-    strength is chosen so, and which is not fitted again. Fine-tuned: JiGen's optimisation (SGD 0.001, batch 128, 30
-    epochs, a tenth of the rate after 24, crops and flips, without its changes of colour), after the last epoch; of
-    several rates the best by the crossval lists.
+    The published lists are used as in Dassl: train on the train lists of three domains, choose settings on their
+    crossval lists, test once on all images of the fourth. Frozen: logistic regression by L-BFGS as in Transfer; its
+    strength is chosen on the crossval lists, and it is not fitted again. Fine-tuned: JiGen's optimisation (SGD 0.001,
+    batch 128, 30 epochs, a tenth of the rate after 24, crops and flips) but without JiGen's colour changes, evaluated
+    after the last epoch; of several rates the best on the crossval lists is used.
 
     Args:
-        root: holds PACS in one of the published layouts (caco/data/sets/domains.py).
-        targets: the domains that are tested on; the mean is of all four, and given with all four.
-        ways: frozen, finetune.
-        size: pixels of an image, resized whole.
+        root: a folder with PACS in one of the published layouts (caco/data/sets/domains.py).
+        targets: the domains to test on. The mean is given only if these are all four.
+        ways: frozen, finetune, or both.
+        size: pixels to which the shorter side of an image is resized before its centre is cropped; square images stay
+            whole.
         num_strengths, weakest, strongest, max_iterations, tolerance: see Transfer.
-        lrs: rates of fine-tuning to choose from.
-        epochs ... scale: see Recipe.
-        when: "epoch" (while training, and at its end) or "end".
+        lrs: learning rates of fine-tuning to choose from.
+        epochs, batch, momentum, weight_decay, milestones, decay, scale: see Recipe.
+        when: "epoch" (during training and at its end) or "end".
+    Raises:
+        UserError: targets or ways are unknown or repeated, weakest is above strongest, or a rate is repeated.
     """
 
     on_all_ranks = True
-    reads_photographs = True  # of its own: no backbone for data.channels goes (caco/config/channels_needed.py)
+    # Its own photographs, so a backbone for data.channels cannot be evaluated (caco/config/channels_needed.py).
+    reads_photographs = True
 
     @held
     def __init__(
@@ -111,10 +116,11 @@ class Domain(Evaluator):
         self._protocol_of = dict(zip(ways, self.protocols, strict=True))
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
-        """Finds the images and their lists; says what of them is unlike the published ones.
+        """Find the images and their lists, and report differences from the published ones.
 
         Raises:
-            UserError: no root, no PACS there or not whole, or the encoder was pre-trained on images of a target.
+            UserError: there is no root, PACS is not there or incomplete, or the encoder was pre-trained on images of a
+                target.
         """
         if self.root is None or not Path(self.root).expanduser().is_dir():
             raise UserError(f"root: expected the folder that holds PACS, as eval.domain.root=PATH, got {self.root}")
@@ -126,14 +132,14 @@ class Domain(Evaluator):
                 store.refuse_shared(store.splits.pretrain, self._pacs.part([target]))
             except UserError as error:
                 raise UserError(
-                    f"{error}. An encoder that was pre-trained on domains of PACS is tested on one that it has not"
+                    f"{error}. Test an encoder that was pre-trained on domains of PACS only on a domain that it has not"
                     " seen: eval.domain.targets=[DOMAIN]"
                 ) from error
-        like, crop = store.views, View(scale=[1.0, 1.0])  # a kind of view is needed and none is drawn
+        like, crop = store.views, View(scale=[1.0, 1.0])  # `Views` needs a kind of view, but none is drawn
         self._views = Views(size=self.size, views={"none": crop}, mean=like.mean, std=like.std, plain_crop=1.0)
 
     def inputs(self) -> list[Any]:
-        """What the numbers depend on besides the arguments: the images, and which lists they are on."""
+        """What the numbers depend on besides the arguments: the images, and the lists that they are on."""
         lists = hashlib.sha256(self._pacs.train.tobytes() + self._pacs.domain.tobytes()).hexdigest()[:16]
         return [["pacs", self._store.key_of(self._pacs.every), lists]]
 
@@ -141,8 +147,8 @@ class Domain(Evaluator):
         return {"pacs": digest_together([self._pacs.every])}
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (`<protocol>/<domain>_top1`, percent), what was chosen for it (`..._strength`, lambda, or `..._lr` of
-        several), and (`<protocol>/mean_top1`, percent)."""
+        """Yields (`<protocol>/<domain>_top1`, percent); for each domain the chosen setting, (`..._strength`, lambda)
+        or, with several rates, (`..._lr`, rate); and (`<protocol>/mean_top1`, percent)."""
         for way, protocol in self._protocol_of.items():
             found = list(self._frozen(backbone) if way == "frozen" else self._finetuned(backbone, protocol))
             for target, accuracy, chosen in found:
@@ -153,7 +159,7 @@ class Domain(Evaluator):
                 yield f"{protocol}/mean_top1", statistics.mean(accuracy for _, accuracy, _ in found)
 
     def _frozen(self, backbone: nn.Module) -> Iterator[tuple[str, float, dict[str, float]]]:
-        """(target, percent, what was chosen) by logistic regression; on rank 0."""
+        """Yields (target, percent, chosen setting) of logistic regression, on rank 0."""
         store, pacs = self._store, self._pacs
         x_ND = store.of(backbone, pacs.every, self._views)  # once for all four targets
         if not distributed.is_main():
@@ -185,7 +191,7 @@ class Domain(Evaluator):
             yield target, _percent(logits_of(x_ND[test], *classifier), label_N[test]), {"strength": strength}
 
     def _finetuned(self, backbone: nn.Module, protocol: str) -> Iterator[tuple[str, float, dict[str, float]]]:
-        """(target, percent, what was chosen) by fine-tuning a copy of the backbone for each target; on rank 0."""
+        """Yields (target, percent, chosen setting) of a copy of the backbone fine-tuned for each target, on rank 0."""
         store, pacs, world = self._store, self._pacs, distributed.world()
         for target in self.targets:
             train, crossval = pacs.part(others_than(target), "train"), pacs.part(others_than(target), "crossval")

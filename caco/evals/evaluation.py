@@ -1,4 +1,4 @@
-"""An evaluation round: several evaluators of one backbone that share its features."""
+"""One round of evaluation: several evaluators measure one backbone and share its features."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,19 +18,20 @@ from caco.evals.extraction import Precision
 from caco.evals.features import FeatureStore
 from caco.saying import Say, doing, silent
 
-Failed = Callable[[str, Exception], None]  # an evaluator's name, and what it raised
+Failed = Callable[[str, Exception], None]  # called with an evaluator's name and its error
 
 
 class Evaluation:
-    """Builds each evaluator once and then runs them on whatever the backbone has become.
+    """Builds each evaluator once and then runs them whenever the backbone is to be measured.
 
     Args:
-        evaluators: by their config name (`eval.<name>`); may be empty. What they are asked, and when:
-            caco/evals/base.py.
-        splits ... say: see FeatureStore.
-        seed: of the evaluators' own draws.
+        evaluators: the evaluators by their config name (`eval.<name>`), possibly none. caco/evals/base.py says which
+            members are called when.
+        splits, views, batch, device, precision, loader, folder, cache, passing, overlap, compared, say: see
+            FeatureStore.
+        seed: seed of the evaluators' own draws.
     Raises:
-        UserError: evaluators that cannot work on these splits; names all of them and says what to do.
+        UserError: evaluators cannot work on these splits; the message names all of them and says what to do.
     """
 
     def __init__(
@@ -71,11 +72,12 @@ class Evaluation:
         self._of_each(lambda evaluator: evaluator.build(self.store, seed=seed))
 
     def require(self, backbone: nn.Module, method: nn.Module | None = None) -> None:
-        """
+        """Check that all evaluators can handle a backbone and the method that trains it.
+
         Args:
-            method: that trains the backbone; None where there is a backbone alone.
+            method: the method that trains the backbone; None if there is only a backbone.
         Raises:
-            UserError: evaluators that cannot evaluate such a backbone, or such a method; names all of them.
+            UserError: evaluators cannot handle them; the message names all of these evaluators.
         """
         self._of_each(lambda evaluator: evaluator.require(backbone))
         self._of_each(lambda evaluator: _attach(evaluator, method))
@@ -91,9 +93,9 @@ class Evaluation:
             raise UserError("\n".join(refused))
 
     def run(self, backbone: nn.Module, when: When, failed: Failed | None = None) -> dict[str, float]:
-        """Results by name, of the evaluators for "epoch", or of all at the "end"; leaves the backbone as it was.
+        """The results by name, of the evaluators for "epoch", or of all at the "end". The backbone is left unchanged.
 
-        A collective; ranks other than 0 get none.
+        A collective; only rank 0 gets the results, the other ranks an empty dictionary.
         """
         if when not in ("epoch", "end"):
             raise ValueError(f"when: expected epoch or end, got {when!r}")
@@ -114,11 +116,11 @@ class Evaluation:
     def each(
         self, backbone: nn.Module, names: list[str], failed: Failed | None = None
     ) -> Iterator[tuple[str, dict[str, float]]]:
-        """(name, results) of these evaluators, one after the other.
+        """Run these evaluators one after the other and yield (name, results) of each.
 
         Args:
-            failed: is told, on every rank, of an evaluator that raised, and the others go on; without it the error is
-                raised.
+            failed: called on every rank for an evaluator that raised an error; the others go on. Without it the error
+                is raised.
         """
         self.store.forget()
         try:
@@ -127,7 +129,7 @@ class Evaluation:
                 self.store.all_ranks = evaluator.on_all_ranks
                 work = evaluator.on_all_ranks or distributed.is_main()
                 try:
-                    # Whatever happens on one rank, all hear of it; and rank 0 may work for hours while the others wait.
+                    # An error on one rank must reach all ranks; and rank 0 may work for hours while the others wait.
                     with doing(f"evaluating by {name}"):
                         values = distributed.together(lambda: dict(evaluator.run(backbone)) if work else {})[0]
                 except Exception as error:
@@ -139,7 +141,7 @@ class Evaluation:
                 self.store.over(failed=False)
                 yield name, values if distributed.is_main() else {}
         finally:
-            self.store.forget()  # a round's features must not lie in memory while training goes on
+            self.store.forget()  # a round's features must not take memory while training goes on
 
 
 def _attach(evaluator: Evaluator, method: nn.Module | None) -> None:
@@ -147,5 +149,5 @@ def _attach(evaluator: Evaluator, method: nn.Module | None) -> None:
         evaluator.attach(method)
     elif evaluator.needs_method:
         raise UserError(
-            "looks into the method that trains, and here is a backbone alone; have it measured while training"
+            "needs the method that trains the backbone, but only a backbone was given; measure it during training"
         )

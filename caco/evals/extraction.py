@@ -1,4 +1,4 @@
-"""Frozen features of images: one pass of a backbone over them, by one rank or by all."""
+"""Computes frozen features of images: one pass of a backbone over them, by one rank or by all."""
 
 import contextlib
 import hashlib
@@ -18,16 +18,17 @@ Precision = Literal["bf16", "fp32"]
 def extract(
     backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device | str, precision: Precision
 ) -> tuple[Tensor, Tensor]:
-    """Features of every image in order, by the backbone in eval mode; leaves its modes, buffers and the RNGs as they
-    were.
+    """Features of all images in order, by the backbone in eval mode. The backbone's modes and buffers and the random
+    number generators are left unchanged.
 
     Args:
         batches: (images [b, 3, H, W], labels [b]) pairs.
         precision: "bf16" (autocast) or "fp32".
     Returns:
-        features [N, D] float32 and labels [N] int64, both on the CPU, where a large set fits.
+        features [N, D] float32 and labels [N] int64, both on the CPU, so that they need no GPU memory.
     Raises:
-        ValueError: unknown precision, no batches, an output that is not [b, D], a feature that is not finite.
+        ValueError: the precision is unknown, or there are no batches.
+        UserError: the backbone's output is not [b, D] or not finite.
     """
     features, labels = [], []
 
@@ -50,12 +51,13 @@ def for_each_batch(
     precision: Precision,
     all_ranks: bool = False,
 ) -> None:
-    """As `extract`, but gives each batch's features [b, D] (in the backbone's own type, on the CPU) and labels to
-    `take`.
+    """Like `extract`, but calls `take` with each batch's features [b, D], in the backbone's own type and on the CPU,
+    and its labels.
 
     Args:
-        all_ranks: every rank is here, with batches of its own: `take` gets on rank 0 the first batch of each rank, then
-            the second of each, and on the others nothing. What goes wrong on one rank is raised on all.
+        all_ranks: True if every rank makes this call, each with its own batches. On rank 0 `take` gets the first batch
+            of each rank, then the second of each, and so on; on the other ranks it gets nothing. An error on one rank
+            is raised on all.
     """
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"precision: expected bf16 or fp32, got {precision!r}")
@@ -66,12 +68,12 @@ def for_each_batch(
     )
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     own = iter(batches)
-    computed: list[tuple[Tensor, Tensor]] = []  # by this rank, of the next batch
-    arrived: list[tuple[Tensor, Tensor]] = []  # on rank 0, of the last one, by every rank
+    computed: list[tuple[Tensor, Tensor]] = []  # the batch that this rank has just computed
+    arrived: list[tuple[Tensor, Tensor]] = []  # on rank 0: the last batch of every rank
 
     def work() -> bool:
-        """Whether there is another batch. What arrived is taken here, where the other ranks hear of it if that
-        fails.
+        """Take what has arrived and compute the next batch; returns whether there was one. Arrived batches are taken
+        here so that all ranks learn of an error in `take`.
         """
         for features_bD, labels_b in arrived:
             take(features_bD, labels_b)
@@ -89,21 +91,21 @@ def for_each_batch(
 
     try:
         backbone.eval()
-        # Neither the batches' making nor a backbone that draws may be seen by the training that goes on afterwards.
+        # Training goes on afterwards, so its random numbers must not depend on the loading of batches or the backbone.
         with torch.random.fork_rng(devices=cuda_devices), torch.inference_mode(), autocast:
             while any(distributed.together(work) if all_ranks else [work()]):
-                one = computed.pop() if computed else None  # the last batches may not be one for each rank
+                one = computed.pop() if computed else None  # in the last round some ranks may have no batch
                 arrived += [part for part in (distributed.on_main(one) if all_ranks else [one]) if part is not None]
     finally:
         if isinstance(own, Generator):
-            own.close()  # now, and not when the last traceback that holds it goes: workers may wait behind it
+            own.close()  # now, not when the last traceback that refers to it is freed: workers may be waiting
         for module, training in was_training.items():
             module.training = training
 
 
 def in_one(num_images: int) -> tuple[list[Tensor], Callable[[Tensor, Tensor], None]]:
-    """A list that will hold one tensor [num_images, D] float32, and a `take` that fills it: features are not held
-    twice.
+    """A list and a `take` for `for_each_batch`. The `take` copies all features into one tensor [num_images, D] float32,
+    which it puts into the list, so that features are never in memory twice.
     """
     whole: list[Tensor] = []
     filled = [0]
@@ -119,8 +121,8 @@ def in_one(num_images: int) -> tuple[list[Tensor], Callable[[Tensor, Tensor], No
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Matrix products without TF32 or bfloat16, whatever training allows itself: what we count must not depend on
-    that.
+    """Compute matrix products in full float32, without TF32 or bfloat16, whatever training allows, so that results do
+    not depend on that setting.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -131,8 +133,8 @@ def full_float32() -> Iterator[None]:
 
 
 def network_digest(network: nn.Module) -> str:
-    """Sixteen hexadecimal digits of what a network computes: its structure, every parameter and buffer, and code of the
-    user's own.
+    """A hash, 16 hexadecimal digits, of everything that decides what a network computes: its structure, all parameters
+    and buffers, and the user's own code.
     """
     code = folders.code_of({type(module).__module__ for module in network.modules()})
     state = hashlib.sha256(f"{network!r}{code or ''}".encode())

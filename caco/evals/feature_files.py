@@ -1,4 +1,4 @@
-"""Features on disk, found again by what they were made from."""
+"""Features on disk, stored under a hash of everything that they depend on."""
 
 import hashlib
 import json
@@ -14,18 +14,19 @@ from caco.runs.files import locked, read_json, write_json
 
 
 def key_of(made_from: dict[str, Any]) -> str:
-    """Sixteen hexadecimal digits of plain values."""
+    """A hash, 16 hexadecimal digits, of plain values."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class FeatureFiles:
-    """Features on disk, each file found again by what it was made from; bounded memory, whatever the set's size.
+    """Features in files; each is stored under a hash of what its features depend on. Memory is bounded, whatever the
+    size of the set.
 
-    A file is written from its first row to its last under another name and renamed when it is whole; one that a kill
-    cut off is gone on with. Two processes that want the same file make it once.
+    A file is written row by row under a temporary name and renamed when it is complete. After a kill, a partial file is
+    completed. If two processes want the same file, only one of them makes it.
 
     Args:
-        folder: where they are; made when needed.
+        folder: the folder of the files; it is made when needed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,12 +40,12 @@ class FeatureFiles:
         *,
         batch: int,
     ) -> Tensor:
-        """Features [num_images, D], mapped into memory and not read.
+        """Features [num_images, D], mapped from their file into memory.
 
         Args:
             made_from: plain values that decide every number.
-            make: `make(first, take)` calls take(features, labels) for each batch from image `first` on.
-            batch: rows are gone on with at a multiple of it, so that the same batches give the same bits.
+            make: `make(first, take)` has to call take(features, labels) for each batch, from image `first` on.
+            batch: a partial file is resumed at a multiple of it, so that the same batches give the same bits.
         Raises:
             OSError: the disk is full.
         """
@@ -72,7 +73,7 @@ class FeatureFiles:
                     dtype = str(features_bD.dtype).removeprefix("torch.")
                     write_json(header, {"width": features_bD.shape[1], "dtype": dtype, "made_from": made_from})
                 file.write(features_bD.contiguous().view(torch.uint8).numpy().data)
-                file.flush()  # a kill costs the batch that it falls into, and no others
+                file.flush()  # a kill then costs only the batch in progress
 
             if done < num_images:
                 make(done, take)

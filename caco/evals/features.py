@@ -1,5 +1,5 @@
-"""Frozen features of a backbone, computed once and shared by all evaluators: in memory for a round, or on disk for
-good.
+"""Frozen features of a backbone. They are computed once and shared by all evaluators: kept in memory for one round, or
+on disk permanently.
 """
 
 import contextlib
@@ -28,28 +28,32 @@ from caco.saying import Say, counted, silent
 
 
 class FeatureStore:
-    """The train and test images and their features in this round; each feature is computed at most once a round.
+    """The train and test images and their features; each feature is computed at most once in a round of evaluation.
 
-    Images of small sets are transformed once and stay in memory across rounds, those of large ones are read again, by
-    the workers that the loader has. Where all ranks run an evaluator (`all_ranks`, which Evaluation sets), `features`,
-    `of` and `outputs` are collectives: each rank reads and computes a share, and rank 0 gets the result, the others an
-    empty tensor.
+    The transformed images of small sets stay in memory from round to round; those of large sets are read again, by the
+    loader's workers. If an evaluator runs on all ranks (`all_ranks`, which Evaluation sets), `features`, `of` and
+    `outputs` are collectives: each rank reads and computes a share, rank 0 gets the result and the others an empty
+    tensor.
 
     Args:
-        splits: only `train` and `test` are used.
-        views: whose plain view of each image is taken.
-        batch: images a forward pass.
-        cache_bytes: a split whose transformed images take no more than this stays in memory.
-        loader: settings of the loader that training uses: its workers read images, and evaluators train with it on
+        splits: the images; only `train` and `test` are used.
+        views: each image's plain view is taken.
+        batch: images in a forward pass.
+        device: where the backbone computes.
+        precision: "bf16" (autocast) or "fp32".
+        cache_bytes: a split whose transformed images take at most this much stays in memory.
+        loader: settings of the loader that training uses. Its workers read images, and evaluators use it to train on
             augmented views.
-        folder: where features and evaluators' checkpoints are kept on disk; None keeps features in memory, and no
-            checkpoint.
-        cache: another folder for the features, which several evaluations may share.
-        passing: while training: features stay in memory all the same, and an evaluator's checkpoints are removed after
-            its results.
-        overlap: whether evaluators that bring images of their own may test on training images.
-        compared: finds images that sets share, and keeps what it knows of them.
-        say: is told what an evaluator that takes its time is doing; `passing` lines may be left out.
+        folder: folder for features and evaluators' checkpoints; None keeps features in memory and no checkpoints.
+        cache: another folder for the features, which several evaluations can share.
+        passing: True during training: features stay in memory in any case, and an evaluator's checkpoints are removed
+            once it has its results.
+        overlap: whether evaluators with images of their own may test on training images.
+        compared: finds images that sets share, and remembers what it read.
+        say: receives messages about the progress of slow evaluators; `passing` messages may be left out.
+    Raises:
+        UserError: batch is below 1.
+        UnreadableImage: images are known to be unreadable, and the loader does not let others stand in for them.
     """
 
     def __init__(
@@ -84,28 +88,32 @@ class FeatureStore:
         self.all_ranks = False
         self._compared = compared or Overlap(say)
         self._files = None if folder is None or passing else FeatureFiles(cache or Path(folder) / "features")
-        self._begun: list[Path] = []  # folders of the checkpoints that evaluators have asked for
+        self._begun: list[Path] = []  # folders of the checkpoints of evaluators
         self._digests: dict[int, str] = {}
-        self._keys: dict[int, tuple[Source, str]] = {}  # by id, each beside its set, which stays alive with it
-        self._pixels: dict[str, tuple[Tensor, np.ndarray]] = {}  # uint8 [N, H, W, 3], and which of them are known
+        # By id of the set; the set is kept too, so that its id is not reused.
+        self._keys: dict[int, tuple[Source, str]] = {}
+        # Uint8 [N, H, W, 3], and bool [N]: which of them are filled.
+        self._pixels: dict[str, tuple[Tensor, np.ndarray]] = {}
         self._features: dict[str, Tensor] = {}
         self._done: dict[str, np.ndarray] = {}
 
     def labels(self, purpose: str) -> tuple[np.ndarray, np.ndarray]:
-        """Labels int64 of all train and of all test images.
+        """The labels of all train and of all test images, int64.
 
+        Args:
+            purpose: what needs the labels, for the error message.
         Raises:
-            ValueError: `purpose` needs labels and a split has none; the test images have a class that training has not.
+            UserError: a split has no labels, or the test images have a class that the training images lack.
         """
         train, test = self.splits.labelled(purpose)
         require_classes(train, test)
         return labels_of(train), labels_of(test)
 
     def refuse_shared(self, train: Source, test: Source) -> None:
-        """Unless overlap=allow. A collective.
+        """Check that two sets share no image, unless overlap=allow. A collective.
 
         Raises:
-            UserError: they share images; the first ones are named.
+            UserError: they share images; the message names the first ones.
         """
         if self.overlap == "refuse":
             self._compared.refuse(train, test)
@@ -113,9 +121,12 @@ class FeatureStore:
     def features(
         self, backbone: nn.Module, split: Literal["train", "test"], indices: np.ndarray | None = None
     ) -> Tensor:
-        """Features [n, D] of these images (None: all) of a split, on the CPU; those not yet known are computed.
+        """Features [n, D] of images of a split, on the CPU; those that are not yet known are computed.
 
-        float32, or what the backbone gives (bf16) where they are mapped from a file.
+        They are float32, or of the backbone's own type (bf16) if they are mapped from a file.
+
+        Args:
+            indices: positions in the split; None takes all images.
         """
         source = getattr(self.splits, split)
         if self._files is not None:
@@ -123,7 +134,7 @@ class FeatureStore:
         num_images = len(source)
         wanted = np.arange(num_images) if indices is None else indices
         done = self._done.setdefault(split, np.zeros(num_images, dtype=bool))
-        if self.all_ranks:  # rank 0 has the features, and those too that another evaluator asked for there alone
+        if self.all_ranks:  # rank 0 has the features, also those that another evaluator had it compute alone
             done = self._done[split] = distributed.shared_object(done, patient=True)
         todo = wanted[~done[wanted]]
         taken = [0]
@@ -144,7 +155,7 @@ class FeatureStore:
         return self._features[split] if indices is None else self._features[split][torch.from_numpy(indices)]
 
     def of(self, backbone: nn.Module, source: Source, views: Views) -> Tensor:
-        """Features [N, D] of the plain views of any images, on the CPU; from a file where features are kept on disk."""
+        """Features [N, D] of the plain views of any images, on the CPU; mapped from a file if features are on disk."""
         if self._files is None:
             return self.outputs(backbone, source, views)
         if self.all_ranks and not distributed.is_main():
@@ -157,7 +168,8 @@ class FeatureStore:
         told: list[int | str | None] = []
 
         def tell(first: int | str | None) -> None:
-            """What the other ranks have to do: nothing, images from `first` on, or to hear what went wrong."""
+            """Tell the other ranks, once, what to do: nothing (None), compute images from `first` on, or raise an
+            error."""
             if self.all_ranks and not told:
                 told.append(distributed.shared_object(first, patient=True))
 
@@ -166,7 +178,8 @@ class FeatureStore:
             self._read_and_compute(backbone, source, views, first, take)
 
         plain: list[Any] = [views.size, views.plain_crop, views.plain_interpolation, views.mean, views.std]
-        plain += [] if views.colours == "rgb" else [views.colours]  # as it was before there were others
+        # Keeps the keys of files from before there were other spaces.
+        plain += [] if views.colours == "rgb" else [views.colours]
         plain += [] if views.channels is None else [f"{views.channels} channels"]
         try:
             made_from = {
@@ -185,29 +198,31 @@ class FeatureStore:
         return features
 
     def outputs(self, network: nn.Module, source: Source, views: Views) -> Tensor:
-        """What a network gives for the plain views of any images, [N, D] float32 on the CPU, computed anew."""
+        """The outputs of a network for the plain views of any images, [N, D] float32 on the CPU; always computed
+        anew."""
         whole, take = in_one(len(source))
         self._read_and_compute(network, source, views, 0, take)
         return whole[0] if whole else torch.empty(0)
 
     def digest_of(self, backbone: nn.Module) -> str:
-        """The backbone's digest, computed once a round."""
+        """The backbone's digest, computed once in a round."""
         if id(backbone) not in self._digests:
             self._digests[id(backbone)] = network_digest(backbone)
         return self._digests[id(backbone)]
 
     def key_of(self, source: Source) -> str:
-        """By which what is kept of these images is found again: their cache key, asked once."""
+        """The key under which results for these images are kept: their cache key, computed once."""
         if id(source) not in self._keys:
             self._keys[id(source)] = source, source.cache_key()
         return self._keys[id(source)][1]
 
     def checkpoints(self, name: str, made_from: dict[str, Any]) -> Checkpoints | None:
-        """Where an evaluator that trains keeps its state, found again by all that decides its numbers; None where
-        nothing is kept.
+        """Where an evaluator that trains keeps its state; None if nothing is kept.
 
-        Of images that is their digest and not their cache key: a job that goes on, on another node with a copy of the
-        images, has to find it.
+        Args:
+            made_from: everything that decides the evaluator's numbers; the state is found again under a hash of it. For
+                images it has to contain their digest, not their cache key: a job that resumes on another node with a
+                copy of the images must find its state.
         """
         if self.folder is None:
             return None
@@ -216,20 +231,20 @@ class FeatureStore:
         return Checkpoints(path, keep=1)
 
     def over(self, *, failed: bool) -> None:
-        """An evaluator is done: while training, the checkpoints that it began are of no more use, unless it failed."""
+        """Called after an evaluator. During training its checkpoints are then removed, unless it failed."""
         if self.passing and not failed and distributed.is_main():
             for path in self._begun:
                 shutil.rmtree(path, ignore_errors=True)
         self._begun.clear()
 
     def forget(self) -> None:
-        """Drops the features, not the images: to be called when the backbone changes."""
+        """Drop the features but not the images; called when the backbone changes."""
         self._features.clear()
         self._done.clear()
         self._digests.clear()
 
     def _own(self, indices: np.ndarray) -> np.ndarray:
-        """Of these images those that this rank reads: of eight ranks every eighth batch."""
+        """The images, among these, that this rank reads: with eight ranks every eighth batch."""
         if not self.all_ranks:
             return indices
         batches = [indices[first : first + self.batch] for first in range(0, len(indices), self.batch)]
@@ -239,7 +254,8 @@ class FeatureStore:
     def _read_and_compute(
         self, network: nn.Module, source: Source, views: Views, first: int, take: Callable[[Tensor, Tensor], Any]
     ) -> None:
-        """Gives what the network makes of images `first` and on to `take`, batch by batch and in order."""
+        """Compute the network's outputs for images `first` to the last, and give them to `take` in order, batch by
+        batch."""
         own = self._own(np.arange(first, len(source)))
         batches = plain_batches(source, views, indices=own, device=self.device, **self._reading())
         self._each_batch(network, batches, take, f"features of {source.name}", len(source), first)
@@ -257,7 +273,7 @@ class FeatureStore:
             for_each_batch(network, batches, take_and_count, **settings)
 
     def _reading(self) -> dict[str, Any]:
-        """How images are read, as `plain_batches` takes it."""
+        """The arguments of `plain_batches` that say how images are read."""
         return {"batch": self.batch, "num_workers": self.num_workers, "corrupt": self.loader.corrupt}
 
     def _batches(self, split: str, indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
@@ -286,20 +302,21 @@ class FeatureStore:
 
 
 def _nothing(features_bD: Tensor, labels_b: Tensor) -> None:
-    """A `take` of the ranks that nothing arrives on."""
+    """The `take` of ranks that receive no features."""
 
 
 def require_classes(train: Source, test: Source) -> None:
-    """Every class of the test images is among the training images.
+    """Check that the training images have every class of the test images.
 
     Raises:
-        ValueError: one is not; it is named.
+        UserError: a class is missing; the message names it.
     """
     unseen = np.setdiff1d(labels_of(test), labels_of(train))
     if len(unseen):
         names = [test.classes[c] if test.classes else str(c) for c in unseen]
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise UserError(
-            f"{test.name}: expected no class that {train.name} has no image of, got {len(names)}: {shown}. Nothing can"
-            " be right about their images: give training images of them, or take the class out of the test images"
+            f"{test.name}: expected no class that {train.name} has no image of, got {len(names)}: {shown}. No"
+            " image of these classes could be classified correctly: add training images of them, or remove them from"
+            " the test images"
         )

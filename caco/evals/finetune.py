@@ -1,4 +1,4 @@
-"""Fine-tuning the whole network on all labels or on a few per cent of them."""
+"""Fine-tunes the whole network on all labels, or on a few per cent of them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,22 +20,25 @@ from caco.runs.paths import expanded, read_text
 
 
 class FineTune(Evaluator):
-    """Test accuracy after fine-tuning a copy of the backbone: `finetune_top1`, or `semi_<percent>_top1` of a share of
-    the labels; what is changed of the recipe stands in the name (caco/metrics.py).
+    """Test accuracy, percent, after fine-tuning a copy of the backbone: `finetune_top1`, or `semi_<percent>_top1` for a
+    share of the labels. Changed settings of the recipe appear in the name (caco/metrics.py).
 
     Source: SimCLR (arXiv 2002.05709), Appendix B.5, for 1 % and 10 % of the labels.
 
     Args:
-        name: semi, finetune, or one of your own.
-        fractions: shares of each training class whose labels are used, each drawn by the seed, at least one image a
-            class.
-        lists: instead of a draw, a text file for each share: names of image files, one a line (SimCLR publishes those
-            of ImageNet: google-research/simclr, imagenet_subsets/1percent.txt and 10percent.txt).
-        epochs: for each share.
-        batch: at most; smaller where there are fewer labels, and the rate with it.
-        lr ... interpolation: see Recipe.
-        frozen_below: of smaller shares than this the linear classifier alone learns, on the frozen backbone.
-        when: "epoch" (while training, and at its end) or "end".
+        name: name of the recipe: semi, finetune, or one of your own.
+        fractions: shares of each training class whose labels are used. Each share is drawn by the seed and has at least
+            one image of each class.
+        lists: instead of a draw, a text file for each share with the names of its image files, one a line. SimCLR
+            publishes lists for ImageNet: google-research/simclr, imagenet_subsets/1percent.txt and 10percent.txt.
+        epochs: number of epochs for each share.
+        batch: number of images in a step, at most; with fewer labels the batch is smaller, and the learning rate with
+            it.
+        lr, reference_batch, momentum, nesterov, weight_decay, unit, scale, interpolation: see Recipe.
+        frozen_below: for shares smaller than this, only the linear classifier is trained, on the frozen backbone.
+        when: "epoch" (during training and at its end) or "end".
+    Raises:
+        UserError: fractions, epochs and lists do not match.
     """
 
     on_all_ranks = True
@@ -93,10 +96,10 @@ class FineTune(Evaluator):
         ]
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
-        """Draws the images whose labels are used, or finds those of the lists.
+        """Choose the images whose labels are used: draw them, or find those of the lists.
 
         Raises:
-            ValueError: no labels; a list that is not there, or names an image that is not.
+            UserError: there are no labels, a list is missing, or a list names an image that does not exist.
         """
         labels, test_labels = store.labels("fine-tuning")
         train, _ = store.splits.labelled("fine-tuning")
@@ -109,7 +112,8 @@ class FineTune(Evaluator):
         ]
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (`<protocol>_top1`, percent), and `<protocol>_top5` of more than five classes, for each share."""
+        """Yields (`<protocol>_top1`, percent) for each share; with more than five classes, (`<protocol>_top5`, percent)
+        too."""
         store = self._store
         train, test = store.splits.labelled("fine-tuning")
         for name, share, recipe, frozen in zip(self.protocols, self._shares, self.recipes, self.frozen, strict=True):
@@ -134,7 +138,7 @@ def listed(source: Source, path: str) -> np.ndarray:
     """Positions in the source, ascending, of the image files that a text file names, one a line.
 
     Raises:
-        ValueError: no such file, a source that is not files, a name that is not in it or twice.
+        UserError: the file is missing, the source's images are not files, or a name is unknown or repeated.
     """
     file = expanded(path)
     if not file.is_file():

@@ -1,4 +1,5 @@
-"""How features lie on the sphere, without labels: alignment, uniformity, effective rank, signs of collapse.
+"""How features are distributed on the unit sphere, without labels: alignment, uniformity, effective rank, signs of
+collapse.
 
 Shapes: N images, D feature width.
 """
@@ -21,7 +22,7 @@ from caco.ranges import Several, held
 
 
 def alignment(a_ND: Tensor, b_ND: Tensor) -> float:
-    """Mean squared distance of the unit features of two views of an image: 0 where they agree, 2 where they are
+    """Mean squared distance between the unit features of two views of an image: 0 if they agree, 2 if they are
     unrelated.
 
     Source: Wang and Isola (arXiv 2005.10242), alpha = 2.
@@ -31,8 +32,8 @@ def alignment(a_ND: Tensor, b_ND: Tensor) -> float:
 
 @full_float32()
 def uniformity(x_ND: Tensor, *, block: int = 1024) -> float:
-    """log of the mean of exp(-2 |x - y|^2) over pairs of different images' unit features: 0 where all coincide, about
-    -4 where they are spread evenly in many dimensions.
+    """log of the mean of exp(-2 |x - y|^2) over pairs of different images' unit features: 0 if all coincide, about -4
+    if they are spread evenly in many dimensions.
 
     Source: Wang and Isola (arXiv 2005.10242), t = 2.
     """
@@ -42,20 +43,24 @@ def uniformity(x_ND: Tensor, *, block: int = 1024) -> float:
 
 
 class Geometry(Evaluator):
-    """Label-free numbers of the features of some of the images that were pre-trained on.
+    """Label-free measures of the features of some of the pre-training images:
 
-    geometry/alignment (two augmented views), geometry/uniformity, geometry/rank_me (of D), geometry/rank_share (rank_me
-    / D), geometry/spread (mean over dimensions of the unit features' standard deviation, times sqrt(D): 1 where they
-    are spread evenly, 0 where they coincide), geometry/mean_cosine (of different images: 1 where all point one way),
-    geometry/dead_dimensions (percent that hardly vary). Of another number of images: geometry_images-512/...
-    (caco/metrics.py).
+    - geometry/alignment: of two augmented views, see `alignment`;
+    - geometry/uniformity: see `uniformity`;
+    - geometry/rank_me: the effective rank, at most D; geometry/rank_share is rank_me / D;
+    - geometry/spread: mean over dimensions of the unit features' standard deviation, times sqrt(D): 1 if the features
+      are spread evenly, 0 if they coincide;
+    - geometry/mean_cosine: over pairs of different images: 1 if all features point the same way;
+    - geometry/dead_dimensions: percent of the dimensions that hardly vary.
+
+    Another number of images appears in the names: geometry_images-512/... (caco/metrics.py).
 
     Args:
-        images: how many, drawn by the seed; all where there are fewer.
-        when: "epoch" (while training, and at its end) or "end".
+        images: number of images, drawn by the seed; all if there are fewer.
+        when: "epoch" (during training and at its end) or "end".
     """
 
-    on_all_ranks = True  # they share the reading
+    on_all_ranks = True  # the ranks share the reading of images
 
     @held
     def __init__(self, *, images: Several = 2048, when: Literal["epoch", "end"] = "end") -> None:
@@ -63,7 +68,7 @@ class Geometry(Evaluator):
         self.protocol = metrics.geometry(images=images)
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
-        """Draws the images; needs no labels."""
+        """Draw the images; no labels are needed."""
         source = store.splits.pretrain
         chosen = choose(None, min(self.images, len(source)), len(source), seed=seed, balanced=False)
         self._store, self._seed = store, seed
@@ -92,12 +97,12 @@ class Geometry(Evaluator):
         yield f"{self.protocol}/dead_dimensions", 100 * (std_D < 1e-3 / math.sqrt(width)).double().mean().item()
 
     def _two_views(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
-        """Features of the first two views of the images, row by row of the same image."""
+        """Features of the first two views, [M, D] float64 each; row i of both is of the same image."""
         store = self._store
         batch = min(store.batch, len(self._source))
         loader = store.loader.bind(self._source, store.views, batch=batch, seed=self._seed)
         try:
-            # Both views of a batch one after the other; of the last, partial batch there are none.
+            # The two views of a batch come one after the other. The last, partial batch of images is left out.
             pieces = ((view, one.index) for one in loader.epoch(0) for view in one.views[:2])
             x_MD, _ = extract(backbone, pieces, device=store.device, precision=store.precision)
         finally:

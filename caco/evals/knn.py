@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour accuracy of frozen features, exact and in bounded memory.
+"""Weighted k-nearest-neighbour accuracy of frozen features; the search is exact and its memory bounded.
 
 Shapes: Q queries, N rows of the feature bank, D feature width, C classes, k neighbours.
 """
@@ -23,10 +23,10 @@ _LAST_INDEX = 2**32 - 1
 
 
 def _ordered_keys(sim_QN: Tensor, first_index: int) -> Tensor:
-    """One int64 a pair that sorts by similarity, then by the smaller index: so equal similarities rank
-    deterministically.
+    """An int64 for each pair whose order is that of similarity, and then of the smaller index; so equal similarities
+    are ranked deterministically.
 
-    The bits of a float32 order like integers once those of negative numbers are inverted.
+    The bits of float32 numbers have the order of integers once those of negative numbers are inverted.
     """
     bits = (sim_QN + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     bits = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
@@ -35,7 +35,7 @@ def _ordered_keys(sim_QN: Tensor, first_index: int) -> Tensor:
 
 
 def _read_keys(key_Qk: Tensor) -> tuple[Tensor, Tensor]:
-    """Similarities float32 and indices int64 that the keys were made of."""
+    """The similarities float32 and indices int64 in keys from `_ordered_keys`."""
     bits = (key_Qk >> 32).int()
     sim = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).view(torch.float32)
     return sim, _LAST_INDEX - (key_Qk & _LAST_INDEX)
@@ -45,14 +45,15 @@ def _read_keys(key_Qk: Tensor) -> tuple[Tensor, Tensor]:
 def nearest(
     query_QD: Tensor, bank_ND: Tensor, *, k: int, block: int = 2048, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """The k most similar bank rows of each query by cosine, most similar first, ties by the smaller index.
+    """Find the k rows of the bank that are most similar to each query by cosine, most similar first, ties by the
+    smaller index.
 
-    Holds block x (block + k) similarities and keys, twice block x D features, and Q x k keys at a time on `device`.
+    On `device` it holds block x (block + k) similarities and keys, twice block x D features, and Q x k keys at a time.
 
     Returns:
         similarities [Q, k] float32 and bank indices [Q, k] int64, on the CPU.
     Raises:
-        ValueError: k is not in [1, N], widths differ, block < 1.
+        ValueError: k is not in [1, N], the widths differ, or block < 1.
     """
     if query_QD.ndim != 2 or bank_ND.ndim != 2 or query_QD.shape[1] != bank_ND.shape[1]:
         raise ValueError(f"expected [Q, D] and [N, D], got {list(query_QD.shape)} and {list(bank_ND.shape)}")
@@ -60,8 +61,8 @@ def nearest(
         raise ValueError(f"k: expected 1 to {len(bank_ND)}, the size of the feature bank, got {k}")
     if block < 1:
         raise ValueError(f"block: expected at least 1, got {block}")
-    # The bank, which may be mapped from a file larger than memory, is gone through once; the queries for each of its
-    # blocks.
+    # The bank may be mapped from a file larger than memory, so it is read only once; the queries are read again for
+    # each of its blocks.
     best = [torch.empty(len(query), 0, dtype=torch.int64, device=device) for query in query_QD.split(block)]
     for first in range(0, len(bank_ND), block):
         rows = F.normalize(bank_ND[first : first + block].to(device, torch.float32), dim=1)
@@ -74,11 +75,12 @@ def nearest(
 
 
 def knn_votes(sim_Qk: Tensor, label_Qk: Tensor, *, temperature: float, num_classes: int) -> Tensor:
-    """Votes [Q, C] float64: each neighbour gives its class exp(sim / temperature), up to a factor for each query.
+    """Votes [Q, C] float64: each neighbour gives its class exp(sim / temperature), up to a common factor for each
+    query.
 
-    The factor, exp(-largest sim / temperature), keeps small temperatures finite and changes no winner.
+    The factor, exp(-largest sim / temperature), prevents overflow at small temperatures and changes no winner.
 
-    Source: Wu et al. 2018 (arXiv 1805.01978), Section 3.4; the paper's and MoCo's monitors.
+    Source: Wu et al. 2018 (arXiv 1805.01978), Section 3.4; CaCo's and MoCo's monitors during training use it too.
     """
     sim_Qk = sim_Qk.double()
     weight_Qk = ((sim_Qk - sim_Qk.amax(dim=1, keepdim=True)) / temperature).exp()
@@ -96,35 +98,37 @@ def knn_predict(
     block: int = 2048,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Class [Q] with the most votes among each query's k nearest bank rows; of equal votes the smaller class."""
+    """The class [Q] with the most votes among each query's k nearest bank rows; of equal votes the smaller class
+    number."""
     sim_Qk, index_Qk = nearest(query_QD, bank_ND, k=k, block=block, device=device)
     return knn_votes(sim_Qk, label_N[index_Qk], temperature=temperature, num_classes=num_classes).argmax(dim=1)
 
 
 def balanced_share(labels: np.ndarray, *, fraction: float, seed: int) -> np.ndarray:
-    """Sorted indices of a random share of each class, at least one image of each; fraction 1 takes all."""
+    """Sorted indices of a random share of each class, at least one image of each; a fraction of 1 takes all."""
     chosen = []
     for c in np.unique(labels):
         members = np.flatnonzero(labels == c)
         size = max(1, round(fraction * len(members)))
-        # A stream for each class: adding a class changes no other's share.
+        # Each class has its own random stream, so that adding a class does not change the shares of others.
         chosen.append(np.random.default_rng([seed, c]).permutation(members)[:size])
     return np.sort(np.concatenate(chosen))
 
 
 def first_share(source: Source, labels: np.ndarray, *, fraction: float) -> np.ndarray:
-    """Sorted indices of the first int(fraction * n) of each class's n images, at least one of each, in the order of
-    their files' folders and then names; where they are no files, in that of the set (which `caco.write` takes from the
-    files that it reads).
+    """Sorted indices of the first int(fraction * n) of each class's n images, but at least one. If the images are
+    files, they are ordered by folder and then by name; otherwise they are in the order of the set (`caco.write` keeps
+    the order of the files that it reads).
 
-    Source: CaCo's published code, data_processing/imagenet.py: the images of its k-NN monitor (which has none of a
-    class of four).
+    Source: CaCo's published code, data_processing/imagenet.py: the images of its k-NN monitor. That code takes no image
+    from a class of four at a fraction of 20 %.
     """
     are_files = len(source) > 0 and source.path(0) is not None
     chosen = []
     for c in np.unique(labels):
         members = np.flatnonzero(labels == c)
-        if are_files:  # a class at a time: names of all of ImageNet's images would take a third of a gigabyte
+        # One class at a time, because the names of all of ImageNet's images would take a third of a gigabyte.
+        if are_files:
             members = np.array(sorted(members.tolist(), key=lambda index: _folder_and_name(source, index)))
         chosen.append(members[: max(1, int(fraction * len(members)))])
     return np.sort(np.concatenate(chosen))
@@ -137,20 +141,20 @@ def _folder_and_name(source: Source, index: int) -> tuple[str, str]:
 
 
 class KNN(Evaluator):
-    """k-NN top-1 accuracy on the test set with (a share of) the training set as the feature bank, percent:
+    """k-NN top-1 accuracy on the test set, percent, with the training set or a share of it as the feature bank:
     `knn20_top1`, `knn20_20pct_top1`, ... (caco/metrics.py).
 
     Args:
-        k: neighbours that vote.
+        k: number of neighbours that vote.
         temperature: a neighbour's weight is exp(cosine / temperature).
         fraction: share of each training class that forms the bank.
-        choice: which images these are: "random", drawn once by the seed; or the "first" by the names of their files,
-            rounded down to whole images, as in the published code.
-        block: queries and bank rows compared at a time: bounds memory.
-        when: "epoch" (while training, and at its end) or "end".
+        choice: which images form this share: "random" draws them once by the seed; "first" takes the first ones by file
+            name, rounded down to whole images, as in the published code.
+        block: number of queries and of bank rows compared at a time; it bounds memory.
+        when: "epoch" (during training and at its end) or "end".
     """
 
-    on_all_ranks = True  # they share the reading
+    on_all_ranks = True  # the ranks share the reading of images
     needs_labels = True
     bounded = {"k": "fraction"}
 
@@ -176,10 +180,10 @@ class KNN(Evaluator):
         self.protocol = metrics.knn(k=k, temperature=temperature, fraction=fraction, choice=choice)
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
-        """Draws or picks the bank's images.
+        """Choose the images of the bank.
 
         Raises:
-            ValueError: no labels, or fewer images in the bank than k.
+            UserError: there are no labels, or fewer images in the bank than k.
         """
         labels, test_labels = store.labels("k-NN")
         self._store = store

@@ -1,4 +1,4 @@
-"""Linear evaluation: a linear classifier on a frozen backbone, trained on crops and flips as the papers do."""
+"""Linear evaluation: a linear classifier on a frozen backbone, trained on random crops and flips as in the papers."""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -17,13 +17,14 @@ from caco.ranges import Count, NonNegative, Several, Share, ShareBelowOne, Share
 class Linear(Evaluator):
     """Test accuracy of the classifier after the LAST epoch: `<protocol>_top1` (and `_top5`), percent.
 
-    Nothing is chosen on the test images: they are looked at once.
+    The test images are used once, at the end; nothing is chosen on them.
 
     Args:
-        name: of the recipe: linear, linear_lightly or linear_moco, whose changes stand in the names of the results
-            (linear_batch-256_top1: caco/metrics.py), or one of your own.
-        epochs ... drop_last: see Recipe.
-        when: "epoch" (while training, and at its end) or "end".
+        name: name of the recipe: linear, linear_lightly or linear_moco, or one of your own. For these three, changed
+            settings appear in the names of the results, as in linear_batch-256_top1 (caco/metrics.py).
+        epochs, batch, lr, reference_batch, momentum, weight_decay, larc, trust_coefficient: see Recipe.
+        schedule, milestones, decay, unit, scale, interpolation, drop_last: see Recipe.
+        when: "epoch" (during training and at its end) or "end".
     """
 
     on_all_ranks = True
@@ -73,23 +74,24 @@ class Linear(Evaluator):
         self.protocol = metrics.linear(name=name, **vars(self.recipe))
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
-        """Looks whether the images suffice.
+        """Check that the images suffice.
 
         Raises:
-            ValueError: no labels, fewer training images than a batch.
+            UserError: there are no labels, or fewer training images than a batch.
         """
         labels, test_labels = store.labels("linear evaluation")
         if len(labels) < self.recipe.batch:
             raise UserError(
                 f"batch: expected at most the {len(labels)} training images, got {self.recipe.batch}; take a smaller"
-                " one, with which the rate goes (lr * batch / reference_batch), or eval=[probe], which has no batch"
+                " batch (the learning rate, lr * batch / reference_batch, follows it), or eval=[probe], which has no"
+                " batch"
             )
         self._store, self._seed = store, seed
         self._test_labels = torch.from_numpy(test_labels)
         self._num_classes = int(labels.max()) + 1
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (`<protocol>_top1`, percent) and, of more than five classes, (`<protocol>_top5`, percent)."""
+        """Yields (`<protocol>_top1`, percent) and, with more than five classes, (`<protocol>_top5`, percent)."""
         store = self._store
         train, _ = store.splits.labelled("linear evaluation")
         network = train_classifier(

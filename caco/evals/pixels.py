@@ -1,11 +1,11 @@
-"""Raw pixels as features: what any encoder has to beat."""
+"""Raw pixels as features: a baseline that any encoder should beat."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class RawPixels(nn.Module):
-    """Images [B, C, H, W] to their pixels [B, C s s], larger ones averaged down to s = 32."""
+    """Turns images [B, C, H, W] into their pixels [B, C s s]; larger images are averaged down to s = 32."""
 
     def __init__(self, size: int, *, channels: int = 3, largest: int = 32) -> None:
         super().__init__()

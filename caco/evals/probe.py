@@ -17,18 +17,18 @@ from caco.ranges import AboveZero, Count, held
 
 
 class Probe(Evaluator):
-    """Top-1 accuracy on the test set of a linear classifier of the training set's features: `probe_top1`, percent
-    (another l2 stands in the name: caco/metrics.py).
+    """Top-1 accuracy on the test set of a linear classifier of the training set's features: `probe_top1`, percent. A
+    changed l2 appears in the name (caco/metrics.py).
 
-    Deterministic: one strength for all, no augmentation, nothing chosen on the test set.
+    The result is deterministic: the penalty is fixed, there is no augmentation, and nothing is chosen on the test set.
 
     Args:
         l2: penalty, see caco.evals.logistic.objective; features are standardised first.
-        max_iterations: of L-BFGS.
-        when: "epoch" (while training, and at its end) or "end".
+        max_iterations: maximum number of L-BFGS iterations.
+        when: "epoch" (during training and at its end) or "end".
     """
 
-    on_all_ranks = True  # they share the reading
+    on_all_ranks = True  # the ranks share the reading of images
     needs_labels = True
 
     @held
@@ -39,10 +39,10 @@ class Probe(Evaluator):
         self.protocol = metrics.probe(l2=l2, max_iterations=max_iterations)
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
-        """Takes the labels; nothing is drawn, so the seed is of no consequence.
+        """Get the labels. Nothing is drawn, so the seed has no effect.
 
         Raises:
-            ValueError: no labels.
+            UserError: there are no labels.
         """
         labels, test_labels = store.labels("a linear probe")
         self._store = store
@@ -56,7 +56,7 @@ class Probe(Evaluator):
         test_ND = self._store.features(backbone, "test")
         if not distributed.is_main():
             return
-        x_ND = Standardised.of(train_ND.to(device))  # on a CPU the store's own, no copy
+        x_ND = Standardised.of(train_ND.to(device))  # on a CPU this is the store's own tensor, without a copy
         weight_DC, bias_C = fit(
             x_ND,
             self._labels.to(device),

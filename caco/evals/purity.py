@@ -1,7 +1,7 @@
-"""What a bank's positives are worth, by labels that the training never sees: how often a key's row stands for its own
-class.
+"""Measures the bank's positives with labels that the training never sees: how often a key's positive row stands for the
+key's own class.
 
-Shapes: A anchors, N training images, R rows that are looked at, D embedding width.
+Shapes: A anchors, N training images, R rows, D embedding width.
 """
 
 from collections.abc import Iterator
@@ -25,22 +25,22 @@ from caco.ranges import Several, held
 
 
 class Purity(Evaluator):
-    """Of the test images, whose keys choose rows of the bank as a query's positive (Eq. 11), the share whose row stands
-    for their class.
+    """The share of test images whose positive row in the bank (Eq. 11) stands for their own class.
 
-    A row is no image and has no class; it stands for that of the training image whose key is nearest to it. The keys
-    are the momentum encoder's, of plain views. purity/positives: percent of the test images whose row is of their own
-    class. purity/chance: the same for a row drawn at random, on average. Of another number of images:
-    purity_images-512/... (caco/metrics.py).
+    A row belongs to no image and has no class; it stands for the class of the training image whose key is nearest to
+    it. Keys are embeddings of plain views by the momentum encoder, or by the encoder if the method has none.
+    purity/positives: percent of the test images whose positive row is of their own class. purity/chance: the same for
+    a row drawn at random, on average. Another number of images appears in the names: purity_images-512/...
+    (caco/metrics.py).
 
     Args:
-        images: test images, drawn by the seed; all where there are fewer.
-        train_images: training images that rows are compared with, drawn by the seed; all where there are fewer.
-        rows: drawn by the seed, for the chance; all where there are fewer.
-        when: "epoch" (while training, and at its end) or "end".
+        images: number of test images, drawn by the seed; all if there are fewer.
+        train_images: number of training images to compare rows with, drawn by the seed; all if there are fewer.
+        rows: number of rows for purity/chance, drawn by the seed; all if there are fewer.
+        when: "epoch" (during training and at its end) or "end".
     """
 
-    on_all_ranks = True  # the bank's rows lie on all of them
+    on_all_ranks = True  # the rows of the bank are divided among the ranks
     needs_labels = True
     needs_method = True
 
@@ -57,7 +57,7 @@ class Purity(Evaluator):
         self.protocol = metrics.purity(images=images, train_images=train_images, rows=rows)
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
-        """Draws the images.
+        """Draw the images.
 
         Raises:
             UserError: there are no labels.
@@ -72,12 +72,13 @@ class Purity(Evaluator):
             self._labels[split] = torch.from_numpy(labels[split][chosen])
 
     def attach(self, method: nn.Module) -> None:
-        """
+        """Get the bank and the encoder of keys from the method.
+
         Raises:
-            UserError: there is no bank whose rows keys choose.
+            UserError: the method has no bank.
         """
         if getattr(method, "bank", None) is None:
-            raise UserError("looks into the bank, and this method has none; leave it out")
+            raise UserError("needs a bank, and this method has none; leave it out")
         parts = dict(method.named_children())
         self._bank = cast(Bank, parts["bank"])
         self._key_encoder = parts["twin"].get_submodule("encoder") if "twin" in parts else parts["encoder"]
@@ -109,6 +110,6 @@ class Purity(Evaluator):
 
     @full_float32()
     def _classes(self, m_RD: Tensor, k_ND: Tensor) -> Tensor:
-        """The class that each row stands for, int64 [R]."""
+        """The class that each row of m_RD stands for, int64 [R]; k_ND are the training images' keys."""
         _, image_R1 = nearest(m_RD.cpu().float(), F.normalize(k_ND, dim=1), k=1)
         return self._labels["train"][image_R1[:, 0]]

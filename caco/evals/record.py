@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: a file for each result, rows in the ledger, the summary."""
+"""Stores the results of an evaluation: a file for each result, rows in the ledger, and the summary."""
 
 import sys
 import time
@@ -26,18 +26,23 @@ from caco.tracking.sync import last_status
 class Record:
     """The results of one evaluation command in a directory.
 
-    evaluations/NAME-KEY.json holds what an evaluator gave, and of what; its key says of what, so the same question is
-    answered from there. Ledger, MLflow and summary.json get the same numbers by name, those of other data than the
-    run's as DATA/NAME (DATA-DIGEST/NAME where only the images are others), of an evaluator's set as SET-DIGEST/NAME if
-    this directory first knew other images by the set's name, of the baselines as untrained/NAME and pixels/NAME. What
-    training measured at this step stays: where an evaluation with the same protocol gives another number (another seed,
-    precision, batch, ...), that one is in its file alone.
+    evaluations/NAME-KEY.json holds an evaluator's results and everything that decides them, of which KEY is a hash. So
+    a repeated evaluation takes its results from that file. Ledger, MLflow and summary.json get the same numbers under
+    these names:
+
+    - NAME for results on the run's own data;
+    - DATA/NAME for another data set, or DATA-DIGEST/NAME if the data set is the same but its images are others;
+    - SET-DIGEST/NAME for an evaluator's own set, if this directory first knew other images under the set's name;
+    - untrained/NAME and pixels/NAME for the baselines.
+
+    Results that training measured at this step are kept. If an evaluation with the same protocol gives another number,
+    because of another seed, precision or batch, that number is only in its file.
 
     Args:
-        results_dir: where they go.
-        cfg: of the evaluation.
+        results_dir: the directory for the results.
+        cfg: configuration of the evaluation.
         tracker: as in training.
-        step: of the checkpoint.
+        step: step of the checkpoint.
         path: the file that is evaluated.
         is_run: whether results_dir is the run's own directory.
     """
@@ -54,12 +59,12 @@ class Record:
         self._sets_of: dict[str, dict[str, str]] = {}
 
     def open(self) -> str:
-        """Open the ledger behind its last row; returns the status that the run had."""
+        """Open the ledger to append to it; returns the status that the run had."""
         about = read_json(self.dir / "tracking.json")
         status = last_status(self.dir)[0] if about else "FINISHED"
         ledger = Ledger(self.dir / "ledger.jsonl")
         self._rows = recorded.read(self.dir).rows
-        if self.is_run:  # only training's rows say how many epochs are over
+        if self.is_run:  # only rows that training wrote have the number of epochs
             measured = [
                 row for row in self._rows if row["kind"] == "eval" and row["step"] == self.step and "epochs" in row
             ]
@@ -70,7 +75,7 @@ class Record:
             tags=about.get("tags", {**self._environment, "weights": str(self.path)}),
             run_name=about.get("run_name", self.dir.name),
             state={"rows": len(ledger)},
-            sweep=about.get("sweep"),  # a job of a sweep stays one
+            sweep=about.get("sweep"),  # keeps a job of a sweep in its sweep
         )
         return "FINISHED" if status == "RUNNING" else status
 
@@ -78,7 +83,7 @@ class Record:
         self.tracker.finish(status, read_json(self.dir / "summary.json"))
 
     def made_from(self, name: str, evaluation: Evaluation, encoder: nn.Module) -> dict[str, Any]:
-        """All that decides an evaluator's numbers, as plain values."""
+        """Everything that decides an evaluator's numbers, as plain values."""
         store, evaluator = evaluation.store, evaluation.evaluators[name]
         splits, views, node = store.splits, store.views, plain(self.cfg)["eval"][name]
         sources = {"pretrain": splits.pretrain, "train": splits.train, "test": splits.test}
@@ -100,7 +105,7 @@ class Record:
         }
 
     def known(self, prefix: str, name: str, made_from: dict[str, Any]) -> bool:
-        """Whether this question was answered before; the answer then counts as one of this command's results."""
+        """Whether the same evaluation was done before. If so, its stored results become results of this command."""
         values = read_json(self._file(name, made_from)).get("results")
         if values is None:
             return False
@@ -110,7 +115,7 @@ class Record:
     def add(
         self, prefix: str, name: str, made_from: dict[str, Any], values: dict[str, float], *, seconds: float
     ) -> None:
-        """Write one evaluator's results down; what this returns from survives a kill."""
+        """Store one evaluator's results. After this returns, they survive even a kill of the process."""
         file = self._file(name, made_from)
         file.parent.mkdir(exist_ok=True)
         about = {
@@ -130,8 +135,8 @@ class Record:
         for key in named.keys() & self._of_training.keys():
             if named[key] != self._of_training[key]:
                 print(
-                    f"caco: {key}: training measured {self._of_training[key]:.6g}, which stays; the {named[key]:.6g} of"
-                    f" this evaluation is in {self._file(name, made_from)} alone",
+                    f"caco: {key}: training measured {self._of_training[key]:.6g}, which is kept; the {named[key]:.6g}"
+                    f" of this evaluation is in {self._file(name, made_from)} only",
                     file=sys.stderr,
                 )
         new = {key: value for key, value in named.items() if key not in self._of_training}
@@ -145,12 +150,13 @@ class Record:
             write_json(summary, {**recorded.read(self.dir).summary, **new})
 
     def _of_other_data(self) -> str:
-        """ "" on the images of the run's own evaluations; else what the names of the results begin with."""
+        """The beginning of the results' names: "" for the images of the run's own evaluations, else DATA/ or
+        DATA-DIGEST/."""
         if not self.is_run or not (self.dir / "config.yaml").is_file():
             return ""
         recorded = read_json(self.dir / "images.json").get(
             "images", {}
-        )  # by digest; runs of earlier versions have none
+        )  # digests by split; runs of earlier versions have none
         elsewhere = ("data.root", "data.download", "data.in_memory_mb", *(["data.labelled_root"] if recorded else []))
         theirs, ours = (
             {key: value for key, value in flat({"data": tree["data"]}).items() if key not in elsewhere}
@@ -162,14 +168,15 @@ class Record:
         return f"{self._data_name()}-{differ[-1]}/" if differ else ""
 
     def _of_other_sets(self, sets: dict[str, str]) -> dict[str, str]:
-        """What the names of results begin with, by set: "" of the images that this directory first knew by that name,
-        else SET-DIGEST/.
+        """For each of an evaluator's own sets, the beginning of its results' names: "" for the images that this
+        directory first knew under the set's name, else SET-DIGEST/.
         """
         file = self.dir / "images.json"
         about = read_json(file)
         first: dict[str, str] = dict(about.get("sets", {}))
         for read in (*about.get("epoch", {}).values(), *about.get("end", {}).values()):
-            first |= read if isinstance(read, dict) else {}  # training's own count, whatever was evaluated before
+            # The images that training used take precedence over those of other evaluations.
+            first |= read if isinstance(read, dict) else {}
         if sets.keys() - first.keys():
             write_json(file, {**about, "sets": {**sets, **first}})
         return {name: "" if first.get(name, digest) == digest else f"{name}-{digest}/" for name, digest in sets.items()}
@@ -181,7 +188,7 @@ class Record:
         return self.dir / "evaluations" / f"{name}-{key_of(made_from)}.json"
 
     def table(self) -> str:
-        """The results, a line each, beside those of the baselines where there are any."""
+        """The results as text, a line each, with columns for the baselines if there are any."""
         names = [name for name in self.results if not name.startswith(metrics.BASELINES)]
         columns = {"": "trained"} | {
             b: b.rstrip("/") for b in metrics.BASELINES if any(r.startswith(b) for r in self.results)
@@ -195,8 +202,8 @@ class Record:
 
 
 def _of_set(key: str, beginnings: dict[str, str]) -> str:
-    """What the name of a result begins with: its set stands in its last part, as in transfer/cars_top1, if there are
-    several.
+    """The beginning of a result's name. If an evaluator has several sets, the last part of the name begins with the
+    set, as in transfer/cars_top1.
     """
     measure = key.rpartition("/")[2]
     named = [name for name in beginnings if len(beginnings) == 1 or measure.startswith(f"{name}_")]

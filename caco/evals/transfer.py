@@ -1,5 +1,5 @@
-"""Transfer: logistic regression of frozen features on other sets, its strength chosen on validation images, tested
-once.
+"""Transfer evaluation: logistic regression of frozen features on other image sets. Its strength is chosen on validation
+images, and the test images are used once.
 
 Shapes: N images, C classes.
 """
@@ -30,28 +30,34 @@ PUBLISHED = (
 
 
 class Transfer(Evaluator):
-    """Each set's metric on its test images: `<protocol>/<set>_<metric>`, percent; also the strength that was chosen and
-    the gradient's largest entry at the optimum. The protocol is `transfer`, what is changed of it stands in its name
+    """Each set's metric on its test images, percent: `<protocol>/<set>_<metric>`; also the chosen strength and the
+    largest entry of the gradient at the optimum. The protocol is called `transfer`; changed settings appear in its name
     (caco/metrics.py).
 
-    Protocol of SimCLR (arXiv 2002.05709, B.8) and BYOL (arXiv 2006.07733, D.1): features of the frozen backbone,
-    shorter side resized (bicubic), centre crop, no augmentation; L2-regularised multinomial logistic regression by
-    L-BFGS; 45 strengths between 1e-6 and 1e5 tried on the validation images, the strongest of equals taken; refitted on
-    training and validation images; the test images scored once. VOC2007: one class against the rest, mean of the
-    classes' 11-point average precisions. A set that is not there is named with what to fetch, and the others go on.
+    The protocol is that of SimCLR (arXiv 2002.05709, B.8) and BYOL (arXiv 2006.07733, D.1). Features are the frozen
+    backbone's, for images whose shorter side is resized (bicubic) and whose centre is cropped, without augmentation. An
+    L2-regularised multinomial logistic regression is fitted by L-BFGS with each of 45 strengths between 1e-6 and 1e5.
+    The best on the validation images is taken, the strongest of equally good ones, and fitted again on training and
+    validation images; the test images are scored once. For VOC2007 each class is regressed against the rest, and the
+    metric is the mean of the classes' 11-point average precisions. A missing set is reported with what to download, and
+    the others are evaluated.
 
     Args:
         root: the folder that holds the sets.
-        sets: the published ones, or folders of your own below root (train/ and test/ of class folders).
-        size: pixels of the centre crop.
-        num_strengths, weakest, strongest: lambda of sum_i loss_i + lambda / 2 |W|^2, evenly spaced in the logarithm.
-        max_iterations, tolerance: of L-BFGS; it ends where no entry of the gradient of the mean loss is above
-            tolerance.
-        when: "epoch" (while training, and at its end) or "end".
+        sets: the published sets, or folders of your own below root (train/ and test/ of class folders).
+        size: side of the centre crop in pixels.
+        num_strengths, weakest, strongest: the values of lambda in sum_i loss_i + lambda / 2 |W|^2; they are evenly
+            spaced in the logarithm.
+        max_iterations, tolerance: L-BFGS stops when no entry of the mean loss's gradient is above tolerance, or after
+            max_iterations.
+        when: "epoch" (during training and at its end) or "end".
+    Raises:
+        UserError: sets are missing or repeated, or weakest is above strongest.
     """
 
-    on_all_ranks = True  # they share the reading
-    reads_photographs = True  # of its own: no backbone for data.channels goes (caco/config/channels_needed.py)
+    on_all_ranks = True  # the ranks share the reading of images
+    # Its own photographs, so a backbone for data.channels cannot be evaluated (caco/config/channels_needed.py).
+    reads_photographs = True
 
     @held
     def __init__(
@@ -84,11 +90,11 @@ class Transfer(Evaluator):
         )
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
-        """Finds the sets; says what is missing.
+        """Find the sets and report the missing ones.
 
         Raises:
-            ValueError: no root, none of the sets is there, one is damaged, has a class in its test images alone, or
-                tests on images that it trains on.
+            UserError: there is no root, none of the sets is there, or a set is damaged, has a class only in its test
+                images, or tests on images that it or the run trains on.
         """
         if self.root is None or not expanded(self.root).is_dir():
             raise UserError(
@@ -101,7 +107,7 @@ class Transfer(Evaluator):
             except MissingSet as error:
                 missing.append(str(error))
         for line in missing:
-            store.say(f"transfer goes on without {line}")
+            store.say(f"transfer skips a set that is not there: {line}")
         if not self._found:
             raise UserError("none of the sets is there:\n" + "\n".join(missing))
         found = distributed.all_objects([one.name for one in self._found])
@@ -109,7 +115,7 @@ class Transfer(Evaluator):
             raise UserError(f"root: expected every rank to see the same sets in {self.root}, got, by rank, {found}")
         for one in self._found:
             self._check(one)
-        crop = View(scale=[1.0, 1.0])  # a kind of view is needed and none is drawn
+        crop = View(scale=[1.0, 1.0])  # `Views` needs a kind of view, but none is drawn
         like = store.views
         self._views = Views(
             size=self.size, views={"none": crop}, mean=like.mean, std=like.std, plain_crop=1.0,
@@ -122,12 +128,12 @@ class Transfer(Evaluator):
             require_classes(found.train, found.validation)
             require_classes(found.train, found.test)
         for source in (found.train, found.validation, found.test):
-            source.look(self._store.say)  # all ranks together, where one alone would ask for their keys
+            source.look(self._store.say)  # all ranks read together; otherwise one rank alone would, for the cache keys
         for source in (found.train, found.validation, self._store.splits.pretrain):
             self._store.refuse_shared(source, found.test)
 
     def inputs(self) -> list[Any]:
-        """What the numbers depend on besides the arguments: the sets that were found, by name and content."""
+        """What the numbers depend on besides the arguments: the sets that were found, by name and cache key."""
         key = self._store.key_of
         return [[s.name, key(s.train), key(s.validation), key(s.test)] for s in self._found]
 
@@ -135,8 +141,8 @@ class Transfer(Evaluator):
         return {s.name: digest_together([s.train, s.validation, s.test]) for s in self._found}
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (`<protocol>/<set>_<metric>`, percent), (`..._strength`, lambda) and (`..._gradient`, largest
-        entry).
+        """Yields (`<protocol>/<set>_<metric>`, percent), (`<protocol>/<set>_strength`, lambda) and
+        (`<protocol>/<set>_gradient`, largest entry).
         """
         for one in self._found:
             yield from self._one(backbone, one)
@@ -180,7 +186,11 @@ def _labels(source: Source, store: FeatureStore) -> Tensor:
 
 
 def score(logits_NC: Tensor, labels: np.ndarray, metric: str) -> Iterator[tuple[str, float]]:
-    """(metric, percent); of VOC2007's also (`ap_per_image`, percent), the variant that AdCo's code reports."""
+    """Yields (metric, percent). For VOC2007 also (`ap_per_image`, percent), the variant that AdCo's code reports.
+
+    Args:
+        metric: top1, mean_per_class or map11.
+    """
     if metric == "map11":
         yield (
             "map11",
@@ -189,7 +199,8 @@ def score(logits_NC: Tensor, labels: np.ndarray, metric: str) -> Iterator[tuple[
                 average_precision_11(logits_NC[:, c].double().numpy(), labels[:, c]) for c in range(labels.shape[1])
             ),
         )
-        # Over the classes of an image instead of the images of a class; not comparable with any mean average precision.
+        # This ranks the classes of each image instead of the images of each class, so it cannot be compared with any
+        # mean average precision.
         some = (labels == 1).any(axis=1)
         yield (
             "ap_per_image",
@@ -204,14 +215,14 @@ def score(logits_NC: Tensor, labels: np.ndarray, metric: str) -> Iterator[tuple[
 
 
 def average_precision_11(scores: np.ndarray, marks: np.ndarray) -> float:
-    """Average precision as PASCAL VOC 2007 defines it: the mean over recalls 0, 0.1, ..., 1 of the best precision at a
-    recall no smaller.
+    """Average precision as PASCAL VOC 2007 defines it: the mean, over the recalls 0, 0.1, ..., 1, of the best precision
+    at this or a larger recall.
 
     Args:
-        scores: [N]; equal ones rank in the images' order.
-        marks: [N], 1 present, 0 absent, -1 left out.
+        scores: [N]; images with equal scores are ranked in their order.
+        marks: [N]; 1 present, 0 absent, -1 ignored.
     Raises:
-        ValueError: nothing is present.
+        ValueError: the class is present in no image.
     """
     kept = marks >= 0
     order = np.argsort(-scores[kept], kind="stable")
@@ -220,5 +231,5 @@ def average_precision_11(scores: np.ndarray, marks: np.ndarray) -> float:
         raise ValueError("average precision: expected at least one image in which the class is present, got none")
     hits = np.cumsum(present)
     precision = hits / np.arange(1, len(hits) + 1)
-    # In integers: 3 of 10 images are a recall of exactly 0.3.
+    # Recalls are compared as integers, so that 3 of 10 images are a recall of exactly 0.3.
     return float(sum(precision[10 * hits >= tenth * hits[-1]].max() for tenth in range(11))) / 11

@@ -1,4 +1,4 @@
-"""What a run is called where several are compared, and what its sweep is called."""
+"""The names of a run and of its sweep where several runs are shown side by side."""
 
 import json
 import os
@@ -12,16 +12,16 @@ from hydra.conf import HydraConf
 from caco.config import continued
 from caco.runs.identity import is_neutral, key_of
 
-SWEEP = "CACO_SWEEP"  # the environment variable that tells a sweep's jobs, wherever they run, which sweep they are of
+SWEEP = "CACO_SWEEP"  # the environment variable that tells a job, wherever it runs, to which sweep it belongs
 
 
 @dataclass(frozen=True)
 class Label:
-    """What a run is called where several are compared.
+    """How a run is labelled where several are compared.
 
-    name: what was overridden, as typed; in a sweep only what tells its runs apart.
+    name: the overrides as typed; in a sweep only those that differ between its runs.
     choices: group -> chosen option, such as {"pn": "both", "bank": "8M"}.
-    sweep: as a tracker's start() takes it, or None.
+    sweep: in the form of a tracker's start(), or None.
     evaluators: the options of `eval`.
     """
 
@@ -32,13 +32,13 @@ class Label:
 
 
 def label(hydra_cfg: HydraConf) -> Label:
-    """Of a run that Hydra has composed; `hydra_cfg` is Hydra's own part."""
+    """The label of a run that Hydra has composed; `hydra_cfg` holds Hydra's own settings."""
     overrides = list(hydra_cfg.overrides.task)
     sweep = json.loads(os.environ.get(SWEEP, "null"))
     varied = [item for item in overrides if sweep and key_of(item) in sweep["keys"]]
     chosen = {**continued.choices(), **hydra_cfg.runtime.choices}
     choices = {group: option for group, option in chosen.items() if option and "/" not in group}
-    # Hydra does not say among the choices what a command line chooses of a group of which there may be several.
+    # For `eval`, of which several options can be chosen, Hydra's choices do not show what the command line chose.
     evaluators = next(
         (item.partition("=")[2] for item in reversed(overrides) if item.startswith("eval=")),
         str(choices.get("eval", "")),
@@ -47,12 +47,14 @@ def label(hydra_cfg: HydraConf) -> Label:
 
 
 def title(overrides: Iterable[str], *, limit: int = 200) -> str:
-    """What a command line changed, as it was typed, without what cannot change a number."""
+    """The overrides of a command line as typed, without those that cannot change a number."""
     return " ".join(item for item in overrides if not is_neutral(key_of(item)))[:limit] or "default"
 
 
 def sweep_label(overrides: Iterable[str], keys: Iterable[str], num_jobs: int) -> str:
-    """The value of SWEEP for the jobs of a command line that varies `keys`; its order makes no other sweep."""
+    """The value of SWEEP for the jobs of a command line that varies `keys`. The order of the overrides does not
+    matter.
+    """
     overrides = list(overrides)
     name = " ".join(sorted(item for item in overrides if not is_neutral(key_of(item))))
     return json.dumps({"name": name, "title": title(overrides), "keys": sorted(keys), "jobs": num_jobs})

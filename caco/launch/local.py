@@ -1,4 +1,4 @@
-"""Jobs as processes of this machine, through submitit."""
+"""Runs jobs as processes of this machine, through submitit."""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ class Local:
     """Jobs as processes of this machine, a few at a time.
 
     Args:
-        gpus_per_job: each job sees the first so many.
-        tasks_per_job: processes a job; null is one per GPU.
-        parallel: jobs at the same time.
+        gpus_per_job: number of GPUs of a job. Every job sees the same first ones.
+        tasks_per_job: number of processes of a job; null is one per GPU.
+        parallel: number of jobs at the same time.
         setup: shell lines before each job.
     """
 
@@ -31,20 +31,20 @@ class Local:
         self._running: dict[str, Any] = {}
 
     def check(self, cfg: DictConfig) -> None:
-        """Refuse a batch that the ranks cannot share, GPUs that would not be used, and more of them than there are."""
+        """Refuse a batch that the ranks cannot share, GPUs that would not be used, and more GPUs than there are."""
         check_ranks(cfg, self.ranks, self.gpus)
         if self.gpus:
-            import torch  # seconds, and only here
+            import torch  # takes seconds, so only if GPUs are asked for
 
             demand(
                 "gpus_per_job",
                 self.gpus,
                 self.gpus <= (n := torch.cuda.device_count()),
-                f"at most {n}, as this machine has",
+                f"at most {n}, the number of this machine's GPUs",
             )
 
     def submit(self, jobs: list[Job], folder: Path, code: Path) -> list[str]:
-        """Start the jobs, which then run `code`; their process ids."""
+        """Start the jobs, which run the copy of the code in `code`; returns their process ids."""
         from submitit import LocalExecutor
         from submitit.core.utils import environment_variables
 

@@ -1,4 +1,4 @@
-"""Jobs in SLURM's queue, through submitit."""
+"""Runs jobs in SLURM's queue, through submitit."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from caco.errors import UserError
 from caco.launch.jobs import Job, check_ranks, demand, environment_of_jobs
 from caco.ranges import AboveZero, Count, Natural, held
 
-# The outcome of jobs that are no longer in SLURM's hands; every other state means wait.
+# States of a job that has ended; in every other state the sweep waits for it.
 ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
     "PREEMPTED",
@@ -29,21 +29,21 @@ class Slurm:
     Args:
         partition, account, qos, constraint: as sbatch takes them; null leaves the choice to the cluster.
         nodes, gpus_per_node: of each job.
-        tasks_per_node: processes a node; null is one per GPU.
-        cpus_per_task, mem_gb: of a process, and of a node; null is the cluster's default.
+        tasks_per_node: number of processes on a node; null is one per GPU.
+        cpus_per_task, mem_gb: CPUs of a process, and memory of a node; null is the cluster's default.
         hours: time limit of one turn in the queue; a run that needs longer saves and queues again.
-        signal_minutes: so long before the limit it is told to.
-        max_timeouts: so many turns it may take up.
-        max_crashes: so often a job that something killed (no memory left, a lost process) queues again.
-        parallel: jobs of the sweep that run at the same time.
+        signal_minutes: minutes before the limit at which the run is told to save and stop.
+        max_timeouts: the number of times that a run may reach the limit and queue again.
+        max_crashes: the number of times that a killed job (out of memory, a lost process) queues again.
+        parallel: number of jobs of the sweep that run at the same time.
         setup: shell lines before the job, such as `module load cuda`.
-        sbatch: any other option of sbatch by its long name, or null.
+        sbatch: any other options of sbatch by their long names, or null.
         srun: further arguments of srun.
     Raises:
-        ValueError: a number that makes no sense.
+        ValueError: a number is out of its range.
     """
 
-    needs_refill = False  # the queue holds any number; SLURM starts `parallel` of them at a time
+    needs_refill = False  # the queue takes any number of jobs; SLURM starts `parallel` of them at a time
 
     @held
     def __init__(
@@ -72,7 +72,7 @@ class Slurm:
         demand("gpus_per_node", gpus_per_node, gpus_per_node >= 0, "0 or more")
         demand("tasks_per_node", tasks_per_node, tasks >= 1, "null or at least 1")
         demand("hours", hours, hours > 0, "more than 0")
-        # Else each turn would be a step or two; SLURM may send the signal a minute early.
+        # Otherwise a turn could be over after a step or two. SLURM may send the signal up to a minute early.
         demand("signal_minutes", signal_minutes, 0 < signal_minutes <= hours * 30, "at most half of launcher.hours")
         demand("parallel", parallel, parallel >= 1, "at least 1")
         self.partition, self.ranks, self.cpus = partition, nodes * tasks, tasks * (cpus_per_task or 1)
@@ -93,7 +93,8 @@ class Slurm:
             "signal_delay_s": math.ceil(signal_minutes * 60),
             "array_parallelism": parallel,
             "additional_parameters": {"requeue": True, **(sbatch or {})},
-            # One rank that fails ends the others at once: those that linger keep nodes and, unkillable, drain them.
+            # If one rank fails, the others end at once. Ranks that linger keep their nodes busy; if they cannot be
+            # killed, SLURM drains the nodes.
             "srun_args": ["--kill-on-bad-exit=1", "--open-mode=append", *srun],
         }
         self._wanted = {key: value for key, value in wanted.items() if value is not None}
@@ -102,16 +103,17 @@ class Slurm:
         """Refuse, before anything is queued, what this cluster cannot run.
 
         Raises:
-            ValueError: no SLURM here; no such partition; more than it has; a batch that ranks cannot share.
+            UserError: no SLURM on this machine, no such partition, more resources than it has, or a batch that the
+                ranks cannot share.
         """
         if not all(shutil.which(command) for command in ("sbatch", "squeue", "sinfo", "scontrol")):
             raise UserError(
-                "launcher=slurm needs SLURM's commands, sbatch and others: run this on a login node, or take"
-                " launcher=local"
+                "launcher=slurm needs SLURM's commands such as sbatch, which are not here: run this on a login node, or"
+                " use launcher=local"
             )
         check_ranks(cfg, self.ranks, self.gpus_per_node)
-        # Partition (* is the default one), its time limit, GPUs and so on a node, nodes, CPUs a node; a line for each
-        # kind.
+        # One line for each kind of node: partition (* marks the default), its time limit, GPUs and the like on a node,
+        # number of nodes, CPUs of a node.
         listed = [
             line.split("|") for line in _slurm("sinfo", "--noheader", "--format=%P|%l|%G|%D|%c").stdout.splitlines()
         ]
@@ -122,8 +124,8 @@ class Slurm:
             raise UserError(f"launcher.partition: expected one of {', '.join(sorted(names))}, got {self.partition}")
         ours = [line[1:] for line in listed if line[0].rstrip("*") in chosen]
         if not ours:
-            return  # no default partition: sbatch says so
-        # Most clusters take what exceeds these and let it wait for ever.
+            return  # without a default partition sbatch reports the error
+        # Most clusters accept a job that exceeds these limits and let it wait for ever.
         has = {
             "hours": max(_hours(limit) for limit, *_ in ours),
             "gpus_per_node": max(
@@ -142,10 +144,10 @@ class Slurm:
             raise UserError(f"launcher: expected at most the {cpus} CPUs that a node of {where} has, got {self.cpus}")
 
     def submit(self, jobs: list[Job], folder: Path, code: Path) -> list[str]:
-        """Queue the jobs, which then run `code`; their ids, as squeue shows them.
+        """Queue the jobs, which run the copy of the code in `code`; returns their ids as squeue shows them.
 
         Raises:
-            ValueError: SLURM refuses them, in its words.
+            UserError: SLURM refuses the jobs; in SLURM's own words.
         """
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError
@@ -167,13 +169,13 @@ class Slurm:
             raise UserError(f"SLURM refuses the jobs: {_first_words(str(error))}") from error
 
     def states(self, ids: list[str]) -> dict[str, str]:
-        """The state of each job, and why it waits; UNKNOWN of all while SLURM does not answer."""
+        """The state of each job and why it waits; UNKNOWN for all of them if SLURM does not answer."""
         command = ("squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%i|%T|%r|%N")
         try:
             listed = _slurm(*command).stdout.splitlines()
         except UserError:
-            return {id: "UNKNOWN" for id in ids}  # a controller that restarts; the jobs do not mind
-        found = dict.fromkeys(ids, "ENDED")  # ended so long ago that SLURM has forgotten
+            return {id: "UNKNOWN" for id in ids}  # the controller may be restarting, which does not disturb the jobs
+        found = dict.fromkeys(ids, "ENDED")  # for jobs that ended so long ago that squeue does not list them
         for id, state, reason, nodes in (line.split("|") for line in listed):
             if id in found:
                 more = nodes or reason
@@ -184,13 +186,13 @@ class Slurm:
         return folder / id / f"{id}_0_log.err"
 
     def _teardown(self, folder: Path) -> list[str]:
-        """The job ends as its ranks did; what something killed queues again, some times."""
+        """Shell lines after the job: it ends with the exit code of its ranks, and queues again if it was killed."""
         crashes = shlex.quote(str(folder)) + "/crashes_$job"
         return [
             "status=$?",
-            # Of an array's last task SLURM_JOB_ID is the whole array's.
+            # In the last task of an array, SLURM_JOB_ID is the id of the whole array.
             "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
-            "# Above 128: ended by a signal, here any but SIGTERM and those that people send.",
+            "# Above 128: ended by a signal. These are all but SIGTERM and those that people send.",
             "case $status in 132|134|135|136|137|139)",
             f'  echo "$status" >> {crashes}',
             f'  if [ "$(wc -l < {crashes})" -le {self.max_crashes} ] && scontrol requeue "$job"; then',
@@ -212,16 +214,16 @@ def _hours(limit: str) -> float:
 
 
 def _slurm(*command: str) -> subprocess.CompletedProcess:
-    """Raises UserError with SLURM's own words where it fails."""
+    """Run a command of SLURM. Raises UserError, with SLURM's own words, if it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except subprocess.CalledProcessError as error:
         raise UserError(f"{command[0]}: {_first_words(error.stderr)}") from error
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"{command[0]} has not answered for a minute; is SLURM's controller up?") from error
+        raise UserError(f"{command[0]} has not answered for a minute; is SLURM's controller running?") from error
 
 
 def _first_words(text: str) -> str:
-    """What SLURM's command said: its error lines in one, without those of Python around it."""
+    """The error messages of a SLURM command in one line, without the Python text around them."""
     messages = [line.split("error: ", 1)[1] for line in text.splitlines() if re.match(r"\s*s\w+: error: ", line)]
     return "; ".join(messages) or text.strip()[-500:]

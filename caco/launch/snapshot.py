@@ -1,4 +1,4 @@
-"""A copy of this code, for jobs that start later than it may be edited."""
+"""Copies caco's code for jobs that start later, when the checkout may have been edited."""
 
 import hashlib
 import os
@@ -10,14 +10,15 @@ from caco.config.folders import CONF
 from caco.runs.environment import SOURCE, environment
 from caco.runs.files import remove_left_behind, write_json
 
-OWN = "config_dir"  # the folder of the user's own, in a copy
+OWN = "config_dir"  # name of the user's own folder within a copy
 
 
 def snapshot(folder: Path) -> Path:
-    """Copy caco, conf and the folder of --config-dir into a folder of `folder`, named by content and commit; Python's
-    path must begin with that.
+    """Copy caco, conf and the folder of --config-dir into a subfolder of `folder` that is named by content and commit.
+    Jobs must have the returned path first on Python's import path.
 
-    The copy has no Git: its source.json says which commit it is, and whether with changes (caco/runs/environment.py).
+    The copy has no Git repository; its source.json records the commit, and whether files were changed since
+    (caco/runs/environment.py).
     """
     package = Path(__file__).parents[1]
     parts = {package: "caco"} if CONF.is_relative_to(package) else {package: "caco", CONF: "conf"}
@@ -41,7 +42,7 @@ def snapshot(folder: Path) -> Path:
         try:
             aside.rename(target)
         except OSError:
-            shutil.rmtree(aside)  # another sweep was quicker
+            shutil.rmtree(aside)  # another sweep has made the same copy in the meantime
             if not target.exists():
                 raise
     return target

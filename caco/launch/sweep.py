@@ -1,6 +1,6 @@
-"""A sweep from submission to end: what is done is skipped, what runs is followed, what is left is submitted.
+"""Runs a sweep from submission to its end: skips finished jobs, follows running ones and submits the rest.
 
-All that is known of a job between two commands lies in its run directory: summary.json (done), job.json (where it was
+Between two commands, a job's state is kept in its run directory: summary.json (finished), job.json (where it was
 submitted), failure.txt (why it failed).
 """
 
@@ -27,30 +27,30 @@ from caco.tracking import recorded
 
 
 class SubmititLauncher(Launcher):
-    """What Hydra hands a sweep's jobs to under launcher=slurm and launcher=local.
+    """The launcher to which Hydra hands a sweep's jobs with launcher=slurm and launcher=local.
 
-    In place of hydra-submitit-launcher, of which nothing would be left: there a job that raises is COMPLETED, the sweep
-    ends with the first failure, and queued jobs compose what the checkout's conf/ says when they start.
+    It replaces hydra-submitit-launcher. There a job that raises counts as COMPLETED, the sweep ends with the first
+    failure, and a queued job composes whatever the checkout's conf/ says when it starts.
     """
 
-    __module__ = "hydra_plugins.caco_launcher"  # Hydra takes launchers from its own package only
+    __module__ = "hydra_plugins.caco_launcher"  # Hydra accepts launchers from its own package only
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        """One Job per list of overrides; returns when all have ended.
+        """Run one Job for each list of overrides; returns when all have ended.
 
         Raises:
             UserError: the cluster cannot run this.
-            SweepFailed: some have failed.
+            SweepFailed: some jobs have failed.
         """
         composed = [self.context.config_loader.load_sweep_config(self.config, list(item)) for item in job_overrides]
         launcher = composition.instantiate(self.config.launcher)
         jobs = []
         for number, cfg in enumerate(composed, start=initial_job_idx):
             with open_dict(cfg.hydra.job):
-                cfg.hydra.job.num = number  # as Hydra's own launcher: a directory may be named by it
+                cfg.hydra.job.num = number  # as in Hydra's own launcher, because a directory's name may contain it
             launcher.check(cfg)
             run_dir = Path(cfg.hydra.sweep.dir).absolute() / cfg.hydra.sweep.subdir
             jobs.append(Job(tuple(o for o in cfg.hydra.overrides.task if not _of_launcher(o)), run_dir))
@@ -71,18 +71,18 @@ def _returned(job: Job) -> JobReturn:
 
 
 def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
-    """Submit what is neither done nor in the queue, and say what happens to each job until all have ended.
+    """Submit the jobs that are neither finished nor in the queue, and print what happens to each until all have ended.
 
     Args:
-        folder: of the sweep; holds the jobs' logs and the code that they run.
+        folder: of the sweep; holds the jobs' logs and the copy of the code.
     Raises:
-        SweepFailed: some have failed.
+        SweepFailed: some jobs have failed.
     """
     waiting, active, begun = [], {}, []
     for job in jobs:
         submitted = read_json(job.run_dir / "job.json")
         if not _lacks(job):
-            _say(job, "is done already")
+            _say(job, "is finished already")
         elif submitted and _is_active(launcher, submitted["id"]):
             active[submitted["id"]] = job
             _say(job, f"is job {submitted['id']} already, submitted at {submitted['at']}")
@@ -119,18 +119,21 @@ def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
         if launcher.needs_refill:
             raise
         ids = " ".join(active)
-        print(f"\ncaco: the jobs go on; the same command follows them again, scancel {ids} ends them", file=sys.stderr)
+        print(
+            f"\ncaco: the jobs keep running; the same command follows them again, scancel {ids} ends them",
+            file=sys.stderr,
+        )
         sys.exit(130)
     _wait_for_results(jobs)
-    # A job that was refused in the directory of a run that is done has failed, too: failure.txt was removed before it
-    # began.
+    # failure.txt was removed before a job began, so one that exists now is of this attempt: a job that was refused in
+    # the directory of a finished run has failed too.
     failed = [job for job in jobs if _lacks(job) or (job in begun and (job.run_dir / "failure.txt").exists())]
     if failed:
         raise SweepFailed(_report(jobs, failed, states))
 
 
 def _tail(log: str, *, lines: int = 3) -> list[str]:
-    """The last lines of a job's log under a heading; nothing where there is none."""
+    """The last lines of a job's log under a heading; [] if there is no log."""
     path = Path(log)
     text = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
     last = [line.rstrip() for line in text if line.strip()][-lines:]
@@ -138,7 +141,7 @@ def _tail(log: str, *, lines: int = 3) -> list[str]:
 
 
 def _lacks(job: Job) -> str | None:
-    """What a run has not come to: its end, or an evaluation there."""
+    """What a job's run lacks: its end, or evaluations at its end; None if it is complete."""
     summary = read_json(job.run_dir / "summary.json")
     return "; ".join(metrics.missing_at_the_end(summary)) or None if summary else "its end"
 
@@ -149,7 +152,7 @@ def _is_active(launcher: Slurm | Local, id: str) -> bool:
 
 
 def _wait_for_results(jobs: list[Job], *, seconds: float = 5.0) -> None:
-    """A shared file system may show a file later than SLURM shows the end of the job that wrote it."""
+    """Wait for result files: a shared file system may show them later than SLURM shows the end of their job."""
     end = time.monotonic() + seconds
     results = ("summary.json", "failure.txt")
     while time.monotonic() < end and not all(any((job.run_dir / r).exists() for r in results) for job in jobs):
@@ -174,7 +177,7 @@ def _report(jobs: list[Job], failed: list[Job], states: dict[str, str]) -> str:
             ended = f" ({state})" if state in ENDED else ""
             why = "\n    ".join([f"the process ended without a result{ended}", *_tail(submitted["log"])])
         lines += [f"  {job.run_dir}", f"    {why}", f"    log: {submitted['log']}"]
-    lines.append("The same command again submits these and no others. One of them here, in this process:")
+    lines.append("Give the same command again to submit only these. To run one of them here, in this process:")
     words = [*folders.flag(), *failed[0].overrides]
     lines.append(f"  python -m caco.train {shlex.join(words)} hydra.run.dir={failed[0].run_dir}")
     return "\n".join(lines)

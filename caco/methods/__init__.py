@@ -1,3 +1,3 @@
-"""Methods, one file each: what the Trainer trains, behind the contract of base.py.
+"""The methods that the Trainer trains, one file each. All fulfil the contract in base.py.
 
-Not here: optimisers, precision, saving and the loop itself (caco/engine)."""
+Not here: optimisers, precision, saving and the training loop itself (caco/engine)."""

@@ -1,7 +1,8 @@
-"""What methods with prototypes share: fair assignments over all ranks, prediction across views, and how prototypes are
-used.
+"""What methods with prototypes share: balanced assignments over all ranks, the loss that predicts one view's assignment
+from another view, and statistics of how the prototypes are used.
 
-Shapes: B this rank's images, K prototypes, V views, T of them with a target.
+Shapes: B this rank's images, N this rank's images of the whole training set, K prototypes or labels, V views, T views
+that have a target.
 """
 
 import math
@@ -15,20 +16,22 @@ from torch.nn import functional as F
 from caco import distributed
 from caco.errors import UserError
 
-SMALLEST_EPSILON = 0.004  # exp(-2 / epsilon), of the farthest prototype, is a float64 down to 0.0029
+SMALLEST_EPSILON = 0.004  # float64 can represent exp(-2 / epsilon), of the farthest prototype, down to epsilon 0.0029
 
 
 @torch.no_grad()
 def balanced(score_BK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
-    """`equations.sinkhorn` of the images of all ranks together: soft codes [B, K] of this rank's, without gradient.
+    """SwAV's soft assignments of the images of all ranks together (`equations.sinkhorn`): returns those of this rank's
+    images, [B, K], without gradient. Each row sums to 1. A collective, in which each iteration sends K numbers.
 
-    Only the sums over images travel, K numbers an iteration.
-
+    Source: arXiv 2006.09882, Eqs. 3 to 5.
     Args:
-        score_BK: cosines; the ranks may have different numbers of images.
+        score_BK: cosines of embeddings and prototypes; the ranks may have different numbers of images.
+        epsilon: the smaller, the harder the assignments.
+        iterations: of the Sinkhorn algorithm.
     """
-    # In float64, because users take an epsilon of 0.01, where exp(1 / epsilon) is no float32. The sum over everything
-    # and the factors 1/K and 1/G of the equation cancel in what follows them.
+    # In float64, because float32 cannot hold exp(1 / epsilon) for an epsilon of 0.01, which users take. The equation's
+    # division by the total, and its factors 1/K and 1/B, cancel in the divisions that follow them.
     q_BK = ((score_BK.double() - 1) / epsilon).exp()
     for _ in range(iterations):
         q_BK = q_BK / distributed.sum_(q_BK.sum(0))
@@ -38,18 +41,21 @@ def balanced(score_BK: Tensor, *, epsilon: float, iterations: int) -> Tensor:
 
 @torch.no_grad()
 def balanced_labels(log_p_NK: Tensor, *, power: float, tolerance: float) -> Tensor:
-    """SeLa's labels of the images of all ranks together: int64 [N] of this rank's, so that the K labels have about as
-    many images each.
+    """SeLa's labels of the images of all ranks together, chosen so that each of the K labels has about equally many
+    images: returns those of this rank's images, int64 [N]. A collective, in which each iteration sends K numbers.
 
-    With P = p^power, c = 1/N' for N' images over all ranks: r = (1/K) / (P^T c), c' = (1/N') / (P r), again and again,
-    until the sum over images of |c / c' - 1|, looked at every tenth time, the first included, is at most `tolerance`;
-    then the largest r_k P_ik c_i. In float64. Only the sums over images travel, K numbers an iteration.
+    Let P = p^power, N' the number of images over all ranks, and c = 1/N' at first. Each iteration computes
+    r = (1/K) / (P^T c) and then c' = (1/N') / (P r). The iterations end when the sum over all images of |c / c' - 1|,
+    which is computed in the first and then in every tenth iteration, is at most `tolerance`. The label of image i is
+    the k with the largest r_k P_ik c_i. The arithmetic is float64.
 
     Source: arXiv 1911.05371; published code, sinkhornknopp.py: cpu_sk.
     Args:
         log_p_NK: log probabilities; the ranks may have different numbers of images.
+        power: the power of the probabilities; higher is nearer to each image's own most probable label.
+        tolerance: of the balance.
     Raises:
-        UserError: some label has a probability of 0 for every image, so no balance gives it any.
+        UserError: some label has a probability of 0 for every image, so it cannot be given to any.
     """
     p_NK = (log_p_NK.double() * power).exp_()
     num_images = distributed.sum_(p_NK.new_tensor(float(len(p_NK)))).item()
@@ -60,9 +66,9 @@ def balanced_labels(log_p_NK: Tensor, *, power: float, tolerance: float) -> Tens
         r_K = 1 / num_labels / distributed.sum_(p_NK.T @ c_N)
         if not r_K.isfinite().all():  # the same on every rank
             raise UserError(
-                f"{(~r_K.isfinite()).sum()} of {num_labels} labels have no probability for any image, to the power"
-                f" {power}: the network has collapsed, or method.power is too high; try a lower one, or a lower"
-                " optimizer.lr"
+                f"{(~r_K.isfinite()).sum()} of {num_labels} labels have a probability of 0 for every image, once raised"
+                f" to the power {power}: the network has collapsed, or method.power is too high; try a lower"
+                " method.power, or a lower optimizer.lr"
             )
         next_N = 1 / num_images / (p_NK @ r_K)
         if count % 10 == 0:
@@ -72,10 +78,15 @@ def balanced_labels(log_p_NK: Tensor, *, power: float, tolerance: float) -> Tens
 
 
 def cross_view_loss(targets: list[Tensor], scores: list[Tensor], temperature: float) -> Tensor:
-    """`equations.cross_view_loss`, with one softmax and one sum for each predicting view; a scalar.
+    """`equations.cross_view_loss`, a scalar, computed with only one softmax and one sum for each predicting view.
 
+    Source: SwAV (arXiv 2006.09882), Eqs. 1 and 6; DINO (arXiv 2104.14294), Eq. 3.
     Args:
-        targets: of the first T views [B, K] each, without gradient; rows sum to 1. scores: of all V views [B, K] each.
+        targets: the targets of the first T views, [B, K] each, without gradient; their rows sum to 1.
+        scores: the scores of all V views, [B, K] each.
+        temperature: that the scores are divided by.
+    Raises:
+        UserError: fewer than 2 views.
     """
     if len(scores) < 2:
         raise UserError(
@@ -89,24 +100,32 @@ def cross_view_loss(targets: list[Tensor], scores: list[Tensor], temperature: fl
 
 
 def entropy(p_BK: Tensor) -> Tensor:
-    """Of each row in nats, averaged; a scalar. log K where nothing is told apart."""
+    """The mean over the rows of their entropy in nats, a scalar. It is log K if all rows are uniform.
+
+    Args:
+        p_BK: probabilities, whose rows sum to 1.
+    """
     return torch.special.entr(p_BK).sum(1).mean()
 
 
 @torch.no_grad()
 def nearest_counts(score_BK: Tensor) -> Tensor:
-    """How many of all ranks' images have each prototype as their nearest, int64 [K]."""
+    """For each prototype the number of all ranks' images whose nearest prototype it is, int64 [K]. A collective.
+
+    Args:
+        score_BK: scores of this rank's images; the largest one's prototype is the nearest.
+    """
     nearest_B = score_BK.argmax(1)
     counts_K = torch.zeros(score_BK.shape[1], dtype=torch.int64, device=nearest_B.device)
     return distributed.sum_(counts_K.index_add_(0, nearest_B, torch.ones_like(nearest_B)))
 
 
 def use_statistics(uses_K: Tensor) -> dict[str, float]:
-    """How evenly the prototypes were used, from counts of `nearest_counts`.
+    """How evenly the prototypes were used, from int64 counts [K] as of `nearest_counts`; empty if all counts are 0.
 
-    prototypes/used: percent that were some image's nearest. prototypes/use_perplexity: exp of the entropy of the use,
-    the number of evenly used prototypes that would have it; 1 is collapse. prototypes/use_entropy: that entropy as a
-    share of even use's, percent.
+    prototypes/used: percent of the prototypes that were the nearest of some image. prototypes/use_perplexity: exp of
+    the entropy of the counts' distribution, which is the number of evenly used prototypes with the same entropy; 1
+    means collapse. prototypes/use_entropy: that entropy in percent of log K, its largest possible value.
     """
     total = uses_K.sum().item()
     if not total:
@@ -120,7 +139,9 @@ def use_statistics(uses_K: Tensor) -> dict[str, float]:
 
 
 def collapse(statistics: Mapping[str, Any]) -> str | None:
-    """What an epoch's statistics say of the prototypes' use; None where nothing is wrong."""
+    """A warning, as a part of a sentence, if an epoch's statistics show that almost all images have the same nearest
+    prototype; else None.
+    """
     perplexity = statistics.get("prototypes/use_perplexity")
     if perplexity is None or perplexity > 1.5:
         return None

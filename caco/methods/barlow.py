@@ -1,4 +1,5 @@
-"""Barlow Twins: the coordinates of two views' embeddings agree with themselves and with no other (arXiv 2103.03230).
+"""Barlow Twins: over the images, each coordinate of one view's embedding correlates with the same coordinate of the
+other view's and with no other coordinate (arXiv 2103.03230).
 
 Shapes: B this rank's images, D width of the embedding.
 """
@@ -15,21 +16,25 @@ from caco.ranges import AboveZero, NonNegative, held
 
 
 class BarlowTwins(Method):
-    """The correlations c of the coordinates of one view's embedding with the other's, over all ranks' images, are the
-    identity matrix.
+    """Makes the correlation matrix c, of the coordinates of one view's embedding with those of the other's over all
+    ranks' images, the identity matrix.
 
-    L = sum_d (c_dd - 1)^2 + lambda sum_{d != e} c_de^2, where c is a mean over images of products of coordinates that a
-    BatchNorm without scale and shift has made of mean 0 and variance 1. With small views, which Barlow Twins itself has
-    not: the mean of L over all pairs of a large view and another.
+    L = sum_d (c_dd - 1)^2 + lambda sum_{d != e} c_de^2, where c_de is the mean over the images of the product of two
+    coordinates, each brought to mean 0 and variance 1 by a BatchNorm without scale and shift. Barlow Twins itself has
+    no small views; with small views the loss is the mean of L over all pairs of a large view and another view.
 
-    The published code adds up c over W ranks without the gradient of the sum, so that it gets 1 / W of the gradient (W
-    = 16), to which LARS is blind but for parameters of one dimension and the decay: loss_scale=0.0625 does the same.
+    The published code sums c over W = 16 ranks without the gradient of that sum, and so gets 1 / W of the gradient.
+    LARS is invariant to that factor, except for parameters of one dimension and for the weight decay. loss_scale=0.0625
+    has the same effect.
 
     Args:
         encoder: its projector's output is the embedding.
         off_diagonal_weight: lambda.
         loss_scale: a factor on the loss. Other implementations have 0.1, or 0.024 in place of the second rate.
-        one_dimensional_rate: a factor on the learning rate of biases and BatchNorm; published 0.0048 of 0.2.
+        one_dimensional_rate: a factor on the learning rate of biases and BatchNorm parameters; published are 0.0048 for
+            these and 0.2 for the weights.
+
+    Source: arXiv 2103.03230.
     """
 
     needs = Needs(whole_batch=True)
@@ -52,11 +57,11 @@ class BarlowTwins(Method):
         )
 
     @property
-    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
+    def backbone(self) -> nn.Module:  # type: ignore[override] # as an attribute it would be in the state twice
         return self.encoder.backbone
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Weights, and parameters of one dimension at a rate of their own."""
+        """Two groups: the weights, and the parameters of one dimension, which have a learning rate of their own."""
         learning = [p for p in self.encoder.parameters() if p.requires_grad]
         return [
             ParameterGroup([p for p in learning if p.ndim > 1]),
@@ -75,12 +80,14 @@ class BarlowTwins(Method):
 
     @staticmethod
     def _terms(z_BD: Tensor, other_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the diagonal and of the rest of c; the same on every rank."""
+        """The sums of squares of c's diagonal minus 1 and of c's other elements; the same on every rank. A
+        collective.
+        """
         c_DD = distributed.sum_for_all(z_BD.T @ other_BD / (len(z_BD) * distributed.world()))
         return (c_DD.diagonal() - 1).square().sum(), off_diagonal(c_DD).square().sum()
 
     def costs(self, sizes: list[int]) -> Costs:
-        """The ranks add up c."""
+        """The bytes to sum over the ranks are those of c, D x D for each pair of views."""
         pairs = len(pairs_of(sizes))
         return Costs(
             encoded=list(range(len(sizes))), matrices=pairs, summed_bytes=4 * pairs * self.norm.num_features**2
@@ -88,8 +95,8 @@ class BarlowTwins(Method):
 
 
 def off_diagonal(x_DD: Tensor) -> Tensor:
-    """All but the diagonal, [D - 1, D], without a copy: behind its first element a matrix is rows of D elements and one
-    of the diagonal.
+    """All elements of a square matrix except its diagonal, [D - 1, D], without a copy. After its first element the
+    matrix is D - 1 times D elements off the diagonal followed by one of the diagonal.
     """
     dim = len(x_DD)
     return x_DD.flatten()[1:].view(dim - 1, dim + 1)[:, :-1]

@@ -1,8 +1,8 @@
 """The contract between a method and the Trainer, and nothing else.
 
-The Trainer knows steps, precision, the optimiser, cadence and saving. Everything that has a method's word in it (bank,
-twin, teacher, centre, queue, temperature, prototypes) is the method's, behind the members of `Method`. A method that
-nobody here wrote is a class that derives from it and defines `forward`.
+The Trainer is responsible for steps, precision, the optimiser, logging intervals and saving. Everything particular to a
+method (bank, twin, teacher, centre, queue, temperature, prototypes) belongs to the method, and the Trainer reaches it
+only through the members of `Method`. A method of your own is a class that derives from `Method` and defines `forward`.
 """
 
 from collections.abc import Mapping
@@ -17,26 +17,26 @@ from caco.data.loaders.images import Images
 from caco.methods import diagnostics
 from caco.schedules import RunShape, Table
 
-TRAINING = "training"  # the phase that the epochs are
+TRAINING = "training"  # name of the phase that consists of the epochs
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method needs of a batch and of the images; read before anything is built and by the Trainer.
+    """What a method needs of its batches and images. The validation reads it before anything is built, and so does the
+    Trainer.
 
-    A class that says it in plain keywords, as `needs = Needs(patches="shuffled")`, is read without being imported, so
-    that views which do not fit are refused at once; an instance may add to it.
+    A class that writes it in plain keywords, as `needs = Needs(patches="shuffled")`, is read without being imported, so
+    that unfit views are refused at once. An instance may add further needs.
 
-    whole_batch: the images of a batch meet one another in the loss, so that cutting it into parts (`accumulate`) would
-    change it. indices: something is kept for each training image, found by the batch's `index`; the constructor is
-    given `num_images`, how many
-        these are. (An unreadable image's stand-in has the other image's index, so that an image may be twice in a
-        batch.)
-    patches: whether one view of an image is cut into patches, and whether they come row by row or in a random order;
-        "none" refuses them.
-    num_patches: how many of an image; None: any square number.
-    lightness_first: the first channel is lightness, the two others colour (Lab, YDbDr, YCbCr), of images that have
-    some.
+    whole_batch: the loss compares the images of a batch with one another, so cutting the batch into parts
+        (`accumulate`) would change the loss.
+    indices: the method keeps something for each training image, found by the batch's `index`. Its constructor is then
+        given `num_images`, the number of training images. (An unreadable image is replaced by another image with that
+        one's index, so an index may occur twice in a batch.)
+    patches: whether one view of each image is cut into patches, and whether the patches come row by row or in a random
+        order; "none" refuses patches.
+    num_patches: the number of patches of an image; None: any square number.
+    lightness_first: the images' first channel must be lightness and the two others colour (Lab, YDbDr, YCbCr).
     """
 
     whole_batch: bool = False
@@ -48,13 +48,15 @@ class Needs:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run. The last one is the training, whose steps are the epochs'.
+    """A part of a run. The last phase is the training, which consists of the epochs.
 
     Args:
-        name: shown to people and in the record.
-        steps: how many; None for the training alone.
-        values: of the method's schedules, constant in this phase; the training's come from `Method.schedules`.
-        lr_factor: of the optimiser's rates, constant in this phase; the training's is the configured schedule's.
+        name: shown to users and written to the ledger.
+        steps: number of steps; None for the training, and only for it.
+        values: the values of the method's schedules, constant in this phase; in the training they come from
+            `Method.schedules`.
+        lr_factor: a factor on the optimiser's learning rates, constant in this phase; in the training the configured
+            schedule gives it.
     """
 
     name: str
@@ -65,16 +67,16 @@ class Phase:
 
 @dataclass(frozen=True)
 class Now:
-    """Where a run is, and this step's value of each of the method's schedules: `now["bank_lr"]`.
+    """The place of a step in the run, and this step's value of each of the method's schedules: `now["bank_lr"]`.
 
     Args:
         step: of the run, counted from 0.
-        phase: its name.
+        phase: name of the phase.
         step_in_phase: counted from 0.
         last_of_phase: whether the phase ends with this step.
         epoch, step_in_epoch: counted from 0; None before the training.
-        values: name -> value.
-        lr: the optimiser's rate, for what moves beside it as its parameters do (PIC's class weights).
+        values: schedule's name -> its value.
+        lr: the optimiser's learning rate, for a part that the method itself moves at that rate (PIC's class weights).
     """
 
     step: int
@@ -92,28 +94,35 @@ class Now:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a step takes beside the encoders' own arithmetic; for `caco.plan`.
+    """What a step computes, holds and sends beside the encoders' own arithmetic. `caco.plan` estimates time and memory
+    from it.
 
     Args:
-        encoded, followed: views that an encoder with gradient embeds, and a twin without.
-        terms: of the loss, each a row of logits a query.
-        bank_terms: of these over the bank's rows; searches, lookups: passes of all keys over the bank for a row, and
-            for its vector.
-        sums: of exponentials over the rows that a bank term's loss has where it is another than InfoNCE, else 0;
-            left_out: whether each query leaves one row out of them, which PyTorch does, in blocks, and no kernel.
-        candidates: rows that each query of a bank term looks for, drawn: of these, to make further negatives of them,
-            synthetic: so many.
-        columns_per_image: of a term, for each image of the global batch, beyond the bank's; columns: whatever the
-            batch.
-        drawn_terms, drawn_rows: terms that meet, instead of all rows of the bank, so many that are drawn for a query.
-        gathers, gathers_with_gradient: of one embedding of all ranks' images.
+        encoded: the views that an encoder embeds with gradient.
+        followed: the views that a twin embeds without gradient.
+        terms: number of terms in the loss; each has one row of logits for every query.
+        bank_terms: how many of these terms have the bank's rows among their logits.
+        searches: how many times all keys of a view search the bank for a row.
+        lookups: how many times all keys of a view fetch a row's vector from the bank.
+        sums: number of sums of exponentials over the rows in a bank term of a loss other than InfoNCE; 0 for InfoNCE.
+        left_out: whether each query leaves one row out of these sums; no kernel can do that, so PyTorch does, in
+            blocks.
+        candidates: number of nearest rows that each query of a bank term looks for, to make negatives from them.
+        drawn: number of draws from these candidates for each query.
+        synthetic: number of negatives made from the drawn rows for each query.
+        columns_per_image: columns of a term's logits beside the bank's rows, for each image of the global batch.
+        columns: columns of a term's logits beside the bank's rows, independent of the batch.
+        drawn_terms: number of terms in which a query meets drawn rows instead of all rows of the bank.
+        drawn_rows: number of rows that are drawn for a query in such a term.
+        gathers: how many times one embedding of each image is gathered from all ranks.
+        gathers_with_gradient: how many of these gathers pass a gradient back.
         prototypes: columns of the scores that each encoded view has.
-        matrices: of products of all images' embeddings, D x D, that the loss takes.
-        summed_bytes: of what the ranks add up besides gradients and BatchNorm.
-        pass_bytes: for each of a device's images of the training set, in a pass over all of them (SeLa).
-        together: whether the views of one size go through the backbone at once, and all through the projector.
-        patch_network: from patches [B, P, 3, h, w] to what the loss takes of them, with gradient; None where there are
-            none. plan runs it.
+        matrices: number of D x D matrices of products, over all images' embeddings, in the loss.
+        summed_bytes: bytes that the ranks sum, beside gradients and BatchNorm statistics.
+        pass_bytes: bytes held for each training image of a device in a pass over the whole set (SeLa).
+        together: whether views of one size go through the backbone at once, and all views through the projector.
+        patch_network: a module from patches [B, P, 3, h, w] to all that the loss takes of them, with gradient;
+            `caco.plan` runs it. None where there are no patches.
     """
 
     encoded: list[int]
@@ -142,10 +151,10 @@ class Costs:
 
 
 class Outputs(NamedTuple):
-    loss: Tensor  # scalar, this rank's part; the ranks' mean is the batch's loss
+    loss: Tensor  # scalar, the loss of this rank's images; the mean over the ranks is the batch's loss
     metrics: dict[str, Tensor]  # scalars without gradient
     embedding: Tensor | None = (
-        None  # [B, D] of the first view, by the encoder that learns, of any norm: signs of collapse are read there
+        None  # [B, D], the learning encoder's embedding of the first view, of any norm; it is watched for collapse
     )
 
 
@@ -154,13 +163,14 @@ class ParameterGroup:
     """Parameters that the optimiser treats alike.
 
     Args:
-        rate: a factor on the scheduled learning rate; or the name of a schedule whose value takes the place of its
-            factor.
-        decay: whether weight decay applies (where the optimiser excludes biases and norms, to the others).
-        decay_one_dimensional: whether it applies to biases and norms too, where the optimiser does not exclude them
-            (not in DINO).
-        frozen_steps: at the run's start, in which they do not move.
-        frozen_epochs: so, in epochs of the training (DINO's last layer).
+        parameters: the parameters.
+        rate: a factor on the scheduled learning rate; or the name of a schedule whose value takes the place of the
+            learning-rate schedule's factor.
+        decay: whether weight decay applies. An optimiser that excludes biases and norms still excludes them.
+        decay_one_dimensional: whether weight decay applies to biases and norms too, if the optimiser does not exclude
+            them (DINO: no).
+        frozen_steps: number of steps at the start of the run in which the parameters do not move.
+        frozen_epochs: number of epochs at the start of the training in which they do not move (DINO's last layer).
     """
 
     parameters: list[nn.Parameter]
@@ -174,73 +184,77 @@ class ParameterGroup:
 class Method(nn.Module):
     """What the Trainer trains. Subclasses define `forward` and `backbone`; every other member has a default.
 
-    All of a method's state that a step changes is in parameters and buffers, so that a checkpoint holds it.
+    All state that a step changes must be in parameters and buffers, so that a checkpoint holds it.
     """
 
     needs = Needs()
-    backbone: nn.Module  # what evaluators and exports see
-    against_collapse = "a lower optimizer.lr, a longer warm-up (schedule.warmup_epochs)"  # what helps, for `warning`
+    backbone: nn.Module  # the network that evaluators and exports take
+    against_collapse = "a lower optimizer.lr, a longer warm-up (schedule.warmup_epochs)"  # remedies shown by `warning`
 
     def phases(self, run: RunShape) -> list[Phase]:
-        """The parts of a run, in order; the training is the last."""
+        """The phases of a run, in order; the training is the last."""
         return [Phase(TRAINING)]
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
-        """Name -> one number for each step of the training, such as {"twin_momentum": cosine(run, 0.99, 1.0)}. All are
-        logged.
+        """A table with one number for each step of the training, by name, such as
+        {"twin_momentum": cosine(run, 0.99, 1.0)}. All of them are logged.
         """
         return {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """What the optimiser moves: by default all that takes a gradient, alike."""
+        """The parameters that the optimiser moves. By default one group of all that require a gradient."""
         return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
 
     def order(self, epoch: int) -> np.ndarray | None:
-        """The images of an epoch, int64, in an order of the method's own, the same on every rank; None: the
-        loader's.
+        """The indices of an epoch's images, int64, in an order that the method chooses, the same on every rank. None
+        leaves the order to the loader.
         """
         return None
 
     def before_epoch(self, now: Now, images: Images) -> None:
-        """Before the first step of an epoch, and not again when a run goes on in the middle of it."""
+        """Called before the first step of an epoch. A run that resumes in the middle of an epoch does not call it
+        again.
+        """
 
     def before_step(self, now: Now, images: Images) -> None:
-        """Before the forward pass: a twin that moves before the keys are computed, labels made anew in the middle of an
-        epoch.
+        """Called before the forward pass, for example to move a twin before it computes keys, or to make new labels in
+        the middle of an epoch.
         """
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
-        """The loss of a batch (or of a part of it, see `needs.whole_batch`) and named scalars. Changes nothing but
-        statistics.
+        """The loss of a batch, or of a part of it unless `needs.whole_batch`, and named scalars. Nothing but statistics
+        may change in it.
         """
         raise NotImplementedError
 
     def after_step(self, now: Now) -> None:
-        """After the optimiser's step: bank, queue, centre, a twin that moves after. Only a finite loss is followed by
-        it; on a GPU one step with another may be, before the run ends (caco/engine/losses.py).
+        """Called after the optimiser's step: a bank, a queue, a centre, or a twin that follows the optimiser's step is
+        updated here. The step is made only if the loss is finite; but on a GPU one step may be made with a loss that is
+        not, before the run ends (caco/engine/losses.py).
         """
 
     def after_phase(self, now: Now) -> None:
-        """After the last step of a phase: the twin becomes a copy at the end of a warm start."""
+        """Called after the last step of a phase, for example to make the twin a copy at the end of a warm start."""
 
     def overwritten(self) -> set[str]:
-        """Parts, by the names of children, that the run fills before it uses what they hold: weights from elsewhere
-        leave them out.
+        """Names of child modules that the run overwrites before it reads them. Weights from a file are not loaded into
+        these.
         """
         return set()
 
     def statistics(self) -> dict[str, float]:
-        """Once an epoch, of what has happened since the last call. A collective."""
+        """Named numbers about the time since the last call; called once an epoch. A collective."""
         return {}
 
     def warning(self, statistics: Mapping[str, Any]) -> str | None:
-        """What an epoch's values say of a training that has collapsed, and what helps; None where nothing is wrong.
+        """A warning, with remedies, if an epoch's values show that the training has collapsed; None where nothing is
+        wrong.
 
         Args:
-            statistics: those of `statistics`, and the epoch's means of loss, metrics and signs of collapse.
+            statistics: the values of `statistics`, and the epoch's means of loss, metrics and signs of collapse.
         """
         return diagnostics.collapse(statistics, self.against_collapse)
 
     def costs(self, sizes: list[int]) -> Costs:
-        """Of a step on views of these sizes, in pixels; by default every view is encoded once."""
+        """The costs of a step on views of these sizes in pixels. By default every view is encoded once."""
         return Costs(list(range(len(sizes))))

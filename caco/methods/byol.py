@@ -1,4 +1,4 @@
-"""BYOL: from one view of an image, predict the momentum twin's embedding of another (arXiv 2006.07733).
+"""BYOL: from one view of an image, predict the momentum twin's embedding of another view (arXiv 2006.07733).
 
 Shapes: B this rank's images, D width of the embedding.
 """
@@ -18,22 +18,25 @@ from caco.schedules import RunShape, Table, cosine
 
 
 class BYOL(Method):
-    """The prediction p of one view is to be the twin's embedding z' of the other, both on the unit sphere.
+    """Brings the prediction p from one view close to the twin's embedding z' of the other view, both scaled to norm 1.
 
     L = mean_i |n(p_1) - n(z'_2)|^2 + mean_i |n(p_2) - n(z'_1)|^2 = 4 - 2 cos(p_1, z'_2) - 2 cos(p_2, z'_1), from 0 to
-    8, where n(x) = x / sqrt(max(|x|^2, 1e-12)). Small views predict too and are not predicted; BYOL itself has none.
+    8, where n(x) = x / sqrt(max(|x|^2, 1e-12)). BYOL itself has no small views; here small views predict the large ones
+    and are not predicted themselves.
 
-    The published code trains a linear classifier on its features besides, in the same loss and without a gradient to
-    them; here an evaluator does so (eval=[probe]).
+    The published code also trains a linear classifier on the features, as a part of the same loss but without a
+    gradient to the features. Here an evaluator does that (eval=[probe]).
 
     Args:
-        encoder: its projector's output is what the predictor takes and what the twin's is compared with.
+        encoder: its projector's output is the predictor's input; the twin's output, which is predicted, is as wide.
         predictor_hidden_dim: width of the predictor's hidden layer.
-        predictor_initialisation: as `Projector`'s.
-        momentum, final_momentum: the twin's m at the start and the end of its cosine; it moves after the optimiser's
-            step.
+        predictor_initialisation: of the predictor's linear layers, as in `Projector`.
+        momentum, final_momentum: the twin's m at the start and the end of its cosine; the twin moves after the
+            optimiser's step.
         twin_initialisation: "random" draws the twin's first parameters anew, as published; "copy" takes the encoder's.
-        reduction: of the terms, "sum" as published, or "mean"; see `pair_terms`.
+        reduction: of the loss's terms, "sum" as published, or "mean"; see `pair_terms`.
+
+    Source: arXiv 2006.07733.
     """
 
     against_collapse = "a twin that follows more slowly (method.momentum), a longer warm-up, a lower optimizer.lr"
@@ -60,14 +63,16 @@ class BYOL(Method):
         self.momentum, self.final_momentum, self.reduction = momentum, final_momentum, reduction
 
     @property
-    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
+    def backbone(self) -> nn.Module:  # type: ignore[override] # as an attribute it would be in the state twice
         return self.encoder.backbone
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
         return {"twin_momentum": cosine(run, self.momentum, self.final_momentum)}
 
     def terms(self, sizes: list[int]) -> list[Term]:
-        """Of the loss on views of these sizes; the large ones come first and are predicted."""
+        """The loss's terms for views of these sizes in pixels. The large views come first; they are the predicted
+        ones.
+        """
         return terms_of(sizes, reduction=self.reduction)
 
     def forward(self, batch: Batch, now: Now) -> Outputs:

@@ -1,4 +1,4 @@
-"""Prototypes from clustering the embeddings of all images (PCL): k-means, and how wide each cluster is.
+"""Prototypes made by clustering the embeddings of all images (PCL): k-means, and the width of each cluster.
 
 Shapes: N images, D width of the embedding, K clusters.
 """
@@ -19,18 +19,18 @@ Library = Literal["sklearn", "faiss"]
 
 
 class Clusters(nn.Module):
-    """K centroids, how wide the cluster of each is, and the cluster of each image; the same on every rank. `make` fills
-    them.
+    """K centroids, the width of each one's cluster, and the cluster of each image, the same on every rank. `make` fills
+    them; before that they are zero.
 
     Args:
-        num_images: N.
-        number: K.
-        dim: D.
+        num_images: N, of the training set.
+        number: K, the number of clusters.
+        dim: D, the width of the embedding.
     """
 
-    centroids: Tensor  # [K, D], unit
-    width: Tensor  # [K], each cluster's own temperature
-    cluster: Tensor  # int32 [N]
+    centroids: Tensor  # [K, D], unit vectors
+    width: Tensor  # [K], the temperature that goes with each centroid
+    cluster: Tensor  # int32 [N], each image's cluster
 
     def __init__(self, *, num_images: int, number: int, dim: int):
         super().__init__()
@@ -42,11 +42,15 @@ class Clusters(nn.Module):
     def make(
         self, x_ND: Tensor, *, temperature: float, iterations: int, restarts: int, seed: int, library: Library
     ) -> None:
-        """Cluster all images' embeddings. A collective; rank 0 works while the others wait, however long.
+        """Cluster all images' embeddings. A collective: rank 0 does the work while the others wait without a time-out.
 
         Args:
-            x_ND: on rank 0 all images' unit embeddings, in order, in CPU memory; elsewhere not looked at.
-            temperature: the mean of the widths.
+            x_ND: on rank 0 all images' unit embeddings, in the order of the images, in CPU memory. The other ranks'
+                value is ignored.
+            temperature: the mean that the widths are scaled to.
+            iterations, restarts, seed, library: of `k_means`.
+        Raises:
+            UserError: every image has the same embedding.
         """
         if distributed.is_main():
             x = x_ND.numpy()
@@ -56,7 +60,7 @@ class Clusters(nn.Module):
             self.width.copy_(torch.from_numpy(widths(x, centroids, cluster, temperature)))
             self.centroids.copy_(
                 F.normalize(torch.from_numpy(centroids), dim=1)
-            )  # only now: members are at a distance from means
+            )  # normalised only after `widths`, which needs the distances from the plain means
             self.cluster.copy_(torch.from_numpy(cluster))
         distributed.wait_for_main()
         for values in (self.width, self.centroids, self.cluster):
@@ -66,12 +70,21 @@ class Clusters(nn.Module):
 def k_means(
     x: np.ndarray, number: int, *, iterations: int, restarts: int, seed: int, library: Library
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Means [K, D] and each vector's nearest mean, int64 [N]: Lloyd's iterations from `restarts` random choices, of
-    which the best counts.
+    """K-means: the means [K, D] and the index of each vector's nearest mean, int64 [N]. Lloyd's algorithm runs from
+    `restarts` random choices, and the best result counts.
 
-    The same for the same vectors and seed: scikit-learn works in one thread, for several add up in the order in which
-    they come. Faiss, which the published code takes (of more than 1000 vectors a cluster it takes as many at random),
-    has other random numbers.
+    The same vectors and seed give the same result: scikit-learn is held to one thread, because with several the order
+    of its sums varies. The published code uses Faiss, which draws other random numbers; if there are more than 1000
+    vectors a cluster, Faiss takes only so many, at random.
+
+
+    Args:
+        x: the vectors, [N, D].
+        number: K.
+        iterations: of Lloyd's algorithm, at most.
+        restarts: number of random choices to begin with.
+        seed: of these choices.
+        library: "sklearn" or "faiss".
     """
     if library == "faiss":
         import faiss
@@ -94,7 +107,7 @@ def k_means(
     with threadpool_limits(limits=1), warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", ConvergenceWarning
-        )  # fewer distinct vectors than clusters: the method says what has collapsed
+        )  # it warns of fewer distinct vectors than clusters, a collapse that the method's own warning names
         lloyd = KMeans(
             number, init="random", n_init=restarts, max_iter=iterations, tol=0.0, random_state=seed, algorithm="lloyd"
         )
@@ -103,10 +116,17 @@ def k_means(
 
 
 def widths(x: np.ndarray, centroids: np.ndarray, cluster: np.ndarray, temperature: float) -> np.ndarray:
-    """phi_c = mean distance of the members to their centroid / log(n_c + 10), [K]; of clusters with at most one member
-    the largest of all; then cut to the 10th and the 90th percentile, and scaled to a mean of `temperature`.
+    """The width of each cluster, [K]: phi_c = (mean distance of its members from its centroid) / log(n_c + 10), where
+    n_c is the number of members. A cluster with at most one member gets the largest width of all. The widths are
+    clipped to their 10th and 90th percentiles and scaled to a mean of `temperature`.
 
     Source: published code, main_pcl.py: run_kmeans.
+    Args:
+        x: the vectors, [N, D].
+        centroids: the clusters' means, [K, D].
+        cluster: each vector's cluster, int64 [N].
+    Raises:
+        UserError: every vector is the same.
     """
     total, count = np.zeros(len(centroids)), np.bincount(cluster, minlength=len(centroids))
     for start in range(0, len(x), 1 << 16):
@@ -126,7 +146,12 @@ def widths(x: np.ndarray, centroids: np.ndarray, cluster: np.ndarray, temperatur
 
 
 def check(num_images: int, numbers: list[int], library: str) -> None:
-    """Refuse numbers of clusters that so many images do not have, and a library that is not there."""
+    """Check PCL's settings.
+
+    Raises:
+        UserError: a number of clusters that is not from 2 to below `num_images`; an unknown library; or Faiss is not
+            installed.
+    """
     if library not in ("sklearn", "faiss"):
         raise UserError(f"method.library must be sklearn or faiss; got {library!r}")
     if not numbers or min(numbers) < 2 or max(numbers) >= num_images:
@@ -137,5 +162,5 @@ def check(num_images: int, numbers: list[int], library: str) -> None:
         )
     if library == "faiss" and not is_installed("faiss"):
         raise UserError(
-            "method.library=faiss: it is not installed; to have it: pip install faiss-cpu; or method.library=sklearn"
+            "method.library=faiss: faiss is not installed; run pip install faiss-cpu, or choose method.library=sklearn"
         )

@@ -1,6 +1,6 @@
-"""CMC: an image's lightness is to be told by its colours, and its colours by its lightness (arXiv 1906.05849).
+"""CMC: an image's colours have to identify its lightness, and its lightness its colours (arXiv 1906.05849).
 
-Shapes: B this rank's images, N views of these, D width of each of the two embeddings.
+Shapes: B this rank's images, N the embeddings of all views of these, D width of each of the two embeddings.
 """
 
 from typing import Literal
@@ -19,15 +19,18 @@ from caco.ranges import AboveZero, Count, NonNegative, Seed, held
 
 
 class CMC(InstDisc):
-    """L = L(c, bank of lightness) + L(l, bank of colours): l and c embed an image's first channel and its two others,
-    by networks of their own, and each is contrasted with the rows that the other has written. Both against the same
-    drawn rows; each bank has its own Z.
+    """L = L(c, bank of lightness) + L(l, bank of colours), where l embeds an image's first channel and c its two other
+    channels, by a network each. Each embedding is contrasted with the rows that the other kind of embedding has
+    written. Both meet the same drawn rows, and each part of the bank has a Z of its own.
 
     Args:
-        encoder: gives both embeddings side by side, [B, 2 D], none yet unit: a `GroupedProjector` on `ChannelGroups`.
-        bank: an `ImageBank` of two parts.
-        num_images, seed, temperature, loss, num_noise, epsilon: as in `InstDisc`. Of several views losses are averaged
-            there too.
+        encoder: gives both embeddings side by side, [B, 2 D], not normalised: a `GroupedProjector` on `ChannelGroups`.
+        bank: an `ImageBank` with two parts.
+        num_images, seed, temperature, loss, num_noise, epsilon: as in `InstDisc`, which also averages the losses of
+            several views.
+
+    Raises:
+        UserError: num_noise is None, or encoder and bank do not have two parts each.
     """
 
     needs = Needs(indices=True, lightness_first=True)
@@ -52,7 +55,7 @@ class CMC(InstDisc):
         )  # fmt: skip
         if num_noise is None:
             raise UserError(
-                "method.num_noise: this method's bank is contrasted with drawn rows alone; expected a number, got null"
+                "method.num_noise: this method can contrast with drawn rows only; expected a number, got null"
             )
         groups = getattr(encoder.projector, "groups", 1)
         if (groups, bank.parts) != (2, 2):
@@ -62,7 +65,7 @@ class CMC(InstDisc):
             )
 
     def embeddings(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit embeddings of lightness and colours, [B, D] each."""
+        """Unit embeddings of the lightness and of the colours of images [B, 3, H, W], [B, D] each."""
         lightness_BD, colours_BD = self.encoder(images, unit=False).chunk(2, 1)
         return F.normalize(lightness_BD, dim=1), F.normalize(colours_BD, dim=1)
 

@@ -1,6 +1,8 @@
-"""Contrastive learning as positives x negatives x bank: CaCo, its P/N settings, AdCo, MoCo v2 and SimCLR.
+"""Contrastive learning composed of a source of positives, a source of negatives and a bank: CaCo, its P/N settings,
+AdCo, MoCo v2 and SimCLR.
 
-Shapes: B this rank's images, G all ranks' images, D width of the embedding, V views.
+Shapes: B this rank's images, G all ranks' images, D width of the embedding, V views, T terms of the loss, N the queries
+of all terms, E extra columns.
 """
 
 import dataclasses
@@ -31,15 +33,23 @@ WARM_START = "warm start"
 
 
 def warm_start_steps(steps: int | None, passes: int | None, bank_size: int, batch: int) -> int:
-    """Steps of a warm start that is `steps` long, or as long as the keys of so large a batch take to go over the rows
-    `passes` times.
+    """The number of steps of a warm start: `steps`, or, if that is None, `passes` times the number of steps whose keys
+    go over all rows of the bank once.
+
+    Args:
+        batch: images a step, over all ranks.
     """
     return steps if steps is not None else (passes or 0) * -(-bank_size // batch)
 
 
 def weighted(score: Score, terms: list[Term], positives: Sequence[Positive] = ()) -> Tensor:
-    """The loss: the terms' means, [T, B] over B, by their weights and, where a query has several positives, by those of
-    these.
+    """The loss, a scalar: the mean of each term's losses over its queries, summed over the terms with their weights. If
+    a query has several positives, each of them is a term, and its losses are also multiplied by the positive's weights.
+
+    Args:
+        score: losses of [T, B].
+        terms: the T terms.
+        positives: the positive of each term; empty if every query has one positive.
     """
     of_each = zip(terms, positives or [Positive()] * len(terms), score.loss_B, strict=True)
     return sum(
@@ -64,16 +74,21 @@ def contrast(
     step: Step | None = None,
     learn: bool = True,
 ) -> Score:
-    """Losses of each term's queries against one positive each and a source of negatives; the bank's rows are streamed
-    once for all.
+    """The loss of each term's queries, each against one positive and a source of negatives. The bank's rows are
+    streamed only once for all terms. A collective.
 
     Args:
-        q: of each term unit queries [B, D]; k: unit keys of all ranks' images [G, D], in rank order; positives: of the
-            queries.
-        treatment: of the negatives; None: plain. step: what its draws depend on.
-        learn: whether the bank's rows are to move for it.
+        q: for each term the unit queries, [B, D].
+        k: for each term the unit keys of all ranks' images, [G, D], in rank order.
+        positives: for each term the positives of its queries.
+        negatives: the source of negatives.
+        bank: the bank, or None if the negatives have none.
+        temperature: tau.
+        treatment: of the negatives; None leaves them plain.
+        step: what the treatment's random draws depend on; None if it draws nothing.
+        learn: whether the bank's rows are to move for these losses.
     Returns:
-        Score of [T, B] each, for T terms.
+        a Score whose fields are [T, B].
     """
     treatment = treatment or Treatment()
     vectors = any(positive.vector_BD is not None for positive in positives)
@@ -89,7 +104,7 @@ def contrast(
     extra_NE = torch.cat(columns, 1) if columns else None
     if negatives.bank_rows:
         assert bank is not None, "the bank's rows are negatives"
-        # A positive that is no row is the first extra column, which comes right after the bank's rows.
+        # A positive that is no row is the first extra column, whose index comes right after those of the rows.
         rows = [
             torch.full((len(q_BD),), bank.size, device=q_BD.device) if positive.row_B is None else positive.row_B
             for q_BD, positive in zip(q, positives, strict=True)
@@ -114,8 +129,11 @@ def contrast(
 
 
 def _columns(q_BD: Tensor, k_GD: Tensor, positive: Positive, negatives: Negatives, vectors: bool) -> Tensor | None:
-    """Cosines beyond the bank's rows, [B, E]: of a positive that is none of these, and of other images. Where positives
-    of other terms are `vectors`, a term whose positive is a row has an empty column in their place."""
+    """Cosines of a term's queries with vectors that are no rows of the bank, [B, E]: first the positive, if it is no
+    row, then other images. None if there are no such vectors.
+
+    If the positives of other terms are `vectors`, a term whose positive is a row gets a masked column (-inf) in their
+    place, so that all terms have equally many columns."""
     columns = []
     if positive.vector_BD is not None:
         columns = [(q_BD * positive.vector_BD).sum(1, keepdim=True)]
@@ -134,21 +152,26 @@ class Contrastive(Method):
     """An encoder trained against positives and negatives, with or without a momentum twin and a bank.
 
     Args:
-        encoder: images to unit embeddings; its `.backbone` is what evaluators see.
-        bank: a bank, or None where no source reads one.
+        encoder: images to unit embeddings; its `.backbone` is what evaluators and exports take.
+        bank: a bank, or None if no source uses one.
         positives, negatives: sources (`caco/methods/sources.py`).
-        treatment: what is made of the negatives in the training (`caco/methods/treatments.py`); None: plain. In the
-            warm start they are always plain.
+        treatment: how the negatives are changed in the training (`caco/methods/treatments.py`); None leaves them plain.
+            In the warm start they are always plain.
         temperature: tau of the loss.
-        momentum, final_momentum: the twin's m at the start and the end of its cosine; None for no twin: then keys are
-            the encoder's own embeddings and carry gradients (SimCLR).
-        symmetric: whether both views query (else view 0 queries, view 1 is the key).
-        reduction: of the terms, "sum" or "mean"; see `pair_terms`.
+        momentum, final_momentum: the twin's m at the start and the end of its cosine. With momentum None there is no
+            twin: keys are the encoder's own embeddings and carry gradients (SimCLR).
+        symmetric: whether both large views query; if not, view 0 queries and view 1 gives the key.
+        reduction: of the loss's terms, "sum" or "mean"; see `pair_terms`.
         warm_start_temperature, warm_start_momentum: tau and the twin's m in the warm start, the steps before epoch 0.
-        warm_start_steps, warm_start_passes: how long that is: so many steps, or so many times as many as keys need to
-            go over the bank's rows once. Neither: as published, one pass where the bank is learned, else none.
-        warm_start_key: the view whose keys are positives and fill the bank there, for queries of the first: the
-            "second", or the "last", which in multi-crop is the smallest (AdCo's code).
+        warm_start_steps, warm_start_passes: length of the warm start: a number of steps, or how many times its keys go
+            over all rows of the bank. With neither there is one pass, as published, for a learned bank that is filled
+            by keys, and no warm start otherwise.
+        warm_start_key: in the warm start the first view queries, and this view's keys are the positives and fill the
+            bank: the "second", or the "last", which in multi-crop is the smallest (AdCo's code).
+
+    Source: arXiv 2203.14370, Eqs. 1, 3 and 11.
+    Raises:
+        UserError: sources, bank, treatment or warm start that do not go together.
     """
 
     @held
@@ -181,8 +204,8 @@ class Contrastive(Method):
             raise UserError(f"{type(positives).__name__} with {type(negatives).__name__} needs a bank; got bank=null")
         if positives.of_both_kinds and treatment is not None:
             raise UserError(
-                f"{type(positives).__name__} has positives of two kinds, and negatives that are treated go with one;"
-                f" got {type(treatment).__name__}, expected negatives=plain"
+                f"{type(positives).__name__} gives positives of two kinds, but a treatment of the negatives needs"
+                f" positives of one kind; got {type(treatment).__name__}, expected negatives=plain"
             )
         require_treatable(treatment, negatives, bank)
         if warm_start_steps is not None and warm_start_passes is not None:
@@ -192,8 +215,8 @@ class Contrastive(Method):
             )
         if warm_start_passes and bank is None:
             raise UserError(
-                f"warm_start.passes go over the rows of a bank, and this method has none; got {warm_start_passes}: say "
-                "warm_start.steps=N and warm_start.passes=null"
+                f"warm_start.passes counts passes over a bank, but this method has no bank; got {warm_start_passes}:"
+                " set warm_start.steps=N and warm_start.passes=null"
             )
         if warm_start_passes is None and warm_start_steps is None:
             warm_start_passes = 0 if bank is None else bank.default_warm_start_passes
@@ -208,18 +231,18 @@ class Contrastive(Method):
         self.symmetric, self.reduction = symmetric, reduction
         self.keys: list[
             list[Tensor]
-        ] = []  # of the step in progress, by part of the batch and view, for the bank's update
+        ] = []  # all ranks' keys of the step in progress, by part of the batch and by view, for the bank's update
 
         in_warm_start = bool(warm_start_steps or warm_start_passes) and not self._rows_are_filled
         together = in_warm_start or negatives.columns_per_image > 0 or (bank is not None and bank.needs_whole_batch)
         self.needs = dataclasses.replace(self.needs, whole_batch=together)
 
     @property
-    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
+    def backbone(self) -> nn.Module:  # type: ignore[override] # as an attribute it would be in the state twice
         return self.encoder.backbone
 
     def phases(self, run: RunShape) -> list[Phase]:
-        """A warm start where there is one, at the full rate, and the training."""
+        """The warm start, if there is one, at the optimiser's full learning rate; then the training."""
         steps = self.warm_start_steps(run.batch)
         values = {name: 0.0 for name in self.schedules(run)}
         if self.twin is not None:
@@ -227,7 +250,7 @@ class Contrastive(Method):
         return ([Phase(WARM_START, steps, values)] if steps else []) + [Phase(TRAINING)]
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
-        """The twin's m, and the bank's rate."""
+        """The twin's m, the bank's learning rate, and the schedules of the source of positives."""
         tables = {}
         if self.momentum is not None:
             tables["twin_momentum"] = cosine(run, self.momentum, self.final_momentum)
@@ -236,7 +259,7 @@ class Contrastive(Method):
         return tables | self.positives.schedules(run)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Everything that learns but the bank's rows."""
+        """One group of everything that learns, except for the bank's rows."""
         bank = set() if self.bank is None else set(self.bank.parameters())
         return [ParameterGroup([p for p in self.parameters() if p.requires_grad and p not in bank])]
 
@@ -253,7 +276,7 @@ class Contrastive(Method):
         )
 
     def after_step(self, now: Now) -> None:
-        """The rows move, or take the keys, once per optimiser step."""
+        """The bank is updated, or in the warm start filled, once an optimiser step."""
         if self.bank is not None and now.phase == WARM_START:
             self.bank.fill(self._step_keys(), now.step_in_phase)
         elif self.bank is not None:
@@ -261,12 +284,12 @@ class Contrastive(Method):
         self.keys.clear()
 
     def after_phase(self, now: Now) -> None:
-        """The twin starts the training as a copy of the encoder."""
+        """After the warm start the twin becomes a copy of the encoder."""
         if self.twin is not None and now.phase == WARM_START:
             self.twin.update(self.encoder, 0.0)
 
     def terms(self, sizes: list[int]) -> list[Term]:
-        """Of the loss on views of these sizes; the large ones come first."""
+        """The loss's terms for views of these sizes in pixels; the large views come first."""
         return terms_of(sizes, symmetric=self.symmetric, reduction=self.reduction)
 
     def costs(self, sizes: list[int]) -> Costs:
@@ -287,8 +310,8 @@ class Contrastive(Method):
         )
 
     def encode(self, views: list[Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor], list[Term]]:
-        """Queries of every view that queries, keys of the views that are chosen (own and gathered), and the terms of
-        the loss.
+        """The queries of each view that queries, by view, [B, D]; the keys of each view that serves as a key, by view,
+        of this rank, [B, D], and of all ranks, [G, D]; and the terms of the loss.
         """
         terms = self.terms([view.shape[-1] for view in views])
         querying, chosen = sorted({term.query for term in terms}), sorted({term.key for term in terms})
@@ -302,10 +325,10 @@ class Contrastive(Method):
         return q, k, all_k, terms
 
     def loss(self, views: list[Tensor], step: Step | None = None) -> Outputs:
-        """Loss of one batch of views, each [B, 3, H, W]; the large ones come first. Nothing but statistics changes.
+        """The loss of one batch of views, each [B, 3, H, W], the large ones first. Nothing but statistics changes.
 
         Args:
-            step: of what draws depend on; None where nothing is drawn.
+            step: what random draws depend on; None if nothing is drawn.
         """
         q, k, all_k, terms = self.encode(views)
         by_view = self.positives_of(k, terms, None if step is None else step.now)
@@ -331,7 +354,9 @@ class Contrastive(Method):
         return Outputs(loss, metrics, q[0])
 
     def _mean_probability(self, score: Score, positives: list[Positive]) -> Tensor:
-        """Of a query's positives by their weights, on average."""
+        """The mean over the queries of the probability of their positive; of several positives, the mean by their
+        weights.
+        """
         probability_TB = (-score.loss_B.detach()).exp()
         shares = [_shares(of_term_B, positive) for of_term_B, positive in zip(probability_TB, positives, strict=True)]
         return self.positives.per_query * torch.stack(shares).mean()
@@ -339,7 +364,14 @@ class Contrastive(Method):
     def positives_of(
         self, k: Mapping[int, Tensor], terms: list[Term], now: Now | None = None
     ) -> dict[int, list[Positive]]:
-        """Of each view whose keys choose, [B] or [B, D] each; a bank is searched once for all."""
+        """The positives that the keys of each key view choose, by view: a list with one entry for each positive of a
+        query. The bank is searched once for all views.
+
+        Args:
+            k: this rank's unit keys [B, D] by view.
+            terms: the terms of the loss; their key views choose.
+            now: of the step; None outside a run.
+        """
         views = sorted({term.key for term in terms})
         together = self.positives.all_of(torch.cat([k[v] for v in views]), self.bank, now)
         parts = [zip(*(_by_view(of_all, len(views)) for of_all in positive), strict=True) for positive in together]
@@ -348,40 +380,42 @@ class Contrastive(Method):
         }
 
     def _step_keys(self) -> Tensor:
-        """The step's keys by view, rank and image, into however many parts the batch was cut."""
+        """All keys of the step, one after the other, in an order that does not depend on the number of parts that the
+        batch was cut into: by view, then by rank, then by image.
+        """
         views = [
             torch.stack(parts).unflatten(1, (distributed.world(), -1)).transpose(0, 1).flatten(0, 2)
             for parts in zip(*self.keys, strict=True)
         ]
         return torch.cat(views)
 
-    # The warm start, before epoch 0: the encoder learns from the other view alone, and its keys fill the bank. In the
-    # paper it fills the bank once (K/B steps); AdCo's authors call it the key to the method, and short runs need more
-    # of it.
+    # The warm start before epoch 0: the positive is the key of the other view, and the keys of its steps fill the bank.
+    # The paper's warm start fills the bank once (K/B steps). AdCo's authors call it the key to the method, and short
+    # runs need a longer one.
 
     @property
     def _rows_are_filled(self) -> bool:
-        """Whether the keys of the warm start become the bank's rows."""
+        """Whether the keys of a warm start become the bank's rows."""
         return self.bank is not None and self.bank.filled_by_keys
 
     @property
     def fills_bank(self) -> bool:
-        """Whether the warm start leaves none of the rows that the bank had before it."""
+        """Whether there is a warm start whose keys replace the rows that the bank begins with."""
         return self._rows_are_filled and bool(self.num_warm_start_steps or self.warm_start_passes)
 
     def overwritten(self) -> set[str]:
         return {"bank"} if self.fills_bank else set()
 
     def warm_start_steps(self, batch: int) -> int:
-        """Steps before epoch 0 at a global batch."""
+        """The number of steps before epoch 0, for a batch of this many images over all ranks."""
         return warm_start_steps(
             self.num_warm_start_steps, self.warm_start_passes, 0 if self.bank is None else self.bank.size, batch
         )
 
     def warm_start_loss(self, views: list[Tensor]) -> Outputs:
-        """InfoNCE (Eq. 1) in one direction: the other view as positive; as negatives the bank that the keys are
-        filling, or,
-        where they fill none, the batch's other keys."""
+        """The loss of the warm start: InfoNCE (Eq. 1) in one direction. The positive is the key of the other view. The
+        negatives are the rows of the bank that the keys are filling or, if they fill none, the batch's other keys.
+        """
         q_BD, view = self.encoder(views[0]), views[self.warm_start_key]
         if self.twin is not None:
             k_BD = self.twin(view)
@@ -397,8 +431,8 @@ class Contrastive(Method):
         return Outputs(score.loss_B.mean(), {}, q_BD)
 
     def warning(self, statistics: Mapping[str, Any]) -> str | None:
-        """What these values of an epoch say of a bank or of embeddings that have collapsed, and what helps; None where
-        nothing is wrong.
+        """A warning, with remedies, if an epoch's values show that the bank or the embeddings have collapsed; None
+        where nothing is wrong.
         """
         named = {name.removeprefix("bank/"): value for name, value in statistics.items() if name.startswith("bank/")}
         wrong = self.bank.warning(named) if self.bank is not None else None
@@ -406,12 +440,12 @@ class Contrastive(Method):
             return super().warning(statistics)
         return (
             f"The bank has collapsed: {wrong}. Its positives and negatives teach the encoder little in this state. What"
-            " helps: a longer warm start (warm_start.steps), a lower rate of the rows (bank.lr) or one that ends at 0"
-            " (bank.final_lr=0), less push (bank.push), fewer rows (bank.size)."
+            " helps: a longer warm start (warm_start.steps), a lower learning rate of the rows (bank.lr) or one that"
+            " ends at 0 (bank.final_lr=0), less push (bank.push), fewer rows (bank.size)."
         )
 
     def statistics(self) -> dict[str, float]:
-        """Of the bank's use and shape since the last call; `bank/` and a name."""
+        """The values of the bank's `Rows.statistics` since the last call, as `bank/NAME`."""
         return (
             {} if self.bank is None else {f"bank/{name}": value for name, value in self.bank.rows.statistics().items()}
         )

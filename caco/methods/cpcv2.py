@@ -1,8 +1,10 @@
-"""CPC v2: from the patches above, predict those further down, and so from every side (arXiv 1905.09272).
+"""CPC v2: from an image's upper patches, predict patches further down, and likewise from the other three sides (arXiv
+1905.09272).
 
-The authors have published no code; the networks and the loss are those of the pseudocode in the paper's appendix.
+The authors have published no code. The networks and the loss are those of the pseudocode in the paper's appendix.
 
-Shapes: B this rank's images, G all ranks', H = W patches a side, F features, D width of targets and predictions.
+Shapes: B this rank's images, G all ranks' images, N the patches of all images, H = W patches a side, F features, D
+width of targets and predictions.
 """
 
 import math
@@ -25,10 +27,16 @@ from caco.schedules import RunShape, Table, constant
 
 
 class ContextNetwork(nn.Module):
-    """Features [B, F, H, W] to contexts of that shape: the one at row i sees rows 0 to i.
+    """Maps features [B, F, H, W] to contexts of the same shape; a context in row i depends on rows 0 to i alone.
 
-    Residual blocks of convolutions: 1 x 1, ReLU, 1 x 3 with the neighbours to both sides, 2 x 1 with the row above (a
-    row of zeros above the first), ReLU, 1 x 1; at last a ReLU.
+    Each residual block consists of a 1 x 1 convolution, ReLU, a 1 x 3 convolution over the neighbours on both sides, a
+    2 x 1 convolution over the row and the row above it (zeros above the first row), ReLU, and a 1 x 1 convolution. A
+    ReLU follows the last block.
+
+    Args:
+        width: F.
+        hidden_dim: channels inside a block.
+        blocks: number of blocks.
     """
 
     def __init__(self, *, width: int, hidden_dim: int = 256, blocks: int = 5):
@@ -50,13 +58,15 @@ class ContextNetwork(nn.Module):
 
 
 class Prediction(nn.Module):
-    """Features of the patches to predictions of the patches k rows further, for each k, from each side.
+    """From the features of an image's patches, predicts the patches k rows further on, for each k and each direction.
 
     Args:
-        width: F. dim: D. hidden_dim, blocks: of each side's context network.
-        directions: sides from which it predicts: downwards, then as the grid is turned by quarters.
-        distances: the k.
-        scale: of the predictions.
+        width: F.
+        dim: D.
+        hidden_dim, blocks: of each direction's context network.
+        directions: number of directions: first downwards, then after each quarter turn of the grid.
+        distances: the values of k, in rows.
+        scale: a factor on the predictions.
     """
 
     def __init__(
@@ -80,7 +90,12 @@ class Prediction(nn.Module):
         self.distances, self.scale = list(distances), scale
 
     def forward(self, z_BHWF: Tensor) -> list[list[Tensor]]:
-        """By direction, then by distance: [B, H - k, W, D], of the patches from row k of the turned grid on."""
+        """Predictions by direction, then by distance, [B, H - k, W, D] each: those of the patches in row k and further
+        rows of the turned grid.
+
+        Args:
+            z_BHWF: the patches' features.
+        """
         made = []
         for turns, (context, predictors) in enumerate(zip(self.contexts, self.predictors, strict=True)):
             c_BFHW = context(torch.rot90(z_BHWF, turns, (1, 2)).permute(0, 3, 1, 2))
@@ -93,26 +108,32 @@ class Prediction(nn.Module):
 
 
 class CPCv2(Method):
-    """What lies k rows further in an image is predicted from the rows up to here, and told from all other patches.
+    """From the rows of patches up to some row of an image, predicts the patch k rows further on; the prediction has to
+    identify this patch among all other patches.
 
-    L = sum over directions and distances k of mean CE(s c W_k . targets), where the right target is the patch of the
-    same image and column k rows further, and the others are all patches of all images (of a group). Gradients flow into
-    predictions and targets.
+    L = sum over directions and distances k of mean CE(s c W_k . targets), where c is the context. The right target is
+    the patch k rows further on in the same column of the same image; the other targets are all patches of all images,
+    or of the images of a group. Gradients flow into predictions and targets.
 
-    Evaluators and exports see the average of the encoder's weights over the steps.
+    Evaluators and exports take a running average of the encoder's weights over the steps.
 
     Args:
-        encoder: its projector makes the targets of a patch's features, a linear layer as published; the same for all
-            directions.
+        encoder: its projector maps the features of a patch to the target, by a linear layer as published, the same for
+            all directions.
         grid: patches a side, H.
-        distances: k, in rows. Published are "several"; the pseudocode's default is [3], the nearest that shares no
-            pixels with its context.
-        directions: 1, downwards, up to 4.
+        distances: the values of k, in rows. The paper says "several"; its pseudocode's default is [3], the nearest
+            patch that shares no pixels with the context.
+        directions: 1 (downwards) to 4.
         hidden_dim, blocks: of the context networks.
-        scale: s, of the predictions.
-        group_size: images whose patches are told apart from each other, neighbours in a rank's batch (published: a
-            worker's 16); None: those of the batch of all ranks.
-        averaging: m of the running average of the encoder's weights, made after each step; None for none.
+        scale: s, a factor on the predictions.
+        group_size: number of images whose patches are the targets together; a group's images are neighbours in a rank's
+            batch (published: a worker's 16). None: the images of the batch of all ranks.
+        averaging: m of the running average, which moves after each step; None for no average.
+
+    Source: arXiv 1905.09272, the appendix's pseudocode.
+    Raises:
+        UserError: distances that are not different numbers below `grid`; later, a rank's batch that `group_size` does
+            not divide.
     """
 
     needs = Needs(patches="row by row")
@@ -146,7 +167,7 @@ class CPCv2(Method):
         self.needs = Needs(patches="row by row", num_patches=grid**2, whole_batch=group_size is None)
 
     @property
-    def backbone(self) -> nn.Module:  # type: ignore[override] # one of the encoders'; an attribute would be a second part of the state
+    def backbone(self) -> nn.Module:  # type: ignore[override] # as an attribute it would be in the state twice
         backbone = self.encoder.backbone if self.twin is None else self.twin.encoder.backbone
         assert isinstance(backbone, nn.Module)
         return backbone
@@ -163,13 +184,13 @@ class CPCv2(Method):
             )
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
-        """The average's m, if there is one."""
+        """The running average's m, if there is an average."""
         return {} if self.averaging is None else {"twin_momentum": constant(run, self.averaging)}
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
         assert batch.patches is not None, "needs"
         num_images = len(batch.patches)
-        self._check_groups(num_images)  # a batch may have been cut into parts
+        self._check_groups(num_images)  # again, as the batch may have been cut into parts
         z_ND = self.encoder.backbone(batch.patches.flatten(0, 1))
         target_BHWD = at_least_float32(self.encoder.projector(z_ND)).unflatten(0, (num_images, self.grid, self.grid))
         predictions = self.prediction(z_ND.unflatten(0, (num_images, self.grid, self.grid)))
@@ -182,20 +203,20 @@ class CPCv2(Method):
             for p_BHWD in of_direction
         ]
         loss = torch.stack([loss_N.mean() for loss_N in losses]).sum()
-        embedding_BD = target_BHWD.detach().mean((1, 2))  # of an image, over its patches
+        embedding_BD = target_BHWD.detach().mean((1, 2))  # an image's embedding is the mean over its patches
         return Outputs(loss, {"positive_probability": (-torch.cat(losses).detach()).exp().mean()}, embedding_BD)
 
     def after_step(self, now: Now) -> None:
-        """The average moves; of what is no parameter it has the encoder's, for no image goes through it."""
+        """The running average moves. It copies the encoder's buffers: no image goes through it, so it gathers no
+        statistics of its own.
+        """
         if self.twin is not None:
             self.twin.update(self.encoder, now["twin_momentum"])
             for ours, theirs in zip(self.twin.encoder.buffers(), self.encoder.buffers(), strict=True):
                 ours.copy_(theirs)
 
     def costs(self, sizes: list[int]) -> Costs:
-        """A term for each predicted patch of an image; the targets of all patches are gathered, unless groups keep to
-        their rank.
-        """
+        """Each predicted patch of an image is a term. Without groups, the targets of all patches are gathered."""
         patches = self.grid**2
         predicted = sum((self.grid - k) * self.grid for k in self.prediction.distances) * len(self.prediction.contexts)
         gathered = 0 if self.group_size else patches
@@ -211,10 +232,13 @@ class CPCv2(Method):
 
 
 def _losses(p_BHWD: Tensor, target_GHWD: Tensor, *, first: int, group_size: int | None) -> Tensor:
-    """Cross entropies of predictions [B, H - k, W, D] of the rows from k on, [B (H - k) W].
+    """The cross entropies of predictions [B, H - k, W, D], those of the patches in row k and further rows; returns
+    [B (H - k) W].
 
     Args:
-        first: position of this rank's images among those of the targets; group_size: see `CPCv2`.
+        target_GHWD: the targets of all images.
+        first: position of this rank's first image among these.
+        group_size: as in `CPCv2`.
     """
     num_images, rows, columns, width = p_BHWD.shape
     side = target_GHWD.shape[1]
@@ -230,7 +254,7 @@ def _losses(p_BHWD: Tensor, target_GHWD: Tensor, *, first: int, group_size: int 
 
 
 class _PatchNetwork(nn.Module):
-    """What the loss takes of patches, as one tensor, for counting."""
+    """Everything that the loss takes of patches, as one tensor: `caco.plan` counts this network's arithmetic."""
 
     def __init__(self, encoder: Encoder, prediction: Prediction):
         super().__init__()

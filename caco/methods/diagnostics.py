@@ -1,12 +1,12 @@
-"""Signs of collapse, under one name each for all methods: measured on the embeddings that a method hands out
-(`Outputs.embedding`).
+"""Signs of collapse, measured on the embeddings that a method returns (`Outputs.embedding`) and logged under the same
+names for all methods:
 
-    embedding_spread    at every step, of this rank's images: a pass over [B, D]
-    embedding_rank_me   at the end of every epoch, of up to 512 images of its last step, from all ranks alike: the
-                        eigenvalues of a matrix that is at most 512 x 512, for one core a millisecond where D is
-                        64 and a tenth of a second where it is 8192
+    embedding_spread    at every step, of this rank's images; it costs one pass over [B, D]
+    embedding_rank_me   at the end of every epoch, of up to 512 images of the last step, equally many from each rank; it
+                        costs the eigenvalues of a matrix of at most 512 x 512: on one core a millisecond for D = 64,
+                        and a tenth of a second for D = 8192
 
-Methods with prototypes log how these are used besides (`assignments.use_statistics`).
+Methods with prototypes also log how these are used (`assignments.use_statistics`).
 """
 
 import math
@@ -19,29 +19,31 @@ from torch.nn import functional as F
 
 from caco import distributed
 
-MOST_ROWS = 512
+MOST_ROWS = 512  # images of all ranks that `rank_me` is computed from
 
 
 @torch.no_grad()
 def spread(z_BD: Tensor) -> Tensor:
-    """Standard deviation of unit embeddings, averaged over their coordinates, times sqrt(D): 1 where they are spread
-    evenly, 0 where they coincide. As geometry/spread. A scalar without gradient.
+    """The standard deviation of unit embeddings, averaged over their coordinates, times sqrt(D): 1 if they are spread
+    evenly over the sphere, 0 if they coincide. The evaluator's geometry/spread is the same quantity. A scalar without
+    gradient.
 
     Args:
-        z_BD: embeddings of any norm, made unit here.
+        z_BD: embeddings of any norm; they are normalised here.
     """
     return F.normalize(z_BD, dim=1).std(0, correction=0).mean() * math.sqrt(z_BD.shape[1])
 
 
 @torch.no_grad()
 def rank_me(z_ND: Tensor) -> float:
-    """`equations.rank_me` of unit embeddings, from 1, where they coincide, to min(N, D), where they fill all directions
-    alike.
+    """`equations.rank_me` of unit embeddings: 1 if they coincide, up to min(N, D) if they fill all directions evenly.
 
-    By way of the smaller of the products z z^T and z^T z, whose eigenvalues are the singular values' squares.
+    It is computed from the smaller of the products z z^T and z^T z, whose eigenvalues are the squares of the singular
+    values.
 
+    Source: RankMe (arXiv 2210.02885), Eq. 1.
     Args:
-        z_ND: embeddings of any norm, made unit here.
+        z_ND: embeddings of any norm; they are normalised here.
     """
     z_ND = F.normalize(z_ND.double(), dim=1)
     product = z_ND @ z_ND.T if len(z_ND) < z_ND.shape[1] else z_ND.T @ z_ND
@@ -51,13 +53,13 @@ def rank_me(z_ND: Tensor) -> float:
 
 
 class Signs:
-    """What the Trainer logs of any method's embeddings."""
+    """The signs of collapse that the Trainer logs for any method."""
 
     def __init__(self) -> None:
-        self.newest: Tensor | None = None  # [N, D] of the last step
+        self.newest: Tensor | None = None  # [N, D], embeddings of the last step
 
     def of_step(self, embedding_BD: Tensor | None) -> dict[str, Tensor]:
-        """Scalars of a step; none for a method that hands out no embedding."""
+        """The signs that are logged at every step, as scalars; empty for a method that returns no embedding."""
         if embedding_BD is None:
             self.newest = None
             return {}
@@ -66,7 +68,9 @@ class Signs:
         return {"embedding_spread": spread(z_BD)}
 
     def of_epoch(self) -> dict[str, float]:
-        """Of the step just made. A collective."""
+        """The signs that are logged once an epoch, computed from its last step; empty if an embedding of that step is
+        not finite or there is none. A collective.
+        """
         if self.newest is None:
             return {}
         z_ND = distributed.gather(self.newest)
@@ -74,7 +78,9 @@ class Signs:
 
 
 def collapse(statistics: Mapping[str, Any], what_helps: str) -> str | None:
-    """What an epoch's mean of embedding_spread says of a training that has collapsed; None where nothing is wrong."""
+    """A warning, with remedies, if an epoch's mean of embedding_spread shows that the embedding has collapsed; None
+    where nothing is wrong.
+    """
     value = statistics.get("embedding_spread")
     if value is None or value > 0.05:
         return None

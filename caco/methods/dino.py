@@ -1,6 +1,7 @@
-"""DINO: a student predicts from every view what its momentum teacher says of the two large ones (arXiv 2104.14294).
+"""DINO: from every view a student predicts the scores that its momentum teacher gives to the two large views (arXiv
+2104.14294).
 
-Shapes: B this rank's images, D width of the embedding, K prototypes, V views.
+Shapes: B this rank's images, N the embeddings of all views of these, D width of the embedding, K prototypes, V views.
 """
 
 from collections.abc import Mapping
@@ -25,29 +26,33 @@ NUM_TAUGHT = 2  # views that the teacher sees: the first two
 
 
 class DINO(Method):
-    """The teacher's scores of the first two views, centred and sharpened, are what the student predicts from every
-    other view.
+    """The student predicts, from every view, the teacher's centred and sharpened scores of each of the first two views
+    other than that view itself.
 
-    L = 1 / (2 (V - 1)) sum_{t < 2} sum_{v != t} mean_i -sum_k softmax((y_ti - c) / tau_t)_k log softmax(s_vi / tau)_k.
-    The teacher follows the student's weights, the centre c the mean of the raw scores y, both after the optimiser's
-    step.
+    L = 1 / (2 (V - 1)) sum_{t < 2} sum_{v != t} mean_i -sum_k softmax((y_ti - c) / tau_t)_k log softmax(s_vi / tau)_k,
+    where y are the teacher's scores and s the student's. After the optimiser's step the teacher's weights move towards
+    the student's, and the centre c towards the mean of y.
 
-    Evaluators and exports see the teacher's backbone, as in the published evaluations.
+    Evaluators and exports take the teacher's backbone, as in the published evaluations.
 
     Args:
         encoder: images to unit embeddings (the published head's bottleneck); its `.backbone` is the student's.
-        num_prototypes: K, the last layer's width.
-        norm_last_layer: keeps the prototypes' norms at 1; else they learn (published for the longer ViT-S runs).
-        last_layer_frozen_epochs: at the run's start, in which the prototypes stay as they were drawn.
+        num_prototypes: K, the width of the last layer.
+        norm_last_layer: whether the prototypes' norms stay at 1; if not, they are learned (published for the longer
+            ViT-S runs).
+        last_layer_frozen_epochs: number of epochs at the start in which the prototypes stay as they were drawn.
         temperature: tau, the student's.
-        teacher_temperature: tau_t, from `first_teacher_temperature` by a line over the first
-            `teacher_temperature_epochs` epochs, changed with each epoch, whatever `schedule.unit` says.
+        teacher_temperature: the final tau_t. It changes only between epochs, whatever `schedule.unit` says.
+        first_teacher_temperature: tau_t of epoch 0, from which it changes linearly to `teacher_temperature`.
+        teacher_temperature_epochs: number of epochs of that change; 0: no change.
         momentum, final_momentum: the teacher's m at the start and the end of its cosine.
-        centre_momentum: of c, which starts at 0.
+        centre_momentum: the share of the old centre that is kept in a step; the centre starts at 0.
+
+    Source: arXiv 2104.14294, Eq. 3; the mean over the pairs as in the published code.
     """
 
-    centre: Tensor
-    uses: Tensor
+    centre: Tensor  # [K]
+    uses: Tensor  # int64 [K], how often each prototype was the nearest since the last `statistics`
 
     @held
     def __init__(
@@ -73,23 +78,23 @@ class DINO(Method):
         self.twin, self.twin_prototypes = MomentumTwin(encoder), MomentumTwin(self.prototypes)
         for module in self.twin.modules():
             if isinstance(module, DropPath):
-                module.drop_prob = 0.0  # the teacher has no stochastic depth, though it is in training mode
+                module.drop_prob = 0.0  # the teacher runs in training mode, but has no stochastic depth
         self.register_buffer("centre", torch.zeros(num_prototypes))
         self.register_buffer("uses", torch.zeros(num_prototypes, dtype=torch.int64))
         self.last_layer_frozen_epochs, self.temperature = last_layer_frozen_epochs, temperature
         self.teacher_temperature, self.first_teacher_temperature = teacher_temperature, first_teacher_temperature
         self.teacher_temperature_epochs = teacher_temperature_epochs
         self.momentum, self.final_momentum, self.centre_momentum = momentum, final_momentum, centre_momentum
-        self.taught: list[Tensor] = []  # mean raw scores [K] of the step in progress, by part of the batch
+        self.taught: list[Tensor] = []  # the teacher's mean scores [K] in this step, for each part of the batch
 
     @property
-    def backbone(self) -> nn.Module:  # type: ignore[override] # the teacher's; an attribute would be a second part of the state
+    def backbone(self) -> nn.Module:  # type: ignore[override] # as an attribute it would be in the state twice
         backbone = self.twin.encoder.backbone
         assert isinstance(backbone, nn.Module)
         return backbone
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
-        """The teacher's m, and its temperature by epoch."""
+        """The teacher's m, and its temperature, which changes between epochs."""
         rising = np.linspace(
             self.first_teacher_temperature, self.teacher_temperature, self.teacher_temperature_epochs
         ).tolist()
@@ -100,7 +105,8 @@ class DINO(Method):
         }
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The encoder, and the prototypes, which stay at first; biases and norms decay with no optimiser.
+        """The encoder, whose biases and norms have no weight decay with any optimiser; and the prototypes, which are
+        frozen at first.
 
         Source: the published get_params_groups (utils.py), for AdamW, SGD and LARS alike.
         """
@@ -110,7 +116,7 @@ class DINO(Method):
         ]
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
-        """The views may have several sizes; those of one size lie together."""
+        """The views may have several sizes; neighbouring views of one size go through the backbone together."""
         num_images = len(batch.index)
         z_ND = self.encoder(batch.views)
         scores = list(self.prototypes(z_ND).split(num_images))
@@ -139,13 +145,13 @@ class DINO(Method):
         if wrong is None:
             return super().warning(statistics)
         return (
-            f"The teacher has collapsed: {wrong}. What helps: a last layer that stays longer at first"
-            " (method.last_layer_frozen_epochs), a lower method.teacher_temperature where target_entropy is near log"
-            " K, a higher method.momentum with small batches (0.9995 at 256), a lower optimizer.lr."
+            f"The teacher has collapsed: {wrong}. What helps: a last layer that is frozen for longer at the start"
+            " (method.last_layer_frozen_epochs), a lower method.teacher_temperature if target_entropy is near log K, a"
+            " higher method.momentum with small batches (0.9995 at 256), a lower optimizer.lr."
         )
 
     def costs(self, sizes: list[int]) -> Costs:
-        """The ranks add up the teacher's mean scores and the use: K float32 numbers and K integers."""
+        """The ranks sum the teacher's mean scores and the prototypes' use: K float32 numbers and K int64 numbers."""
         num_prototypes = len(self.centre)
         return Costs(
             encoded=list(range(len(sizes))),

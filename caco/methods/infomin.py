@@ -1,6 +1,6 @@
-"""InfoMin's second query: the embedding of an image's shuffled patches (arXiv 2005.10243), on MoCo v2's queue.
+"""InfoMin: MoCo v2 with a second query for each image, the embedding of its shuffled patches (arXiv 2005.10243).
 
-Shapes: B this rank's images, G all ranks', P patches, F features, D width of the embedding.
+Shapes: B this rank's images, G all ranks' images, P patches, F features, D width of the embedding.
 """
 
 import dataclasses
@@ -20,20 +20,24 @@ from caco.ranges import AboveZero, Count, Natural, Share, Width, held
 
 
 class InfoMin(Contrastive):
-    """View 1 and, by a head of their own, the patches of the image each query the key of view 2 among the negatives.
+    """Two queries look for the key of view 2 among the negatives: the embedding of view 1, and the embedding of the
+    image's patches, which has a head of its own.
 
     L = (1 - w) CE(q) + w CE(q_jigsaw), both with the same key and negatives. The twin moves after the optimiser's step,
-    as in the published code (MoCo's moves before the keys); it has no jigsaw head.
+    as in the published code (MoCo's twin moves before it computes the keys). It has no jigsaw head.
 
     Args:
-        encoder, bank, positives, negatives: as in `Contrastive`; published are the other view and a queue.
+        encoder, bank, positives, negatives: as in `Contrastive`; the publication takes the other view as positive and a
+            queue.
         temperature: tau of the loss.
         momentum, final_momentum: the twin's m at the start and the end of its cosine.
         jigsaw_weight: w.
         jigsaw_hidden_dim: width of the hidden layer that each patch's features go through.
         num_patches: P.
         warm_start_temperature, warm_start_momentum, warm_start_steps, warm_start_passes: as in `Contrastive`; the
-            patches learn after it.
+            warm start does not use the patches.
+
+    Source: arXiv 2005.10243; published code, PyContrast.
     """
 
     needs = Needs(patches="shuffled")
@@ -82,7 +86,7 @@ class InfoMin(Contrastive):
         self.needs = dataclasses.replace(self.needs, num_patches=num_patches)
 
     def before_step(self, now: Now, images: Images) -> None:
-        """The twin waits for the optimiser."""
+        """Does nothing: this method's twin moves in `after_step`."""
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
         if now.phase == WARM_START:
@@ -108,13 +112,13 @@ class InfoMin(Contrastive):
         return Outputs(loss, metrics, q[0].detach())
 
     def after_step(self, now: Now) -> None:
-        """The queue takes the keys and the twin follows."""
+        """The bank takes the keys, and the twin moves towards the encoder."""
         super().after_step(now)
         if self.twin is not None:
             self.twin.update(self.encoder, now["twin_momentum"])
 
     def costs(self, sizes: list[int]) -> Costs:
-        """One query more, of patches."""
+        """As of `Contrastive`, with one more query, that of the patches."""
         costs = super().costs(sizes)
         return dataclasses.replace(
             costs,

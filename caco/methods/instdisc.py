@@ -1,7 +1,8 @@
-"""InstDisc, or NPID: each image is a class of its own, told from others by a bank with a row for each (arXiv
-1805.01978).
+"""InstDisc, or NPID: each image is a class of its own, and a bank with one row for each image tells it from the others
+(arXiv 1805.01978).
 
-Shapes: B this rank's images, G all ranks', D width of the embedding, V views, N images of the training set.
+Shapes: B this rank's images, G all ranks' images, D width of the embedding, V views. As a number, N is the images of
+the training set; as a suffix of shapes, N is the embeddings of all views of a batch.
 """
 
 from typing import Literal
@@ -20,27 +21,31 @@ from caco.ranges import AboveZero, Count, NonNegative, Seed, held
 
 
 class InstDisc(Method):
-    """The embedding v of an image is to be nearer to the image's row V_i of the bank than to the other images' rows.
+    """Brings the embedding v of image i nearer to the image's row V_i of the bank than to the other images' rows.
 
-    "nce": L = mean_i -log P_i / (P_i + M/N) - sum_j log (M/N) / (P_j + M/N), j over M rows drawn for the image, P_j =
-    exp(v.V_j / tau) / Z, with the bank's Z, of the first step (with `accumulate`, of its first part). "softmax":
-    cross-entropy over the image's row and M drawn ones, or over all N. After the step V_i moves towards v. No gradient
-    reaches the bank.
+    "nce": L = mean_i -log P_i / (P_i + M/N) - sum_j log (M/N) / (P_j + M/N), where j goes over M rows drawn for the
+    image and P_j = exp(v.V_j / tau) / Z. The bank estimates Z in the first step (with `accumulate`, in that step's
+    first part) and keeps it. "softmax": cross-entropy over the image's row and M drawn rows, or over all N rows. After
+    the step V_i moves towards v. No gradient reaches the bank.
 
-    The published method has one view of an image. Of several, the losses are averaged, all against the same drawn rows,
-    and the first view's embedding is written.
+    The published method takes one view of an image. With several views, the losses are averaged, all views of an image
+    meet the same drawn rows, and the first view's embedding is written to the bank.
 
     Args:
-        encoder: images to unit embeddings; its `.backbone` is what evaluators see.
-        bank: a row for each image.
+        encoder: images to unit embeddings; its `.backbone` is what evaluators and exports take.
+        bank: the bank with a row for each image.
         num_images: N, of the training set.
-        seed: of what is drawn, with the step and the image.
+        seed: of the drawn rows; the step and the image determine them too.
         temperature: tau.
-        loss: see above.
-        num_noise: M; None for all rows, with "softmax".
+        loss: "nce" or "softmax", see above.
+        num_noise: M; None, with "softmax", for all rows.
         epsilon: added to the denominators of "nce", as published.
-        proximal_weight: lambda of lambda |v - V_i|^2, which keeps an embedding near its image's last ones (the paper's
-            Eq. 10; its code has none).
+        proximal_weight: lambda of the additional term lambda |v - V_i|^2, which keeps an embedding near the image's
+            earlier ones (the paper's Eq. 10; the published code does not have it).
+
+    Source: arXiv 1805.01978.
+    Raises:
+        UserError: "nce" over all rows, or a bank of another size than `num_images`.
     """
 
     needs = Needs(indices=True)
@@ -63,28 +68,33 @@ class InstDisc(Method):
         super().__init__()
         if num_noise is None and loss == "nce":
             raise UserError(
-                "method.num_noise: null, for all rows, goes with method.loss=softmax; method.loss=nce needs a number"
+                "method.num_noise: null, which stands for all rows, needs method.loss=softmax; method.loss=nce needs a"
+                " number"
             )
         if bank.size != num_images:
             raise UserError(
-                f"method needs a bank with a row for each of the {num_images} training images; got {bank.size} rows"
+                f"this method needs a bank with a row for each of the {num_images} training images; got {bank.size}"
+                " rows"
             )
         self.encoder, self.bank = encoder, bank
         self.seed, self.temperature, self.form, self.num_noise = seed, temperature, loss, num_noise
         self.epsilon, self.proximal_weight = epsilon, proximal_weight
         self.seen: list[
             tuple[Tensor, Tensor]
-        ] = []  # images and embeddings of the step in progress, by part of the batch
+        ] = []  # (indices, embeddings) of all ranks' images in the step in progress, for each part of the batch
 
     @property
-    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
+    def backbone(self) -> nn.Module:  # type: ignore[override] # as an attribute it would be in the state twice
         return self.encoder.backbone
 
     def contrast(self, v_ND: Tensor, image_N: Tensor, *numbers: int, part: int = 0) -> Contrast:
-        """Losses of embeddings against (a part of) the bank's rows.
+        """The loss of each embedding against the bank's rows, or against one of their parts, [N] each. A collective.
 
         Args:
-            numbers: the step, and others that tell this draw from the step's other ones.
+            v_ND: unit embeddings.
+            image_N: int64, the index of each embedding's image.
+            numbers: the step, and further integers that distinguish this draw from other draws of the same step.
+            part: of the rows, see `ImageBank`.
         """
         if self.num_noise is None:
             score = self.bank.score(v_ND, image_N, temperature=self.temperature)
@@ -96,7 +106,7 @@ class InstDisc(Method):
         )  # fmt: skip
 
     def remember(self, image_B: Tensor, v_BD: Tensor) -> None:
-        """For the bank, after the step."""
+        """Keep all ranks' images and embeddings for the bank's update after the step. A collective."""
         self.seen.append((distributed.gather(image_B), distributed.gather(v_BD)))
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
@@ -116,7 +126,7 @@ class InstDisc(Method):
         self.seen.clear()
 
     def statistics(self) -> dict[str, float]:
-        """Of the bank's rows; `bank/` and a name."""
+        """The bank's statistics, as `bank/NAME`."""
         return {f"bank/{name}": value for name, value in self.bank.statistics().items()}
 
     def costs(self, sizes: list[int]) -> Costs:

@@ -1,6 +1,6 @@
-"""MoCo v3: among a batch's images, find the one whose other view a momentum twin has embedded (arXiv 2104.02057).
+"""MoCo v3: among the keys of a batch's images, find the key of the same image's other view (arXiv 2104.02057).
 
-Shapes: B this rank's images, G all ranks', D width of the embedding.
+Shapes: B this rank's images, G all ranks' images, D width of the embedding.
 """
 
 from typing import Literal
@@ -21,21 +21,23 @@ from caco.schedules import RunShape, Table, cosine
 
 
 class MoCoV3(Method):
-    """A view's prediction q has the twin's key k of the image's other view as its positive and the other images' as its
-    negatives.
+    """For the prediction q from a view, the twin's key k of the image's other view is the positive, and the keys of the
+    other images are the negatives.
 
-    L = 2 tau CE(n(q_1) n(k_2)^T / tau) + 2 tau CE(n(q_2) n(k_1)^T / tau), over the keys of all ranks. Small views query
-    too and are no keys; MoCo v3 itself has none.
+    L = 2 tau CE(n(q_1) n(k_2)^T / tau) + 2 tau CE(n(q_2) n(k_1)^T / tau), over the keys of all ranks, where n(x) = x /
+    |x|. MoCo v3 itself has no small views; here small views query too, but give no keys.
 
     Args:
-        encoder: its projector's output is what the predictor takes.
+        encoder: its projector's output is the predictor's input.
         temperature: tau; 1.0 for ResNets, 0.2 for ViTs.
         predictor_hidden_dim: width of the predictor's hidden layer.
-        predictor_last_batch_norm: whether a BatchNorm without scale and shift ends the predictor: for ViTs, not for
+        predictor_last_batch_norm: whether a BatchNorm without scale and shift ends the predictor: yes for ViTs, no for
             ResNets.
-        momentum, final_momentum: the twin's m at the start and the end of its cosine; it moves before the keys are
-            computed.
-        reduction: of the terms, "sum" as published, or "mean"; see `pair_terms`.
+        momentum, final_momentum: the twin's m at the start and the end of its cosine; the twin moves before it computes
+            the keys.
+        reduction: of the loss's terms, "sum" as published, or "mean"; see `pair_terms`.
+
+    Source: arXiv 2104.02057.
     """
 
     needs = Needs(whole_batch=True)
@@ -67,7 +69,7 @@ class MoCoV3(Method):
         )
 
     @property
-    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
+    def backbone(self) -> nn.Module:  # type: ignore[override] # as an attribute it would be in the state twice
         return self.encoder.backbone
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
@@ -77,7 +79,7 @@ class MoCoV3(Method):
         self.twin.update(self.encoder, now["twin_momentum"])
 
     def terms(self, sizes: list[int]) -> list[Term]:
-        """Of the loss on views of these sizes; the large ones come first and are the keys."""
+        """The loss's terms for views of these sizes in pixels. The large views come first; they give the keys."""
         return terms_of(sizes, reduction=self.reduction)
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
@@ -91,7 +93,7 @@ class MoCoV3(Method):
         return Outputs(loss, {"positive_probability": probability}, z[0])
 
     def _loss(self, q_BD: Tensor, k_GD: Tensor) -> Tensor:
-        """Cross entropy [B] of finding the own image's key."""
+        """The cross entropy, [B], of finding the key of each query's own image among all ranks' keys."""
         own_B = torch.arange(len(q_BD), device=q_BD.device) + distributed.rank() * len(q_BD)
         with torch.autocast(q_BD.device.type, enabled=False):
             return F.cross_entropy(q_BD @ k_GD.T / self.temperature, own_B, reduction="none")

@@ -1,4 +1,8 @@
-"""NNCLR proper: neighbours from a queue as positives, a predictor, no momentum encoder (arXiv 2104.14548)."""
+"""NNCLR as published, with a predictor and without a momentum encoder: positives are nearest neighbours from a queue
+(arXiv 2104.14548).
+
+Shapes: B this rank's images, D width of the embedding.
+"""
 
 import dataclasses
 
@@ -16,18 +20,22 @@ from caco.ranges import AboveZero, Natural, Width, held
 
 
 class NNCLR(Contrastive):
-    """The nearest past embedding of view a should predict view b's image among those of the batch.
+    """The past embedding nn(z_i, Q) that is nearest to one view's embedding z_i has to identify the prediction p_i from
+    the image's other view among the predictions from all images of the batch.
 
-    L = -log [ exp(nn(z_i, Q) . p_i / tau) / sum_k exp(nn(z_i, Q) . p_k / tau) ], averaged over both directions; small
-    crops only predict. p is the predictor's, which takes z before it is made unit. The queue takes the embeddings of
-    the first view.
+    L = -log [ exp(nn(z_i, Q) . p_i / tau) / sum_k exp(nn(z_i, Q) . p_k / tau) ], averaged over both directions. Small
+    views give predictions only. The predictor takes z before its norm is scaled to 1. The queue takes the first view's
+    embeddings.
 
     Args:
         encoder, bank: as in `Contrastive`; the bank is the queue Q.
         predictor_hidden_dim: width of the predictor's hidden layer.
-        treatment: as in `Contrastive`; the negatives are the predictions of other images.
+        treatment: as in `Contrastive`; the negatives are the predictions from other images.
         temperature: tau.
-        warm_start_temperature, warm_start_steps, warm_start_passes: as in `Contrastive`; the predictor learns after it.
+        warm_start_temperature, warm_start_steps, warm_start_passes: as in `Contrastive`; the warm start does not train
+            the predictor.
+
+    Source: arXiv 2104.14548.
     """
 
     @held
@@ -60,14 +68,15 @@ class NNCLR(Contrastive):
         self.predictor = Projector(in_dim=dim, hidden_dim=predictor_hidden_dim, dim=dim, layers=2, bias=True)
 
     def loss(self, views: list[Tensor], step: Step | None = None) -> Outputs:
-        """Loss of one batch of views, each [B, 3, H, W]; the large ones come first."""
+        """The loss of one batch of views, each [B, 3, H, W], the large ones first."""
         terms = self.terms([view.shape[-1] for view in views])
         projected = [self.encoder(view, unit=False) for view in views]
         p = [F.normalize(at_least_float32(self.predictor(x_BD)), dim=1) for x_BD in projected]
         z = [F.normalize(x_BD.detach(), dim=1) for x_BD in projected]
         everyone = [distributed.gather_with_gradient(p_BD) for p_BD in p]
         neighbours = {view: one for view, [one] in self.positives_of(dict(enumerate(z)), terms).items()}
-        # The neighbour asks, the predictions answer: its own image's is the positive, the others are negatives.
+        # The neighbour is the query and the predictions are the keys: the prediction from the same image is the
+        # positive, the predictions from other images are the negatives.
         score = contrast(
             [vector_BD for term in terms if (vector_BD := neighbours[term.key].vector_BD) is not None],
             [everyone[term.query] for term in terms],
@@ -78,5 +87,7 @@ class NNCLR(Contrastive):
         return Outputs(weighted(score, terms), {"positive_probability": (-score.loss_B.detach()).exp().mean()}, z[0])
 
     def costs(self, sizes: list[int]) -> Costs:
-        """Every view's predictions are gathered, and the first one's embeddings for the queue."""
+        """As of `Contrastive`, but the predictions from every view are gathered, and the first view's embeddings for
+        the queue.
+        """
         return dataclasses.replace(super().costs(sizes), gathers=len(sizes) + 1, gathers_with_gradient=len(sizes))

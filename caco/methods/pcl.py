@@ -1,7 +1,8 @@
-"""PCL v2: MoCo v2, and besides each image is to be near the prototype of its cluster, anew before each epoch (arXiv
-2005.04966).
+"""PCL v2: MoCo v2 with a further term that brings each image near the prototype of its cluster; the clusters are made
+anew before each epoch (arXiv 2005.04966).
 
-Shapes: B this rank's images, G all ranks', D width of the embedding, K clusters, E columns of a clustering's scores.
+Shapes: B this rank's images, G all ranks' images, N images of the training set, D width of the embedding, K clusters, E
+columns of a clustering's scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,34 +27,39 @@ from caco.ranges import AboveZero, Count, Length, Natural, Seed, Several, Share,
 
 
 class PCL(Contrastive):
-    """L = InfoNCE + mean over the clusterings of ProtoNCE; before `first_clustering_epoch` InfoNCE alone.
+    """L = InfoNCE + the mean of ProtoNCE over the clusterings; before `first_clustering_epoch`, InfoNCE alone.
 
-    ProtoNCE of a query q_i of an image in cluster s: -log exp(q_i.c_s / phi_s) / sum_j exp(q_i.c_j / phi_j), over the
-    prototypes of the batch's images (also those of the same cluster, as published) and `num_negatives` others, drawn
-    without replacement from clusters that no image of the batch is in. Each prototype has a temperature phi of its own.
-    The gradient is the query's alone.
+    ProtoNCE of a query q_i, whose image is in cluster s, is -log exp(q_i.c_s / phi_s) / sum_j exp(q_i.c_j / phi_j). The
+    sum goes over the prototypes of the batch's images (including other images of cluster s, as published) and over
+    `num_negatives` further prototypes, drawn without replacement from the clusters that hold no image of the batch.
+    Each prototype c_j has a temperature phi_j of its own. Only the query gets a gradient.
 
-    Before each epoch from then on the twin embeds every image's plain view, in evaluation mode; these embeddings are
-    clustered. What comes of it is in the state, so that a run goes on with it in the middle of an epoch. The batch is
-    that of all ranks, where the published code's is a GPU's own.
+    Before `first_clustering_epoch` and each later epoch, the twin embeds the plain view of every image in evaluation
+    mode, and these embeddings are clustered. The clusters are part of the method's state, so a run that resumes in the
+    middle of an epoch continues with them. The batch is that of all ranks; in the published code it is one GPU's.
 
     Args:
         encoder, bank: as in `Contrastive`; the bank is the queue.
         num_images: of the training set.
-        seed: of the clusterings, three times it and 0, 1, 2 for three, and, with the step, of the drawn prototypes.
+        seed: of the clusterings: number n of m clusterings takes m * seed + n. With the step, also of the drawn
+            prototypes.
         temperature: tau of InfoNCE, and the mean of a clustering's phi.
         momentum, final_momentum: of the twin, as in `Contrastive`.
         num_clusters: K of each clustering.
-        num_negatives: prototypes drawn besides the batch's own; fewer where fewer are left.
+        num_negatives: number of prototypes drawn beside those of the batch's images; fewer if fewer are left.
         first_clustering_epoch: counted from 0.
-        library: of the k-means, "sklearn" or "faiss" (an extra, which the published code takes).
-        iterations, restarts: of it.
+        library: for k-means, "sklearn" or "faiss" (an optional dependency, which the published code uses).
+        iterations, restarts: of k-means.
         warm_start_temperature, warm_start_momentum, warm_start_steps, warm_start_passes: as in `Contrastive`.
+
+    Source: arXiv 2005.04966; published code, main_pcl.py.
+    Raises:
+        UserError: numbers of clusters that do not fit `num_images`, or a library that is unknown or not installed.
     """
 
     needs = Needs(whole_batch=True, indices=True)
 
-    made: Tensor  # how often clusters have been made
+    made: Tensor  # int64, how many times the images have been clustered
 
     @held
     def __init__(
@@ -101,9 +107,7 @@ class PCL(Contrastive):
         return super().overwritten() | {"clusterings"}
 
     def before_epoch(self, now: Now, images: Images) -> None:
-        """Cluster the embeddings of all images. What comes of it follows from the twin, the images and the seed
-        alone.
-        """
+        """Cluster the embeddings of all images. The result depends on nothing but the twin, the images and the seed."""
         if now.epoch is None or now.epoch < self.first_clustering_epoch:
             return
         x_ND = self._embeddings(images)
@@ -116,7 +120,7 @@ class PCL(Contrastive):
         self._has_clusters.note(self.made, True)
 
     def _are_made(self) -> bool:
-        """Whether there are clusters."""
+        """Whether a clustering has been made."""
         return self._has_clusters.of(self.made, bool)
 
     def _clusterings(self) -> list[Clusters]:
@@ -124,13 +128,15 @@ class PCL(Contrastive):
 
     @torch.no_grad()
     def _embeddings(self, images: Images) -> Tensor:
-        """The twin's, of every image's plain view, in order, on rank 0 in CPU memory."""
+        """The twin's embeddings of every image's plain view, [N, D], in the order of the images, on rank 0 in CPU
+        memory. The other ranks get their own images' embeddings. A collective.
+        """
         assert self.twin is not None
         was_training = self.twin.training
         self.twin.eval()
         own_ND = torch.cat([self.twin(batch.views[0]).cpu() for batch in images("plain")])
         self.twin.train(was_training)
-        device = self.made.device  # through which the ranks' messages go
+        device = self.made.device  # the ranks exchange tensors on this device
         return distributed.gather_on_main(own_ND.to(device) if distributed.world() > 1 else own_ND).cpu()
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
@@ -155,7 +161,12 @@ class PCL(Contrastive):
         return Outputs(loss, metrics, q[0])
 
     def _prototype_loss(self, q_BD: Tensor, image_B: Tensor, now: Now) -> Tensor:
-        """ProtoNCE, the mean over the clusterings."""
+        """The mean of ProtoNCE over the clusterings, a scalar. A collective.
+
+        Args:
+            q_BD: unit queries.
+            image_B: int64, the index of each query's image.
+        """
         image_G = distributed.gather(image_B)
         label_B = torch.arange(len(q_BD), device=q_BD.device) + distributed.rank() * len(q_BD)
         losses = []
@@ -170,8 +181,13 @@ class PCL(Contrastive):
         return torch.stack(losses).mean()
 
     def _drawn(self, own_G: Tensor, number: int, stream: int) -> tuple[Tensor, Tensor]:
-        """Clusters that no image of the batch is in, at random without replacement; the same on every rank. Where too
-        few are left, others follow, and a mask says which these are.
+        """Clusters drawn at random, without replacement, from those that hold no image of the batch, int64; the same on
+        every rank. If there are too few, others follow them; the mask, bool, is true for those.
+
+        Args:
+            own_G: int64, the clusters of the batch's images.
+            number: of clusters, K.
+            stream: the seed of the draw.
         """
         order = torch.randperm(number, generator=torch.Generator().manual_seed(stream % 2**63))
         order = devices.sent(order, own_G.device)
@@ -180,7 +196,9 @@ class PCL(Contrastive):
         return order[first], taken[first]
 
     def statistics(self) -> dict[str, float]:
-        """Of the queue; and of the clustering with the most clusters, how evenly its prototypes have images."""
+        """The queue's statistics, and how evenly the images are distributed over the prototypes of the clustering with
+        the most clusters.
+        """
         values = super().statistics()
         if self._are_made():
             largest = max(self._clusterings(), key=lambda clustering: len(clustering.centroids))
@@ -199,7 +217,7 @@ class PCL(Contrastive):
         )
 
     def costs(self, sizes: list[int]) -> Costs:
-        """Scores of the prototypes: those of the batch's images, and the drawn ones."""
+        """As of `Contrastive`, with the scores of the batch's and of the drawn prototypes."""
         of_contrast = super().costs(sizes)
         count = len(self.clusterings)
         return replace(of_contrast, columns_per_image=count, prototypes=count * self.num_negatives)

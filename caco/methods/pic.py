@@ -1,5 +1,5 @@
-"""PIC: each image is a class of its own, told apart by a classifier with learned weights for all of them (arXiv
-2006.14618).
+"""PIC: each image is a class of its own, and a classifier with a learned weight vector for each class tells the images
+apart (arXiv 2006.14618).
 
 Shapes: B this rank's images, D width of the embedding, V views, N images of the training set.
 """
@@ -21,21 +21,26 @@ Order = Literal["window", "released", "released_shuffled", "epoch"]
 
 
 class PIC(Method):
-    """Cross-entropy of cosines over tau with the weights of all N classes; an image's class is its index.
+    """Cross-entropy whose logits are the cosines with the weight vectors of all N classes, divided by tau. An image's
+    class is its index.
 
-    The published method has one view of an image. Of several, the losses are averaged; those of smaller size than the
-    first (its multi-crop) leave the class weights alone.
+    The published method takes one view of an image. With several views, the losses are averaged. Views that are smaller
+    than the first one (the paper's multi-crop) do not move the class weights.
 
     Args:
-        encoder: images to unit embeddings; its `.backbone` is what evaluators see.
-        bank: the class weights, which take the optimiser's rate.
+        encoder: images to unit embeddings; its `.backbone` is what evaluators and exports take.
+        bank: the class weights, which have the optimiser's learning rate.
         num_images: N, of the training set.
         batch: images a step, over all ranks.
         seed: of the order of the images.
         temperature: tau.
-        order: of the images; see `images_in_windows`. "epoch" is every image once an epoch, in a random order.
-        window_size, window_stride: images of a window, and by how many it moves on. A window that holds all images is
-            "epoch".
+        order: of the images; see `images_in_windows`. "epoch" takes every image once an epoch, in a random order.
+        window_size: number of images in a window. A window that holds all images is the same as "epoch".
+        window_stride: number of images by which the window moves on.
+
+    Source: arXiv 2006.14618.
+    Raises:
+        UserError: a window smaller than the batch, or a bank of another size than `num_images`.
     """
 
     needs = Needs(indices=True)
@@ -57,12 +62,13 @@ class PIC(Method):
         super().__init__()
         if order != "epoch" and (window_size < batch or window_stride < 1):
             raise UserError(
-                f"method needs a window_size of at least the batch, {batch}, and a window_stride of at least 1; got"
-                f" {window_size} and {window_stride}"
+                f"this method needs a method.window_size of at least the batch, {batch}, and a method.window_stride of"
+                f" at least 1; got {window_size} and {window_stride}"
             )
         if bank.size != num_images:
             raise UserError(
-                f"method needs a bank with a row for each of the {num_images} training images; got {bank.size} rows"
+                f"this method needs a bank with a row for each of the {num_images} training images; got {bank.size}"
+                " rows"
             )
         self.encoder, self.bank = encoder, bank
         self.num_images, self.batch, self.seed, self.temperature = num_images, batch, seed, temperature
@@ -70,16 +76,16 @@ class PIC(Method):
         self.window_size, self.window_stride = window_size, window_stride
 
     @property
-    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
+    def backbone(self) -> nn.Module:  # type: ignore[override] # as an attribute it would be in the state twice
         return self.encoder.backbone
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The encoder; the class weights take their own steps."""
+        """The encoder alone: the class weights take steps of their own in `after_step`."""
         return [ParameterGroup([p for p in self.encoder.parameters() if p.requires_grad])]
 
     def order(self, epoch: int) -> np.ndarray | None:
-        """Windows follow one another whatever an epoch is; this is the part of their images that the epoch's steps
-        take.
+        """The images that this epoch's steps take from the sequence of windows, which runs on independently of epochs;
+        None, with order "epoch", for the loader's own order.
         """
         if self.order_of_images == "epoch":
             return None
@@ -106,7 +112,7 @@ class PIC(Method):
         self.bank.update(lr=now.lr)
 
     def statistics(self) -> dict[str, float]:
-        """Of the class weights; `bank/` and a name."""
+        """The class weights' `Rows.statistics`, as `bank/NAME`."""
         return {f"bank/{name}": value for name, value in self.bank.rows.statistics().items()}
 
     def costs(self, sizes: list[int]) -> Costs:
@@ -124,20 +130,28 @@ def images_in_windows(
     seed: int,
     kind: Literal["window", "released", "released_shuffled"],
 ) -> np.ndarray:
-    """Images number `start` to `end` of an endless sequence of windows, each visited in a random order, int64 [end -
-    start].
+    """Images number `start` to `end` - 1 of an endless sequence of windows, whose images are visited in a random order;
+    indices, int64 [end - start].
 
-    Of a window the last images, which make no whole batch, are left out of that visit, so that no image is twice in a
-    batch.
+    The last images of a window that make no whole batch are left out of that visit, so that no batch holds an image
+    twice.
 
-    "window": over the images in one random order, a window of `size` that moves on by `stride`, from the last image to
-    the first again: an image is in size / stride windows, one after the other. That is the method as it is described.
-    "released": its code, which takes positions modulo the window's length and not the number of images, so that the
-    window never moves: the same `size` images for ever. "released_shuffled": its code with --shuffle-per-epoch, as its
-    scripts have it: a fresh random set of `size` images for each window, but each (size / stride)th repeats the one
-    before.
+    "window": all images are put in one random order, and a window of `size` images moves over it by `stride` images at
+    a time, beginning again after the last image. So an image is in size / stride consecutive windows. This is the
+    method as the paper describes it. "released": the published code, which takes positions modulo the window's length
+    instead of the number of images, so that the window never moves and always holds the same `size` images.
+    "released_shuffled": the published code with --shuffle-per-epoch, as its scripts run it: each window is a new random
+    set of `size` images, except that every (size / stride)th window repeats the one before.
 
     Source: published code, the sliding-window sampler.
+    Args:
+        start, end: positions in the sequence, counted from 0.
+        num_images: of the training set.
+        size: images in a window.
+        stride: images by which the window moves on.
+        batch: images a step, over all ranks.
+        seed: of the random orders.
+        kind: see above.
     """
 
     def members(window: int) -> np.ndarray:
@@ -145,7 +159,7 @@ def images_in_windows(
             return all_images[(np.arange(size) + window * stride) % num_images]
         if kind == "released":
             return all_images[:size]
-        while window and window * stride % size == 0:  # begins at the window's start, where nothing is shuffled
+        while window and window * stride % size == 0:  # a window at the start of the array is not shuffled anew
             window -= 1
         return np.random.default_rng(mixed_seed(seed, 0, window)).choice(num_images, size, replace=False)
 

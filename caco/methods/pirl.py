@@ -1,7 +1,7 @@
-"""PIRL: the embedding of an image and that of its shuffled patches both meet the image's row of a bank (arXiv
-1912.01991).
+"""PIRL: the embedding of an image and the embedding of its shuffled patches are both compared with the image's row of a
+bank (arXiv 1912.01991).
 
-Shapes: B this rank's images, P patches, D width of the embedding.
+Shapes: B this rank's images, P patches, N all patches of the batch, F features, D width of the embedding.
 """
 
 import dataclasses
@@ -22,19 +22,24 @@ from caco.ranges import AboveZero, Count, Layers, NonNegative, Seed, Share, Widt
 
 
 class PIRL(InstDisc):
-    """L = (1 - w) L(v) + w L(g), each InstDisc's loss, against rows drawn for itself: v embeds the image, g by a head
-    of its own its patches.
+    """L = (1 - w) L(v) + w L(g), where v is the embedding of the image and g that of its patches, which has a head of
+    its own. L(v) and L(g) are InstDisc's loss, each with its own drawn rows.
 
-    The two never meet directly: the bank's row is where they meet. Only v is written to it, after the step. Z is that
-    of the first batch of patches, for both.
+    v and g are never compared with each other, only with the image's row of the bank. Only v is written to the row,
+    after the step. Both losses have the same Z, estimated from the patches of the first batch.
 
     Args:
-        encoder, bank, num_images, seed, temperature, loss, num_noise, epsilon: as in `InstDisc`. Of several views
-            losses are averaged there too.
+        encoder, bank, num_images, seed, temperature, loss, num_noise, epsilon: as in `InstDisc`, which also averages
+            the losses of several views.
         patches_weight: w.
-        patches_layers: linear layers between the features and what the head gives of each patch; 1 as published.
-        patches_hidden_dim: between these, where there are several.
+        patches_layers: number of linear layers between the features and the head's output for each patch; 1 as
+            published.
+        patches_hidden_dim: width between these layers, if there are several.
         num_patches: P.
+
+    Source: arXiv 1912.01991.
+    Raises:
+        UserError: as of `InstDisc`; in training, a batch without patches.
     """
 
     needs = Needs(indices=True, patches="shuffled", num_patches=9)
@@ -70,7 +75,9 @@ class PIRL(InstDisc):
         self.needs = dataclasses.replace(PIRL.needs, num_patches=num_patches)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """All that learns, of which biases and BatchNorm do not decay, as published."""
+        """Two groups: the weights, and the biases and BatchNorm parameters, which have no weight decay, as
+        published.
+        """
         learning = [p for p in self.parameters() if p.requires_grad]
         return [
             ParameterGroup([p for p in learning if p.ndim > 1]),
@@ -78,11 +85,11 @@ class PIRL(InstDisc):
         ]
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
-        """Patches first: Z is theirs."""
+        """The patches are contrasted first, because the first call estimates Z."""
         if batch.patches is None:
             raise UserError(
-                "this method takes patches of each image, and its batches have none; expected an augmentation that cuts"
-                " a view"
+                "this method needs patches of each image, but its batches have none; expected an augmentation that cuts"
+                " a view into patches"
             )
         features_NF = self.backbone(batch.patches.flatten(0, 1))
         g_BD = F.normalize(at_least_float32(self.jigsaw(features_NF)), dim=1)
@@ -99,7 +106,7 @@ class PIRL(InstDisc):
         return Outputs(loss, metrics, v[0])
 
     def costs(self, sizes: list[int]) -> Costs:
-        """One query more, of patches."""
+        """As of `InstDisc`, with one more query, that of the patches."""
         costs = super().costs(sizes)
         return dataclasses.replace(
             costs,

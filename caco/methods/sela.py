@@ -1,8 +1,8 @@
-"""SeLa: classification with labels that the network itself gives all images, so that each label has as many (arXiv
-1911.05371).
+"""SeLa: classification with labels that the network itself assigns to all images, so that each label has equally many
+images (arXiv 1911.05371).
 
-Shapes: B this rank's images, N images of the training set, P of these on this rank, H heads, K labels of a head, F
-width before the last layer.
+Shapes: B this rank's images, N images of the training set, P of these that this rank labels, H heads, K labels of a
+head, F width before the last layer.
 """
 
 from collections.abc import Mapping
@@ -24,33 +24,39 @@ from caco.schedules import RunShape, Table
 
 
 class SeLa(Method):
-    """L = mean over the heads of cross-entropy with the head's labels, which are made anew at some moments of the run.
+    """L = the mean over the heads of the cross-entropy with the head's labels. The labels are made anew at certain
+    moments of the run.
 
-    At such a moment all images go through the network once, as in training (augmented, in training mode, so that
-    BatchNorm's statistics move) and without gradient; then each head's labels are `assignments.balanced_labels` of its
-    probabilities. Before the first moment, which comes before the first step, a head's labels are the images' numbers
-    modulo K, shuffled.
+    At such a moment all images go through the network once, without gradient but otherwise as in training: augmented,
+    and in training mode, so that BatchNorm's statistics move. Then `assignments.balanced_labels` computes each head's
+    labels from its probabilities. The first moment comes before the first step; until then a head's labels are the
+    images' numbers modulo K, shuffled.
 
-    The published method has one view of an image; of several the losses are averaged, and the first is labelled.
+    The published method takes one view of an image. With several views the losses are averaged, and the labels are made
+    from the first view.
 
     Args:
-        encoder: images to the logits of all heads, H K of them, not on the unit sphere; its projector's last layer is
-            linear. Its `.backbone` is what evaluators see.
+        encoder: images to the H K logits of all heads, not normalised; its projector's last layer is linear. Its
+            `.backbone` is what evaluators and exports take.
         num_images: N, of the training set.
-        seed: of the first labels.
+        seed: of the initial labels.
         num_heads: H, which divides the projector's width.
-        num_moments: at which labels are made anew, over the run.
-        spacing: of the moments t_j in epochs, E of them in the run, j from 0 to num_moments - 1 = J: "quadratic", (E +
-            1.01) (j / J)^2, dense at first; "linear", (E + 1.01) j / J. With a step at most one is due; the next ones
-            wait.
-        one_head_at_a_time: a moment makes the labels of head (epoch mod H) alone (its authors' CIFAR recipe).
-        power: lambda, of the probabilities; higher is nearer to each image's own most probable label.
+        num_moments: how many times the labels are made anew during the run.
+        spacing: of the moments t_j, in epochs, where E is the run's number of epochs and j goes from 0 to J =
+            num_moments - 1: "quadratic", (E + 1.01) (j / J)^2, dense at first; "linear", (E + 1.01) j / J. A step has
+            at most one moment; further moments that are due wait for the next steps.
+        one_head_at_a_time: whether a moment makes the labels of head (epoch mod H) alone (the authors' CIFAR recipe).
+        power: lambda, the power of the probabilities; higher is nearer to each image's own most probable label.
         tolerance: of the balance, as a sum over all images.
+
+    Source: arXiv 1911.05371.
+    Raises:
+        UserError: a projector whose outputs are not the heads' logits.
     """
 
     needs = Needs(indices=True)
 
-    labels: Tensor  # int32 [H, N]
+    labels: Tensor  # int32 [H, N], each head's label of each image
 
     @held
     def __init__(
@@ -74,8 +80,8 @@ class SeLa(Method):
             )
         if not isinstance(encoder.projector, Projector):
             raise UserError(
-                "projector: the heads are the last layer of a caco.nn.heads.Projector; expected one, got"
-                f" {type(encoder.projector).__name__}"
+                "projector: this method's heads are the last layer of a caco.nn.heads.Projector; expected such a"
+                f" projector, got {type(encoder.projector).__name__}"
             )
         if not isinstance(encoder.projector[-1], nn.Linear):
             raise UserError(
@@ -91,23 +97,23 @@ class SeLa(Method):
         self.register_buffer("labels", torch.stack(shuffled).to(torch.int32))
 
     @property
-    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
+    def backbone(self) -> nn.Module:  # type: ignore[override] # as an attribute it would be in the state twice
         return self.encoder.backbone
 
     def _layers(self) -> tuple[list[nn.Module], nn.Linear]:
-        """The projector's layers but the last, and the last one, whose outputs are the heads."""
+        """The projector's layers without the last, and the last layer, whose outputs are the heads' logits."""
         assert isinstance(self.encoder.projector, Projector)
         *before_last, last = self.encoder.projector
         assert isinstance(last, nn.Linear)
         return before_last, last
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
-        """labels_made: 1 at the steps before which labels are made anew, else 0."""
+        """labels_made: 1 at the steps before which the labels are made anew, else 0."""
         last = max(1, self.num_moments - 1)
         shares = [(j / last) ** (2 if self.spacing == "quadratic" else 1) for j in range(self.num_moments)]
         waiting = [
             (run.epochs + 1.01) * share * self.num_images for share in reversed(shares)
-        ]  # in images; the next one last
+        ]  # the moments in images seen, the next one last
         table = []
         for step in range(run.steps):
             is_due = bool(waiting) and step * run.batch >= waiting[-1]
@@ -125,10 +131,14 @@ class SeLa(Method):
 
     @torch.no_grad()
     def make_labels(self, images: Images, step: int, heads: list[int]) -> None:
-        """The labels of these heads, for all images. A collective.
+        """Make the labels of these heads anew, for all images. A collective.
 
         Args:
-            step: of the run, on which the pass's order and views depend.
+            images: makes the pass over all images.
+            step: of the run; it determines the order and the views of the pass.
+            heads: numbers of the heads.
+        Raises:
+            UserError: the network has collapsed, see `assignments.balanced_labels`.
         """
         before_last, last = self._layers()
         index, hidden = [], []
@@ -147,7 +157,7 @@ class SeLa(Method):
             )
             of_all = torch.zeros_like(self.labels[head])
             of_all[index_P] = label_P.to(of_all.dtype)
-            self.labels[head] = distributed.sum_(of_all)  # each image is on one rank
+            self.labels[head] = distributed.sum_(of_all)  # each image was labelled on one rank, and is 0 on the others
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
         label_BH = self.labels[:, batch.index].T.long()
@@ -159,7 +169,7 @@ class SeLa(Method):
         return Outputs(torch.stack(losses).mean(), {"labels_predicted": torch.stack(right).mean()}, logits[0])
 
     def statistics(self) -> dict[str, float]:
-        """How evenly the first head's labels have images."""
+        """How evenly the images are distributed over the first head's labels."""
         return assignments.use_statistics(torch.bincount(self.labels[0].long(), minlength=self.num_labels))
 
     def warning(self, statistics: Mapping[str, Any]) -> str | None:
@@ -172,8 +182,8 @@ class SeLa(Method):
         )
 
     def costs(self, sizes: list[int]) -> Costs:
-        """In a pass: the last layer's input, and of a head at a time logits, log probabilities and their powers in
-        float64.
+        """A pass over all images holds for each image the last layer's input and, for one head at a time, the logits
+        and, in float64, logits, log probabilities and their powers.
         """
         last = self._layers()[1]
         return Costs(encoded=list(range(len(sizes))), pass_bytes=4 * last.in_features + (4 + 3 * 8) * self.num_labels)

@@ -1,4 +1,5 @@
-"""SimSiam: from one view of an image, predict the embedding of another, without twin or negatives (arXiv 2011.10566).
+"""SimSiam: from one view of an image, predict the embedding of another view, without a momentum twin and without
+negatives (arXiv 2011.10566).
 
 Shapes: B this rank's images, D width of the embedding.
 """
@@ -17,17 +18,20 @@ from caco.schedules import RunShape, Table, constant
 
 
 class SimSiam(Method):
-    """The prediction p of one view points where the other's embedding z does, through which no gradient goes.
+    """Makes the prediction p from one view point in the same direction as the embedding z of the other view. No
+    gradient flows through z.
 
-    L = -1/2 [ mean_i cos(p_1, z_2) + mean_i cos(p_2, z_1) ], from -1 to 1. Small views predict too and are not
-    predicted; SimSiam itself has none.
+    L = -1/2 [ mean_i cos(p_1, z_2) + mean_i cos(p_2, z_1) ], from -1 to 1. SimSiam itself has no small views; here
+    small views predict the large ones and are not predicted themselves.
 
     Args:
         encoder: its projector's output is z.
         predictor_hidden_dim: width of the predictor's hidden layer, narrower than the embedding.
-        constant_predictor_rate: whether the predictor keeps the learning rate of the start while the encoder's falls.
-            The published 68.1 needs it; without it 67.7.
-        reduction: of the terms, "mean" as published, or "sum"; see `pair_terms`.
+        constant_predictor_rate: whether the predictor keeps its initial learning rate while the encoder's falls. The
+            published top-1 of 68.1 was measured with it; 67.7 without.
+        reduction: of the loss's terms, "mean" as published, or "sum"; see `pair_terms`.
+
+    Source: arXiv 2011.10566, Eq. 4.
     """
 
     against_collapse = "BatchNorm at the projector's end (projector.last_batch_norm=true), a lower optimizer.lr"
@@ -48,14 +52,14 @@ class SimSiam(Method):
         self.constant_predictor_rate, self.reduction = constant_predictor_rate, reduction
 
     @property
-    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
+    def backbone(self) -> nn.Module:  # type: ignore[override] # as an attribute it would be in the state twice
         return self.encoder.backbone
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
         return {"predictor_rate": constant(run, 1.0)} if self.constant_predictor_rate else {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The encoder, and the predictor, which may have a rate of its own."""
+        """Two groups: the encoder, and the predictor, which may have a learning rate of its own."""
         return [
             ParameterGroup([p for p in self.encoder.parameters() if p.requires_grad]),
             ParameterGroup(
@@ -64,7 +68,9 @@ class SimSiam(Method):
         ]
 
     def terms(self, sizes: list[int]) -> list[Term]:
-        """Of the loss on views of these sizes; the large ones come first and are predicted."""
+        """The loss's terms for views of these sizes in pixels. The large views come first; they are the predicted
+        ones.
+        """
         return terms_of(sizes, reduction=self.reduction)
 
     def forward(self, batch: Batch, now: Now) -> Outputs:

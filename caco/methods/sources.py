@@ -1,8 +1,10 @@
-"""Where a query's positive comes from, and where its negatives come from. A method is a pair of these and a bank.
+"""The sources that a query's positives and its negatives come from. A contrastive method consists of one source of
+positives, one source of negatives, and a bank.
 
-A source declares what it needs and costs, and nobody asks for its class: `Positives` and `Negatives` have the defaults.
+A source declares what it needs and what it costs, so no other code asks which class it is of. `Positives` and
+`Negatives` have the defaults.
 
-Shapes: B this rank's queries, G all ranks' queries, D width, E extra columns.
+Shapes: B this rank's queries, G all ranks' queries, D width, E extra columns, C positives of a query.
 """
 
 from typing import NamedTuple
@@ -20,20 +22,20 @@ from caco.schedules import RunShape, Table, cosine
 
 
 class Positive(NamedTuple):
-    """A query's positive: either a vector of its own or a row of the bank."""
+    """The positives of B queries: either vectors of their own or rows of the bank."""
 
-    vector_BD: Tensor | None = None
-    row_B: Tensor | None = None
-    weight_B: Tensor | None = None  # of the query's loss with this positive, where it has several; None: 1
+    vector_BD: Tensor | None = None  # unit vectors
+    row_B: Tensor | None = None  # int64, indices over the whole bank
+    weight_B: Tensor | None = None  # weight of the loss with this positive, for queries with several; None: 1
 
 
 class Positives:
-    """Called with unit keys [B, D] and the bank; gives each key's query its positive.
+    """A source of positives. Called with unit keys [B, D] and the bank, it gives the positive of each key's query.
 
-    needs_bank: whether there must be one. bank_rows: whether the positive is a row of it, which the bank's rows as
-    negatives then have to hold. searches, lookups: how often a key looks for its nearest row, and how often it fetches
-    a row's vector. per_query: how many positives a query has; of_both_kinds: whether some are vectors and some are
-    rows.
+    needs_bank: whether there must be a bank. bank_rows: whether the positive is a row of the bank; the bank's rows must
+    then be the negatives. searches: how many times a key searches the bank for its nearest row. lookups: how many times
+    it fetches a row's vector. per_query: number of positives of a query. of_both_kinds: whether some of a query's
+    positives are vectors and some are rows.
     """
 
     needs_bank = bank_rows = of_both_kinds = False
@@ -44,22 +46,27 @@ class Positives:
         raise NotImplementedError
 
     def schedules(self, run: RunShape) -> dict[str, Table]:
-        """Name -> one number for each step of the training, as of a method; all are logged."""
+        """Tables with one number for each step of the training, by name, as of `Method.schedules`; all are logged."""
         return {}
 
     def all_of(self, k_BD: Tensor, bank: Bank | None, now: Now | None) -> list[Positive]:
-        """Each query's positives, whose weights add up to 1; where it has one, that. now: of the step, None outside a
-        run.
+        """All positives of each query, as a list of `per_query` entries whose weights add up to 1. By default the list
+        holds the one positive that a call gives.
+
+        Args:
+            k_BD: this rank's unit keys.
+            bank: the bank, if there is one.
+            now: of the step; None outside a run.
         """
         return [self(k_BD, bank)]
 
 
 class Negatives:
-    """Called with unit queries [B, D] and the unit keys of all ranks [G, D]; gives cosines of extra columns [B, E], or
-    None.
+    """A source of negatives. Called with unit queries [B, D] and the unit keys of all ranks [G, D], it gives the
+    queries' cosines with the negatives that are no rows of the bank, [B, E], or None if it has no such negatives.
 
-    bank_rows: whether the bank's rows are negatives besides. columns_per_image: extra columns for each image of the
-    global batch; where there are any, a part of a batch has fewer.
+    bank_rows: whether the bank's rows are negatives (too). columns_per_image: number of those cosines for each image of
+    the global batch; if it is above 0, a batch that is cut into parts has fewer negatives.
     """
 
     bank_rows = False
@@ -70,16 +77,18 @@ class Negatives:
 
 
 class OtherView(Positives):
-    """The key of the image's other view (SimCLR, MoCo, AdCo)."""
+    """The positive is the key of the image's other view (SimCLR, MoCo, AdCo)."""
 
     def __call__(self, k_BD: Tensor, bank: Bank | None) -> Positive:
         return Positive(vector_BD=k_BD)
 
 
 class NearestKey(Positives):
-    """The bank's row nearest to the key, as a vector of its own (NNCLR-like; Table VII, Positive).
+    """The positive is the bank's row nearest to the key, as a vector of its own (as in NNCLR; Table VII, Positive).
 
-    The paper's words are nearest to the query; as in Figure 2 we let the key of the other view choose.
+    The paper's text says nearest to the query. Here the key of the other view chooses, as in the paper's Figure 2.
+
+    Source: arXiv 2203.14370, Table VII.
     """
 
     needs_bank = True
@@ -91,7 +100,7 @@ class NearestKey(Positives):
 
 
 class BankRow(Positives):
-    """The most probable row of the bank itself, chosen by the key (CaCo, Eq. 11)."""
+    """The positive is the bank's row that is most probable for the key (CaCo; arXiv 2203.14370, Eq. 11)."""
 
     needs_bank = bank_rows = True
     searches = 1
@@ -102,15 +111,15 @@ class BankRow(Positives):
 
 
 class NearestRows(Positives):
-    """Several rows of the bank itself, those nearest to the key, each weighted by the softmax of its cosine with the
-    key (`equations.several_positives_loss`). With a count of 1 it is `BankRow`.
+    """The positives are the several rows of the bank that are nearest to the key. Each is weighted by the softmax of
+    its cosine with the key (`equations.several_positives_loss`). With a count of 1 this is `BankRow`.
 
-    Where one row is of another class than the image, others may not be: later papers on CaCo's code weight positives
-    so, each by a formula of its own; this one is ours.
+    If one of the rows stands for another class than the image's, other rows may still stand for the right one. Later
+    papers on CaCo's code weight several positives too, each by a formula of its own; this formula is ours.
 
     Args:
-        count: rows, k.
-        temperature: of the softmax over their cosines; the lower, the more the nearest counts.
+        count: number of rows, k.
+        temperature: of the softmax over their cosines; the lower it is, the more the nearest row counts.
     """
 
     needs_bank = bank_rows = True
@@ -136,12 +145,12 @@ class NearestRows(Positives):
 
 
 class OtherViewThenRow(Positives):
-    """The key of the other view and the bank's most probable row, whose share of the loss grows from one number to
-    another over the training, by a half cosine (`equations.several_positives_loss`). A young bank, whose rows are
-    mostly of other classes than the image, then does little harm.
+    """Two positives: the key of the other view, and the bank's row that is most probable for it. The row's share of the
+    loss changes over the training by a half cosine (`equations.several_positives_loss`). With a share that grows from
+    0, a young bank, whose rows mostly stand for other classes than the image's, does little harm.
 
     Args:
-        first_share, last_share: of the row, at the first step of the training and at its end.
+        first_share, last_share: the row's share of the loss at the first step of the training and at its end.
     """
 
     needs_bank = bank_rows = of_both_kinds = True
@@ -164,18 +173,18 @@ class OtherViewThenRow(Positives):
 
 
 class BatchKeys(Negatives):
-    """The keys of the batch's other images, over all ranks (Table VII, None and Positive)."""
+    """The negatives are the keys of the batch's other images, over all ranks (Table VII, None and Positive)."""
 
     columns_per_image = 1
 
     def __call__(self, q_BD: Tensor, k_GD: Tensor) -> Tensor:
-        """Cosines [B, G], the query's own image masked out by -inf."""
+        """Cosines [B, G] of the queries with all keys; -inf masks out the key of the query's own image."""
         own_B = torch.arange(len(q_BD), device=q_BD.device) + distributed.rank() * len(q_BD)
         return (q_BD @ k_GD.T).scatter(1, own_B[:, None], -torch.inf)
 
 
 class BatchBothViews(Negatives):
-    """Both views of the batch's other images: 2B - 2 negatives (SimCLR)."""
+    """The negatives are both views of the batch's other images, over all ranks: 2G - 2 negatives (SimCLR)."""
 
     columns_per_image = 2
 
@@ -185,12 +194,16 @@ class BatchBothViews(Negatives):
 
 
 class BankRows(Negatives):
-    """Every row of the bank but the positive (CaCo, MoCo; Table VII, Negative and Positive+Negative)."""
+    """The negatives are all rows of the bank except the positive (CaCo, MoCo; Table VII, Negative and
+    Positive+Negative).
+    """
 
     bank_rows = True
 
 
 class BankRowsAndBatchKeys(BatchKeys):
-    """Every row of the bank and the other keys of the batch (AdCo: for stability, its authors say)."""
+    """The negatives are all rows of the bank and the keys of the batch's other images (AdCo, whose authors say that the
+    latter are for stability).
+    """
 
     bank_rows = True

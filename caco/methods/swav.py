@@ -1,6 +1,7 @@
 """SwAV: one view's assignment to prototypes is predicted from another view (arXiv 2006.09882).
 
-Shapes: B this rank's images, G all ranks', D width of the embedding, K prototypes, V views, R rows of the queue.
+Shapes: B this rank's images, G all ranks' images, N the embeddings of all views of a batch, D width of the embedding, K
+prototypes, V views, R rows of the queue.
 """
 
 from collections.abc import Mapping
@@ -24,26 +25,33 @@ NUM_ASSIGNED = 2  # views whose assignments are predicted: the first two
 
 
 class SwAV(Method):
-    """The first two views are assigned to prototypes so that all of these are used alike; every other view predicts it.
+    """The images of each of the first two views are assigned to prototypes so that all prototypes are used equally
+    often; every other view predicts that view's assignments.
 
-    L = 1/2 sum_{c < 2} 1/(V - 1) sum_{v != c} mean_i -sum_k q_cik log softmax(z_vi . C / tau)_k, where q_c is the
-    Sinkhorn assignment of the batch of all ranks, together with a queue of earlier embeddings where there is one.
+    L = 1/2 sum_{c < 2} 1/(V - 1) sum_{v != c} mean_i -sum_k q_cik log softmax(z_vi . C / tau)_k, where C are the
+    prototypes and q_c is the Sinkhorn assignment of the batch of all ranks, made together with a queue of earlier
+    embeddings if there is one.
 
     Args:
-        encoder: images to unit embeddings; its `.backbone` is what evaluators see.
+        encoder: images to unit embeddings; its `.backbone` is what evaluators and exports take.
         num_prototypes: K.
         temperature: tau.
-        epsilon: of the Sinkhorn assignment; smaller is harder.
-        sinkhorn_iterations: of it.
-        prototypes_frozen_steps: at the run's start, in which the prototypes stay as they were drawn.
-        queue_size: rows over all ranks for each assigned view, of which a whole number of batches is used; 0 for no
+        epsilon: of the Sinkhorn assignment; the smaller, the harder the assignments.
+        sinkhorn_iterations: of the Sinkhorn assignment.
+        prototypes_frozen_steps: number of steps at the start in which the prototypes stay as they were drawn.
+        queue_size: rows, over all ranks, for each assigned view, of which a whole number of batches is used; 0 for no
             queue.
-        queue_start_epoch: with which the queue begins to be filled, counted from 0; it takes part once it is full.
+        queue_start_epoch: the epoch, counted from 0, in which the queue begins to be filled; it is used once it is
+            full.
+
+    Source: arXiv 2006.09882, Eqs. 1 and 3 to 6.
+    Raises:
+        UserError: an epsilon below 0.004; later, a queue smaller than the batch.
     """
 
     needs = Needs(whole_batch=True)
-    queue: Tensor
-    uses: Tensor
+    queue: Tensor  # [2, queue_size, D], earlier embeddings of each assigned view, the newest first
+    uses: Tensor  # int64 [K], how often each prototype was the nearest since the last `statistics`
 
     @held
     def __init__(
@@ -65,27 +73,28 @@ class SwAV(Method):
         self.encoder, self.prototypes = encoder, Prototypes(dim=dim, number=num_prototypes)
         self.temperature, self.epsilon, self.sinkhorn_iterations = temperature, epsilon, sinkhorn_iterations
         self.prototypes_frozen_steps, self.queue_start_epoch = prototypes_frozen_steps, queue_start_epoch
-        # The same on every rank, newest rows in front: small, and a checkpoint holds it whatever the number of ranks.
+        # Every rank holds the same whole queue: it is small, and a checkpoint then does not depend on the number of
+        # ranks.
         self.register_buffer("queue", torch.zeros(NUM_ASSIGNED, queue_size, dim))
         self.register_buffer("uses", torch.zeros(num_prototypes, dtype=torch.int64))
-        self.embeddings: list[Tensor] = []  # [B, D] of the step in progress, by assigned view, for the queue
+        self.embeddings: list[Tensor] = []  # for the queue: [B, D] for each assigned view of the step in progress
         self._pushed = devices.Known([0] * NUM_ASSIGNED)  # see `_pushed_rows`
         self.register_load_state_dict_post_hook(_read_anew)
 
     @property
-    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
+    def backbone(self) -> nn.Module:  # type: ignore[override] # as an attribute it would be in the state twice
         return self.encoder.backbone
 
     def phases(self, run: RunShape) -> list[Phase]:
         if 0 < self.queue.shape[1] < run.batch:
             raise UserError(
-                f"method.queue_size: expected 0 for no queue, or at least the batch, {run.batch}, of which it holds"
-                f" whole ones; got {self.queue.shape[1]}"
+                f"method.queue_size: expected 0 for no queue, or at least the batch, {run.batch}, because the queue"
+                f" takes whole batches; got {self.queue.shape[1]}"
             )
         return super().phases(run)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The encoder, and the prototypes, which stay at first."""
+        """Two groups: the encoder, and the prototypes, which are frozen at first."""
         return [
             ParameterGroup([p for p in self.encoder.parameters() if p.requires_grad]),
             ParameterGroup(list(self.prototypes.parameters()), frozen_steps=self.prototypes_frozen_steps),
@@ -95,7 +104,7 @@ class SwAV(Method):
         self.prototypes.normalise()
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
-        """The views may have several sizes; those of one size lie together."""
+        """The views may have several sizes; neighbouring views of one size go through the backbone together."""
         num_images = len(batch.index)
         z_ND = self.encoder(batch.views)
         scores = list(self.prototypes(z_ND).split(num_images))
@@ -106,20 +115,25 @@ class SwAV(Method):
         return Outputs(loss, {"target_entropy": assignments.entropy(torch.cat(codes))}, z_ND[:num_images])
 
     def _codes(self, view: int, score_BK: Tensor, now: Now) -> Tensor:
-        """Assignments [B, K] of one view's images, made together with the queue's once that is full."""
+        """The assignments of one view's images, [B, K], made together with those of the queue once it is full. A
+        collective.
+        """
         num_images = len(score_BK)
         queue_RD = self._rows_in_use(view, num_images * distributed.world(), now)
         if len(queue_RD) and self._pushed_rows()[view] >= len(queue_RD):
             part_RD = distributed.own(queue_RD, len(queue_RD) // distributed.world())
-            score_BK = torch.cat([self.prototypes(part_RD).detach(), score_BK])  # old embeddings, today's prototypes
+            # The queue holds earlier embeddings; their scores are taken with the current prototypes.
+            score_BK = torch.cat([self.prototypes(part_RD).detach(), score_BK])
         return assignments.balanced(score_BK, epsilon=self.epsilon, iterations=self.sinkhorn_iterations)[-num_images:]
 
     def _pushed_rows(self) -> list[int]:
-        """Of each view's queue, rows that hold an embedding."""
+        """For each assigned view the number of its queue's rows that hold an embedding."""
         return self._pushed.of(self.queue, lambda queue: queue.any(2).sum(1).tolist())
 
     def _rows_in_use(self, view: int, batch: int, now: Now) -> Tensor:
-        """The queue's rows of a view [R, D], a whole number of batches; none before its time."""
+        """The rows of a view's queue that are in use, [R, D], a whole number of batches; no rows before
+        `queue_start_epoch`.
+        """
         begun = now.epoch is not None and now.epoch >= self.queue_start_epoch
         return self.queue[view, : self.queue.shape[1] // batch * batch if begun else 0]
 
@@ -146,12 +160,14 @@ class SwAV(Method):
             return super().warning(statistics)
         return (
             f"The embedding has collapsed: {wrong}. What helps: harder assignments (method.epsilon=0.03), prototypes"
-            " that stay longer at first (method.prototypes_frozen_steps), fewer of them (method.num_prototypes), a"
-            " lower optimizer.lr, easier views."
+            " that are frozen for longer at the start (method.prototypes_frozen_steps), fewer prototypes"
+            " (method.num_prototypes), a lower optimizer.lr, easier views."
         )
 
     def costs(self, sizes: list[int]) -> Costs:
-        """The ranks add up K float64 numbers for each assigned view and Sinkhorn iteration, and K integers of use."""
+        """The ranks sum K float64 numbers for each assigned view and Sinkhorn iteration, and K int64 numbers for the
+        prototypes' use.
+        """
         num_prototypes = len(self.uses)
         return Costs(
             encoded=list(range(len(sizes))),

@@ -1,4 +1,4 @@
-"""Which view of an image is compared with which other, and how much each comparison counts."""
+"""The terms of a loss: which view of an image is compared with which other view, and the weight of each comparison."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,17 +11,18 @@ from caco.errors import UserError
 
 
 class Term(NamedTuple):
-    query: int  # view that is encoded with gradient
-    key: int  # view whose key chooses (or is) the positive
-    weight: float
+    query: int  # the view that is encoded with gradient
+    key: int  # the view whose key is the positive or chooses it
+    weight: float  # of the term in the loss
 
 
 def pair_terms(num_large: int, num_small: int, *, symmetric: bool, reduction: Literal["sum", "mean"]) -> list[Term]:
-    """Which view queries which key, and with what weight.
+    """The terms of a loss on `num_large` large and `num_small` small views, which follow the large ones.
 
-    Keys are the large views (symmetric) or the second of them (else); every other view queries each key. "sum" adds
-    the terms (CaCo's two directions; AdCo's five crops). "mean" averages the large views' terms and adds the average of
-    the small ones' (AdCo's two directions; CaCo's multi-crop: 2 large and 12 small terms).
+    If `symmetric`, each large view is a key and every other view queries it. If not, the second view is the only key,
+    and the first view and the small ones query it. With reduction "sum" every term has weight 1 (CaCo's two directions;
+    AdCo's five crops). With "mean" the average over the large views' terms and the average over the small views' terms
+    are added (AdCo's two directions; CaCo's multi-crop, with 2 large and 12 small terms).
     """
     keys = range(num_large) if symmetric else [1]
     large = [(q, k) for k in keys for q in (range(num_large) if symmetric else [0]) if q != k]
@@ -30,17 +31,25 @@ def pair_terms(num_large: int, num_small: int, *, symmetric: bool, reduction: Li
 
 
 def terms_of(sizes: list[int], *, symmetric: bool = True, reduction: Literal["sum", "mean"]) -> list[Term]:
-    """The terms of views of these sizes in pixels; the large ones come first."""
+    """The terms of a loss on views of these sizes in pixels, the large views first; see `pair_terms`.
+
+    Raises:
+        UserError: fewer than 2 views.
+    """
     return pair_terms(*_large_and_small(sizes), symmetric=symmetric, reduction=reduction)
 
 
 def weighted_sum(terms: list[Term], values: Sequence[Tensor]) -> Tensor:
-    """Of each term's scalar."""
+    """The sum of the terms' values, which are scalars, by the terms' weights."""
     return torch.stack([term.weight * value for term, value in zip(terms, values, strict=True)]).sum()
 
 
 def pairs_of(sizes: list[int]) -> list[tuple[int, int]]:
-    """Each pair of views once of which at least one is large, for losses that take two views alike."""
+    """Every pair of views with at least one large view, each pair once: for losses that are symmetric in two views.
+
+    Raises:
+        UserError: fewer than 2 views.
+    """
     num_large, num_small = _large_and_small(sizes)
     return [(a, b) for a, b in itertools.combinations(range(num_large + num_small), 2) if a < num_large]
 

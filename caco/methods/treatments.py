@@ -1,8 +1,9 @@
-"""What is made of a query's negatives before they count: reweighted (debiased, hard), kept at a margin (IFM), mixed
-(MoCHi).
+"""Treatments of a query's negatives: they are reweighted (debiased, hard), shifted by a margin (IFM), or mixed to make
+further ones (MoCHi).
 
-Where negatives come from says a source (caco/methods/sources.py); each of these goes with every source that has what it
-needs, and declares what that is and costs: nobody asks for its class. Plain negatives have no treatment.
+The negatives themselves come from a source (caco/methods/sources.py). Each treatment goes with every source that has
+what the treatment needs. It declares what it needs and what it costs, so no other code asks which class it is of. Plain
+negatives have no treatment.
 
 Shapes: B this rank's images, N queries of all terms, term by term, H rows that a query chooses from, E columns made for
 it, U rows used by some query, D width.
@@ -29,22 +30,22 @@ from caco.methods.base import Now
 from caco.methods.sources import Negatives
 from caco.ranges import Count, Natural, NonNegative, Seed, ShareBelowOne, held
 
-PART_ELEMENTS = 1 << 23  # of the synthetic rows that are held at a time: 32 MiB in float32
+PART_ELEMENTS = 1 << 23  # numbers in the synthetic rows that are held at a time: 32 MiB in float32
 
 
 class Step(NamedTuple):
-    """What draws depend on."""
+    """What a step's random draws depend on."""
 
-    index_B: Tensor  # of the images, int64, in the source
+    index_B: Tensor  # int64, the images' indices in the training set
     now: Now
 
 
 class Treatment:
-    """The defaults: nothing is needed, and nothing done.
+    """The base class of treatments. Its defaults need nothing and change nothing.
 
-    needs_bank_rows: whether the bank's rows have to be negatives. objective: the loss where it is another than InfoNCE;
-    its sums go over all negatives of whatever source. candidates, drawn, synthetic: rows that a query chooses from,
-    draws of these, and columns made of them (caco/methods/base.py: Costs).
+    needs_bank_rows: whether the bank's rows have to be negatives. objective: the loss, if it is not InfoNCE; its sums
+    go over all negatives, whichever source they come from. candidates, drawn, synthetic: numbers of rows that a query
+    chooses from, of draws from these, and of negatives made from the drawn rows (see `Costs` in caco/methods/base.py).
     """
 
     needs_bank_rows = False
@@ -54,13 +55,18 @@ class Treatment:
     def columns(
         self, q_ND: Tensor, positive_row_N: Tensor | None, bank: Bank | None, step: Step | None
     ) -> Tensor | None:
-        """Cosines of further negatives with unit queries, [N, E]; of queries whose positive is that row of the bank, if
-        it is one.
+        """Cosines of the queries with further negatives, [N, E]; None if the treatment makes none in this step.
+
+        Args:
+            q_ND: unit queries.
+            positive_row_N: int64, the row of the bank that is each query's positive; None if the positives are no rows.
+            bank: the bank, if there is one.
+            step: what random draws depend on.
         """
         return None
 
     def costs(self, *, rows_are_positives: bool) -> dict[str, Any]:
-        """What it adds to a method's Costs."""
+        """The fields that the treatment sets in a method's `Costs`."""
         sums = 0 if self.objective is None else len(self.objective.exponents)
         left_out = self.objective is not None and rows_are_positives
         return {
@@ -73,15 +79,20 @@ class Treatment:
 
 
 def require_treatable(treatment: Treatment | None, negatives: Negatives, bank: Bank | None) -> None:
-    """Refuse a treatment that lacks something to treat; the one place that decides which goes with which negatives."""
+    """Check that a treatment goes with the negatives and the bank. Only this function decides that.
+
+    Raises:
+        UserError: the treatment needs the bank's rows as negatives and they are none, or it has another loss than
+            InfoNCE and the bank does not take one.
+    """
     if treatment is None:
         return
     name = type(treatment).__name__
     if treatment.needs_bank_rows and not negatives.bank_rows:
         raise UserError(
-            f"negatives: {name} makes negatives of the bank's rows, and these are no negatives with"
-            f" {type(negatives).__name__}; expected method=mocov2, method=adco, pn=both or pn=negative, whose negatives"
-            " they are, or another treatment: plain, debiased, hard, margin"
+            f"negatives: {name} makes further negatives from the bank's rows, but with {type(negatives).__name__} the"
+            " rows are no negatives; expected method=mocov2, method=adco, pn=both or pn=negative, where the rows are"
+            " negatives, or another treatment: plain, debiased, hard, margin"
         )
     if (
         treatment.objective is not None
@@ -89,25 +100,27 @@ def require_treatable(treatment: Treatment | None, negatives: Negatives, bank: B
         and "objective" not in inspect.signature(bank.score).parameters
     ):
         raise UserError(
-            f"negatives: {name} is another loss than InfoNCE, and {type(bank).__name__}.score takes no `objective` "
+            f"negatives: {name} has a loss other than InfoNCE, but {type(bank).__name__}.score takes no `objective` "
             "(caco/banks/base.py); expected negatives=plain, or a bank that passes it on to caco.banks.reweighted.score"
         )
 
 
 class Reweighted(Treatment):
-    """Debiased and hard negatives: their sum estimated without false ones, and with more weight on those near the
-    query.
+    """Debiased and hard negatives: the sum over the negatives is estimated without false negatives, and negatives near
+    the query get more weight in it.
 
-    Of a query with N negatives, pos = exp(q.m_+ / tau) and neg_j = exp(q.m_j / tau):
+    For a query with N negatives, pos = exp(q.m_+ / tau) and neg_j = exp(q.m_j / tau):
         R = N sum_j neg_j^(1 + beta) / sum_j neg_j^beta
         loss = -log pos / (pos + max((R - tau_+ N pos) / (1 - tau_+), N exp(-1 / tau)))
-    Gradients flow through the weights and through pos in the difference; where the maximum is the second, none comes to
-    the negatives. Published on SimCLR (arXiv 2010.04592, and 2007.00224 with beta 0); with any other positives and
-    negatives it is the same estimate.
+    Gradients flow through the weights and through pos in the difference. Where the second argument of the maximum is
+    the larger, the negatives get no gradient. Published with SimCLR's positives and negatives; with any others the
+    estimate is the same.
 
     Args:
-        positive_share: tau_+, how many of the negatives are taken for positives, in [0, 1). 0: none.
-        concentration: beta, 0 or more. 0 gives all negatives the same weight: the debiased loss.
+        positive_share: tau_+, the share of the negatives that is assumed to be of the query's own class, in [0, 1).
+        concentration: beta, 0 or more. 0 gives all negatives the same weight, which is the debiased loss.
+
+    Source: arXiv 2010.04592; with beta 0 arXiv 2007.00224.
     """
 
     @held
@@ -117,7 +130,7 @@ class Reweighted(Treatment):
         self.objective = self
 
     def __call__(self, positive_B: Tensor, log_sums: Sequence[Tensor], count_B: Tensor, tau: float) -> Tensor:
-        """The loss of each query, [B]; see `Objective`."""
+        """The loss of each query, [B]; see `reweighted.Objective`."""
         log_count_B = count_B.to(positive_B.dtype).log()
         log_r_B = log_count_B + log_sums[0] - log_sums[1] if self.concentration else log_sums[0]
         lowest_B = log_count_B - 1 / tau
@@ -126,7 +139,7 @@ class Reweighted(Treatment):
         else:
             below_B = (
                 math.log(self.positive_share) + log_count_B + positive_B - log_r_B
-            )  # log of what is taken away, as a part of R
+            )  # log of the subtracted term tau_+ N pos as a share of R
             some_left_B = below_B < 0
             left_B = torch.log1p(-devices.where_or(some_left_B, below_B, -1.0).exp())
             estimate_B = log_r_B + left_B - math.log1p(-self.positive_share)
@@ -135,15 +148,17 @@ class Reweighted(Treatment):
 
 
 class Margin(Treatment):
-    """Implicit feature modification: besides the loss itself, that of cosines moved by epsilon against it, the
-    positive's down, all negatives' up.
+    """Implicit feature modification: the loss itself is averaged with the loss of cosines that are moved by epsilon to
+    make it harder, the positive's down and all negatives' up.
 
-    loss = (CE(cosines) + alpha CE(moved cosines)) / (1 + alpha). A shift common to all changes no cross entropy, so
-    moving them is a margin of 2 epsilon on the positive alone. Published on MoCo v2 (arXiv 2106.11230).
+    loss = (CE(cosines) + alpha CE(moved cosines)) / (1 + alpha). A shift that all cosines share does not change a cross
+    entropy, so moving them is the same as a margin of 2 epsilon on the positive alone. Published with MoCo v2.
 
     Args:
-        epsilon: of a cosine, 0 or more.
-        alpha: weight of the moved loss, 0 or more; None for that alone ("ifm_only" in the published code).
+        epsilon: how far the cosines are moved, 0 or more.
+        alpha: weight of the moved loss, 0 or more; None takes the moved loss alone ("ifm_only" in the published code).
+
+    Source: arXiv 2106.11230.
     """
 
     exponents = (1.0,)
@@ -154,7 +169,7 @@ class Margin(Treatment):
         self.objective = self
 
     def __call__(self, positive_B: Tensor, log_sums: Sequence[Tensor], count_B: Tensor, tau: float) -> Tensor:
-        """The loss of each query, [B]; see `Objective`."""
+        """The loss of each query, [B]; see `reweighted.Objective`."""
 
         def cross_entropy(positive_B: Tensor) -> Tensor:
             return torch.logaddexp(positive_B, log_sums[0]) - positive_B
@@ -164,20 +179,26 @@ class Margin(Treatment):
 
 
 class Mixed(Treatment):
-    """MoCHi: further negatives for each query, mixed from the negatives of the bank that are nearest to it, with one
-    another and with itself.
+    """MoCHi: further negatives for each query, mixed from the bank's negatives that are nearest to it (the hardest),
+    either from two of these or from one of these and the query.
 
-    n(a m_i + (1 - a) m_j) with a from U(0, 1), and n(b q + (1 - b) m_j) with b from U(0, 1/2), of rows drawn from the
-    hardest, i = j allowed; n is the unit vector. No gradient goes into what is mixed, neither to rows nor to the q in
-    it: so they are constants among the query's negatives, and the rows of a bank that learns move as by the loss that
-    has them in its denominator. Drawn anew for each query and step, from (seed, step, term, image) alone. Published on
-    MoCo v2 (arXiv 2010.01028).
+    The mixtures are n(a m_i + (1 - a) m_j) with a from U(0, 1), and n(b q + (1 - b) m_j) with b from U(0, 1/2), where
+    the rows are drawn from the hardest ones, i = j is allowed, and n(x) = x / |x|. No gradient flows into a mixture,
+    neither to its rows nor to the q in it, so the mixtures are constants among the query's negatives. The rows of a
+    bank that learns move along the gradient of the loss that has the mixtures in its denominator. Each query and step
+    has new draws, which depend on (seed, step, term, image) alone. Published with MoCo v2.
 
     Args:
-        hardest: N, rows of the bank that a query's are drawn from; all negatives where these are fewer.
-        pairs: s, mixed of two rows. with_query: s', mixed of the query and a row.
-        warmup_epochs: of the training, without any.
+        hardest: N, number of the bank's hardest rows that a query's rows are drawn from; all negatives if they are
+            fewer.
+        pairs: s, number of mixtures of two rows.
+        with_query: s', number of mixtures of the query and a row.
+        warmup_epochs: number of epochs at the start of the training without mixtures.
         seed: of the draws.
+
+    Source: arXiv 2010.01028.
+    Raises:
+        UserError: neither pairs nor mixtures with the query are wanted.
     """
 
     needs_bank_rows = True
@@ -193,14 +214,14 @@ class Mixed(Treatment):
         seed: Seed = 0,
     ):
         if pairs + with_query == 0:
-            raise UserError("one of negatives.pairs and negatives.with_query must be above 0; got 0 of both")
+            raise UserError("one of negatives.pairs and negatives.with_query must be above 0; got 0 for both")
         self.pairs, self.with_query, self.warmup_epochs, self.seed = pairs, with_query, warmup_epochs, seed
         self.candidates, self.drawn, self.synthetic = hardest, 2 * pairs + with_query, pairs + with_query
 
     def columns(
         self, q_ND: Tensor, positive_row_N: Tensor | None, bank: Bank | None, step: Step | None
     ) -> Tensor | None:
-        """Cosines [N, E] with what was mixed for each query, pairs first."""
+        """Each query's cosines with its mixtures, [N, E], mixtures of pairs first; None in the warm-up."""
         assert bank is not None and step is not None, "needs_bank_rows; a step of the training has images"
         assert step.now.epoch is not None, "the warm start has plain negatives"
         if step.now.epoch < self.warmup_epochs:
@@ -212,7 +233,8 @@ class Mixed(Treatment):
         queries = max(1, PART_ELEMENTS // (self.synthetic * q_ND.shape[1]))
         parts = zip(*(x.split(queries) for x in (q_ND, at_NE, share_NE)), strict=True)
         with torch.autocast(q_ND.device.type, enabled=False):
-            # Made again in the backward pass: in a large batch they would take more memory than the bank.
+            # The backward pass computes the mixtures again: holding those of a large batch would take more memory than
+            # the bank.
             cosines = [
                 checkpoint(self._cosines, q_nD, m_UD, at_nE, share_nE, use_reentrant=False, preserve_rng_state=False)
                 for q_nD, at_nE, share_nE in parts
@@ -220,8 +242,13 @@ class Mixed(Treatment):
         return torch.cat(cosines)
 
     def draws(self, step: Step, num_queries: int, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Which of each query's hardest rows are mixed, int64 [N, 2 s + s'] in [0, num_rows): first of the pairs,
-        second of the pairs, with the query; and the share of the first, or of the query, [N, s + s'].
+        """The draws of a step: which of each query's hardest rows are mixed, int64 [N, 2 s + s'] in [0, num_rows), in
+        the order first rows of the pairs, second rows of the pairs, rows mixed with the query; and the share of the
+        pair's first row, or of the query, in each mixture, [N, s + s'].
+
+        Args:
+            num_queries: N.
+            num_rows: how many hardest rows each query has.
         """
         index_B = step.index_B
         numbers_NE = torch.cat(

@@ -1,4 +1,5 @@
-"""VICReg: embeddings of two views are near, each coordinate varies, and no two vary together (arXiv 2105.04906).
+"""VICReg: the embeddings of two views are near each other, each coordinate varies over the images, and no two
+coordinates vary together (arXiv 2105.04906).
 
 Shapes: B this rank's images, D width of the embedding, V views.
 """
@@ -17,18 +18,21 @@ from caco.ranges import NonNegative, held
 
 
 class VICReg(Method):
-    """Variance, invariance and covariance of embeddings that are neither normalised nor predicted, without twin or
-    negatives.
+    """Trains embeddings by their invariance, variance and covariance, without normalising or predicting them, and
+    without a momentum twin or negatives.
 
     L = 25 mean (x - y)^2 + 25 [ mean_d max(0, 1 - sd(x_d)) + mean_d max(0, 1 - sd(y_d)) ] / 2
         + [ sum_{d != e} Cov(x)_de^2 + sum_{d != e} Cov(y)_de^2 ] / D,
-    where sd^2 = variance + 1e-4, and variance and Cov divide by one less than all ranks' images. With small views,
-    which VICReg itself has not: the first term's mean over all pairs of a large view and another, and over views the
-    second's mean and twice the third's, in which two views give the above.
+    where x and y are the embeddings of the two views, sd^2 = variance + 1e-4, and variance and Cov divide by one less
+    than the number of all ranks' images. VICReg itself has no small views. With small views, the first term is the mean
+    over all pairs of a large view and another view, the second the mean over all views, and the third twice the mean
+    over all views; for two views this is the formula above.
 
     Args:
         encoder: its projector's output is the embedding.
-        invariance_weight, variance_weight, covariance_weight: of the three terms.
+        invariance_weight, variance_weight, covariance_weight: factors of the three terms; 25, 25 and 1 in the formula.
+
+    Source: arXiv 2105.04906.
     """
 
     needs = Needs(whole_batch=True)
@@ -47,7 +51,7 @@ class VICReg(Method):
         self.encoder = encoder
 
     @property
-    def backbone(self) -> nn.Module:  # type: ignore[override] # the encoder's; an attribute would be a second part of the state
+    def backbone(self) -> nn.Module:  # type: ignore[override] # as an attribute it would be in the state twice
         return self.encoder.backbone
 
     def forward(self, batch: Batch, now: Now) -> Outputs:
@@ -67,13 +71,15 @@ class VICReg(Method):
         return Outputs(loss, {name: term.detach() for name, term in terms.items()}, x[0])
 
     def costs(self, sizes: list[int]) -> Costs:
-        """The ranks add up means, with gradient, and covariances."""
+        """The ranks sum the means, with gradient, and the covariances."""
         views, dim = len(sizes), self.encoder.projector.dim
         return Costs(encoded=list(range(views)), matrices=views, summed_bytes=4 * views * (dim**2 + 2 * dim))
 
 
 def _covariance(x_BD: Tensor) -> Tensor:
-    """Of the coordinates over all ranks' images, unbiased, [D, D]; the same on every rank."""
+    """The unbiased covariance matrix of the coordinates over all ranks' images, [D, D], the same on every rank. A
+    collective.
+    """
     num_images = len(x_BD) * distributed.world()
     centred_BD = x_BD - distributed.sum_with_gradient(x_BD.sum(0)) / num_images
     return distributed.sum_for_all(centred_BD.T @ centred_BD / (num_images - 1))

@@ -1,3 +1,3 @@
 """Networks: backbones, heads, norms, the momentum twin, and weights from other formats.
 
-Not here: a loss, or when a twin moves (caco/methods)."""
+Not here: losses, and the decision when a twin moves (caco/methods)."""

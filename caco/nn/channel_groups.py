@@ -1,4 +1,4 @@
-"""Networks and heads for groups of an image's channels, side by side (CMC)."""
+"""Networks and heads that treat groups of an image's channels separately, side by side (CMC)."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -14,12 +14,12 @@ from caco.ranges import Count, Layers, Length, Several, Width, held
 
 
 class ChannelGroups(nn.Module):
-    """Two networks, one for an image's first channel, its lightness, and one for the two others, its colours (CMC).
-    Their features, side by side, are the image's.
+    """Two networks (CMC): one for an image's first channel, its lightness, and one for the two other channels, its
+    colours. Images [B, 3, H, W] give the features of both side by side, [B, num_features].
 
     Args:
-        lightness, colours: networks for images of three channels, whose first convolution is replaced by one of as many
-            channels.
+        lightness, colours: networks for images of three channels. Their first convolution is replaced by one that takes
+            1 and 2 channels.
     """
 
     def __init__(self, *, lightness: nn.Module, colours: nn.Module):
@@ -37,19 +37,23 @@ def small_channel_groups(
     blocks: Annotated[Sequence[Layers], Length(least=4, most=4)] = (1, 1, 1, 1),
     stem_stride: Count = 1,
 ) -> nn.Module:
-    """`ChannelGroups` of two `small_resnet`s; the arguments are of each."""
+    """`ChannelGroups` of two `small_resnet`s with the same arguments, which are those of `small_resnet`."""
     lightness, colours = (small_resnet(width=width, blocks=blocks, stem_stride=stem_stride) for _ in range(2))
     return ChannelGroups(lightness=lightness, colours=colours)
 
 
 class GroupedProjector(Head):
-    """Several perceptrons side by side: each takes its equal share of the features and gives its share of the embedding
-    (CMC, whose groups are the features of an image's lightness and of its colours).
+    """Several perceptrons side by side, with biases and without BatchNorm. Each takes an equal share of the features
+    and gives an equal share of the embedding. In CMC the shares belong to an image's lightness and to its colours.
 
     Args:
-        in_dim: width of all features. dim: width of what all give.
-        groups: how many.
-        hidden_dim, layers: of each; with biases and without BatchNorm.
+        in_dim: width of all features together.
+        hidden_dim: width between the layers of each perceptron.
+        dim: width of all outputs together.
+        layers: number of linear layers of each perceptron.
+        groups: number of perceptrons.
+    Raises:
+        UserError: `groups` does not divide `in_dim` and `dim`.
     """
 
     @held
@@ -59,8 +63,8 @@ class GroupedProjector(Head):
         super().__init__()
         if in_dim % groups or dim % groups:
             raise UserError(
-                f"projector needs 2 groups or more, which share its {in_dim} features and its dim evenly; got"
-                f" dim={dim}, groups={groups}"
+                f"projector.groups: expected a number of 2 or more that divides both the {in_dim} features and"
+                f" projector.dim; got dim={dim}, groups={groups}"
             )
         self.each = nn.ModuleList(
             Projector(

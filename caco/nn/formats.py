@@ -1,9 +1,10 @@
-"""Which family a file of weights is of, by its keys, and its tensors by our own names, those of a method's state_dict.
+"""Recognises by its keys which family a file of weights belongs to, and gives its tensors the names of a method's
+state_dict.
 
-A family is a row of `FAMILIES`: how its files are known, and what each name's beginning is called with us, or, after a
-~, what kind of thing is left out. A name that no rule knows ends the reading. Layouts are those of the authors' code
-that saves or loads them; what was not read is in docs/weights.md. A twin is the momentum network, online the one that
-gets gradients.
+A family is an entry of `FAMILIES`. It says how its files are recognised, and for the beginnings of their names what
+caco calls them or, after a ~, which kind of tensor is left out. A name that no rule matches is an error. The layouts
+were taken from the authors' code that saves or loads such files; docs/weights.md says which layouts were not. "twin"
+means the momentum network, "online" the network that gets gradients.
 """
 
 import re
@@ -20,26 +21,26 @@ from caco.nn.names import children, dinov2, simclr2, transformers
 
 OURS, ONE_NETWORK = "a checkpoint of this program", "one network"
 BACKBONE, PROJECTOR, PREDICTOR = "encoder.backbone.", "encoder.projector.", "predictor."
-TWIN = "twin."  # before the encoder's names
-EVALUATED = "evaluated."  # the backbone that is evaluated, where it is not the online one
+TWIN = "twin."  # prefix of the names of the twin's encoder
+EVALUATED = "evaluated."  # prefix of the names of the backbone that is evaluated, if it is not the online one
 DDP = r"(?:module\.)?"  # DistributedDataParallel's prefix
-HEADS_OF_384 = {"mocov3": 12, "dino": 6, "dinov2": 6}  # attention heads of a ViT-S, which no tensor shows
+HEADS_OF_384 = {"mocov3": 12, "dino": 6, "dinov2": 6}  # attention heads of a ViT-S; the shapes of its tensors hide them
 
 
 class Reading(NamedTuple):
-    family: str  # for people
-    formats: tuple[str, ...]  # format= that may be said of it
-    named: dict[str, Tensor]
-    left: dict[str, int]  # how many tensors were left out, by kind
-    evaluated: str = "online"  # or twin
+    family: str  # its name in messages
+    formats: tuple[str, ...]  # the values of format= that fit it
+    named: dict[str, Tensor]  # by the names of a method's state_dict
+    left: dict[str, int]  # kind of tensor -> how many of that kind were left out
+    evaluated: str = "online"  # or "twin": the network that is evaluated
 
 
 class File:
-    """What torch.save or safetensors wrote, as the families look at it.
+    """The content of a file from torch.save or safetensors, with the questions that the families ask about it.
 
     Args:
-        content: a dict of anything.
-        choice: online, twin or None, for the family's.
+        content: the dict that the file holds.
+        choice: "online" or "twin", the network that the user wants; None leaves it to the family.
     """
 
     def __init__(self, content: Mapping[Any, Any], choice: str | None = None):
@@ -49,7 +50,9 @@ class File:
         return all(key in self.content for key in keys)
 
     def below(self, *path: str, prefix: str = "") -> dict[str, Tensor]:
-        """The tensors at the end of a path of keys, each name after a prefix; none where it ends before."""
+        """The tensors in the dict that a path of keys leads to, with `prefix` before each name; empty if there is no
+        such path.
+        """
         found: Any = self.content
         for key in path:
             found = found.get(key) if isinstance(found, Mapping) else None
@@ -57,19 +60,21 @@ class File:
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
-        """Of the network, wherever training wraps it, by the file's own names."""
+        """The network's tensors by the file's own names, under whichever key the training saved them."""
         for key in ("state_dict", "model", "model_state_dict", "resnet"):
             if isinstance(self.content.get(key), Mapping):
                 return self.below(key)
         return self.below()
 
     def has(self, *beginnings: str) -> bool:
-        """Whether each of these regular expressions begins some name."""
+        """Whether each of these regular expressions matches the beginning of some name."""
         return all(any(re.match(beginning, name) for name in self.state) for beginning in beginnings)
 
     @property
     def averaged(self) -> dict[str, Tensor]:
-        """What timm's and torchvision's training average beside the network, where that was asked for."""
+        """The averaged weights that timm's and torchvision's training save beside the network; empty unless the user
+        wants the twin.
+        """
         if self.choice != "twin":
             return {}
         return self.below("state_dict_ema", prefix="ema/") or self.below("model_ema", prefix="ema/")
@@ -77,22 +82,22 @@ class File:
 
 @dataclass(frozen=True)
 class Family:
-    says: str
-    formats: tuple[str, ...]
-    holds: Callable[[File], bool]
-    rules: tuple[tuple[str, str], ...] = ()  # a name's beginning, and ours; ~kind: left out
-    state: Callable[[File], dict[str, Tensor]] = field(default=lambda file: file.state)
-    evaluated: str = "online"
-    refuses: str | None = None  # why such a file gives no backbone
+    says: str  # its name in messages
+    formats: tuple[str, ...]  # the values of format= that fit it
+    holds: Callable[[File], bool]  # whether a file is of this family
+    rules: tuple[tuple[str, str], ...] = ()  # a name's beginning (a regular expression), and ours; ~kind: left out
+    state: Callable[[File], dict[str, Tensor]] = field(default=lambda file: file.state)  # tensors before renaming
+    evaluated: str = "online"  # or "twin": the network that is evaluated
+    refuses: str | None = None  # the reason why no backbone can be taken from such a file
 
 
 def head(theirs: str, ours: str) -> tuple[tuple[str, str], ...]:
-    """A head that is a Sequential, or one layer alone."""
+    """The rules for a head that is a Sequential or a single layer."""
     return (rf"{theirs}\.(?=\d+\.)", ours), (rf"{theirs}\.(?=weight$|bias$)", f"{ours}0.")
 
 
 def two_encoders(online: str, twin: str) -> tuple[tuple[str, str], ...]:
-    """A ResNet whose projector stands where its classifier was, twice."""
+    """The rules for two ResNets, online and twin, that have the projector in the place of the classifier."""
     rules: tuple[tuple[str, str], ...] = ()
     for theirs, ours in ((online, ""), (twin, TWIN)):
         rules += (*head(rf"{theirs}\.(?:fc|head)", ours + PROJECTOR), (rf"{theirs}\.", ours + BACKBONE))
@@ -100,7 +105,7 @@ def two_encoders(online: str, twin: str) -> tuple[tuple[str, str], ...]:
 
 
 def _with_rows(file: File) -> dict[str, Tensor]:
-    """MoCo's, PCL's, CaCo's and AdCo's: rows are columns there."""
+    """The state of a file of MoCo, PCL, CaCo or AdCo, with the bank transposed: the files hold its rows as columns."""
     state = dict(file.state)
     bank = {name: tensor for name, tensor in file.below("Memory_Bank").items() if tensor.ndim == 2}
     for name in ("queue", "module.queue"):
@@ -176,9 +181,9 @@ ANYBODY = (
     "sela",
     "mocov3",
     "instdisc",
-)  # one network tells no more
+)  # the formats whose files may hold one network alone, whose names do not tell these apart
 
-# In this order; the first that holds is it.
+# The order matters: a file belongs to the first family whose `holds` is true.
 FAMILIES = (
     Family(
         "Hugging Face transformers", ("transformers",),
@@ -337,23 +342,24 @@ FORMATS = tuple(
 
 
 def reading(content: Mapping[Any, Any], choice: str | None = None) -> Reading:
-    """The first family that a file's keys are those of.
+    """Read a file's content by the rules of the first family that its keys fit.
 
     Args:
-        choice: online or twin: whose backbone is taken; None for the one that the family evaluates.
+        content: the dict that the file holds.
+        choice: "online" or "twin": whose backbone is wanted; None for the one that the family evaluates.
     Raises:
-        UserError: of such a file there is no backbone to be had; or names in it that are of no part that is known.
+        UserError: no backbone can be taken from such a file, or it holds names that no rule of the family matches.
     """
     method = tensors(content.get("method"))
     if any(name.startswith(BACKBONE) for name in method):
-        where = content.get("backbone")  # older checkpoints do not say
+        where = content.get("backbone")  # the evaluated backbone's name; older checkpoints do not have it
         twin = isinstance(where, str) and f"{where}." != BACKBONE
         named = method if not twin else method | {EVALUATED + name: x for name, x in below(method, f"{where}.").items()}
         return Reading(OURS, ("caco",), named, {}, "twin" if twin else "online")
     file = File(content, choice)
     family = next(family for family in FAMILIES if family.holds(file))
     if family.refuses is not None:
-        raise UserError(f"by its keys it is of {family.says}: {family.refuses}")
+        raise UserError(f"by its keys it is a file of {family.says}: {family.refuses}")
     named, left, unknown = dict[str, Tensor](), dict[str, int](), list[str]()
     for name, tensor in family.state(file).items():
         for theirs, ours in family.rules:
@@ -368,7 +374,7 @@ def reading(content: Mapping[Any, Any], choice: str | None = None) -> Reading:
             unknown.append(name)
     if unknown:
         raise UserError(
-            f"by its keys it is of {family.says}, which has no place for {len(unknown)} of them:"
+            f"by its keys it is a file of {family.says}, which has no place for {len(unknown)} of them:"
             f" {', '.join(unknown[:3])}" + (", ..." if len(unknown) > 3 else "")
         )
     if family.evaluated == "twin":
@@ -381,7 +387,7 @@ def below(named: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def tensors(state: object) -> dict[str, Tensor]:
-    """Those of a state that a module of ours could have: of plain numbers, and with contents."""
+    """The tensors of a state that a module of ours could hold: dense ones of plain numbers, on the CPU."""
     items = state.items() if isinstance(state, Mapping) else ()
     return {
         name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor) and _is_plain(value)

@@ -1,4 +1,7 @@
-"""Heads between a backbone's features and the embedding that the loss sees."""
+"""The heads that map a backbone's features to the embedding that the loss is computed from.
+
+Shapes: B images, V views of each, F features, D width of the embedding, P patches of an image.
+"""
 
 import itertools
 import math
@@ -14,7 +17,7 @@ from caco.ranges import Layers, Width, held
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": lambda: nn.ReLU(inplace=True), "gelu": nn.GELU}
 INITIALISATIONS: dict[
     str, Callable[[int], tuple[float, float]] | None
-] = {  # by a layer's inputs: a normal law's spread and cut
+] = {  # from a layer's number of inputs: standard deviation of a normal distribution, and where it is cut off
     "torch": None,
     "normal_0.01": lambda inputs: (0.01, math.inf),
     "truncated_normal_0.02": lambda inputs: (0.02, 2.0),
@@ -23,33 +26,34 @@ INITIALISATIONS: dict[
 
 
 class Head(nn.Module):
-    """Features [B, F] to embeddings [B, `dim`]."""
+    """A module that maps features [B, F] to embeddings [B, `dim`]."""
 
     dim: int
 
 
 class Projector(nn.Sequential, Head):
-    """A multilayer perceptron: linear layers, (BatchNorm and) an activation between them. Predictors are of this class
-    too.
+    """A multilayer perceptron: linear layers with an activation, and usually BatchNorm, between them. The methods'
+    predictors are of this class too.
 
-    The paper's projector is 2048-2048-2048-256 with BatchNorm and without biases; AdCo's and MoCo v2's 2048-2048-128
-    has biases and no BatchNorm.
+    CaCo's projector is 2048-2048-2048-256 with BatchNorm and without biases; that of AdCo and MoCo v2 is 2048-2048-128
+    with biases and without BatchNorm.
 
     Args:
-        in_dim: width of its input, the backbone's features.
+        in_dim: width of the input, the backbone's features.
         hidden_dim: width between the layers.
         dim: width D of the embedding.
         layers: number of linear layers.
-        batch_norm: BatchNorm after every layer but the last.
-        last_batch_norm: a BatchNorm after the last layer too (SimCLR, NNCLR).
-        last_affine: whether that one has a scale and a shift (not in SimSiam and MoCo v3).
-        bias: biases in the linear layers.
-        last_bias: a bias in the last one; None for what `bias` says.
+        batch_norm: whether a BatchNorm follows every layer but the last.
+        last_batch_norm: whether a BatchNorm follows the last layer too (SimCLR, NNCLR).
+        last_affine: whether the last BatchNorm has a scale and a shift (not in SimSiam and MoCo v3).
+        bias: whether the linear layers have biases.
+        last_bias: whether the last linear layer has a bias; None takes `bias`.
         activation: between the layers.
-        initialisation: of the linear layers: torch's; or a normal law, and biases of 0: "normal_0.01": of that spread
-            (SimCLR);
-            "truncated_normal_0.02": of that spread, cut at 2 (DINO); "truncated_normal_fan_in": of a spread of
-            1/sqrt(inputs), cut at twice that (BYOL).
+        initialisation: of the linear layers: "torch" is torch's own. The others draw weights from a normal distribution
+            and set biases to 0: "normal_0.01" with standard deviation 0.01 (SimCLR); "truncated_normal_0.02" with 0.02,
+            cut off at 2 (DINO); "truncated_normal_fan_in" with 1/sqrt(inputs), cut off at twice that (BYOL).
+    Raises:
+        UserError: last_affine=false without a last BatchNorm.
     """
 
     @held
@@ -70,7 +74,8 @@ class Projector(nn.Sequential, Head):
     ):
         if not (last_affine or last_batch_norm):
             raise UserError(
-                "projector.last_affine=false is of the last BatchNorm, and last_batch_norm=false leaves that out"
+                "projector.last_affine=false is for the last BatchNorm, which last_batch_norm=false leaves out;"
+                " expected projector.last_batch_norm=true, or projector.last_affine=true"
             )
         widths = [in_dim] + [hidden_dim] * (layers - 1) + [dim]
         biases = [bias] * (layers - 1) + [bias if last_bias is None else last_bias]
@@ -96,18 +101,21 @@ class Projector(nn.Sequential, Head):
 
 
 class JigsawHead(nn.Module):
-    """Features of the patches of some images to an embedding of each image: one perceptron for all patches, then one
-    linear layer for what it gives of an image's patches, one after the other. Nothing is made unit.
+    """Maps the features of an image's patches to one embedding of the image. One perceptron takes each patch; then one
+    linear layer takes the concatenated outputs for an image's patches. The embedding is not normalised.
 
     Source: the published code of InfoMin (PyContrast, networks/util.py: JigsawHead, whose perceptron has two layers)
-    and of PIRL (vissl, one layer); InfoMin's shuffles an image's patches here, the views have done it already.
+    and of PIRL (vissl, one layer). InfoMin's code shuffles an image's patches in this head; here the views are shuffled
+    before they come.
 
     Args:
         in_dim: width of the features.
-        hidden_dim: between the perceptron's layers.
-        dim: width of what it gives of a patch, and of the embedding.
-        layers: of the perceptron, with biases, without BatchNorm.
-        num_patches: of an image.
+        hidden_dim: width between the perceptron's layers.
+        dim: width of the perceptron's output for a patch, and of the embedding.
+        layers: number of the perceptron's linear layers, which have biases and no BatchNorm.
+        num_patches: number of patches of an image.
+    Raises:
+        UserError: fewer than 2 patches.
     """
 
     def __init__(self, *, in_dim: int, hidden_dim: int = 2048, dim: int = 128, layers: int = 2, num_patches: int = 9):
@@ -118,30 +126,30 @@ class JigsawHead(nn.Module):
         self.together = nn.Linear(num_patches * dim, dim)
 
     def forward(self, features_ND: Tensor) -> Tensor:
-        """[B * P, F], an image's patches one after the other, to [B, D]."""
+        """Maps features [B * P, F], in which an image's patches follow one another, to embeddings [B, D]."""
         return self.together(self.each(features_ND).view(-1, self.together.in_features))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """What a head gives under autocast has bf16's eight bits of mantissa, which similarities at tau 0.08 do not
-    survive.
+    """x in float32, or unchanged if its precision is higher. Under autocast a head's output is bf16, whose eight bits
+    of mantissa are too coarse for cosines that are divided by a temperature of 0.08.
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Encoder(nn.Module):
-    """Backbone, then projector, then the unit sphere. Images [B, 3, H, W] to float32 embeddings [B, D].
+    """Backbone, projector, and scaling to norm 1: maps images [B, 3, H, W] to float32 embeddings [B, D].
 
-    `unit=False` stops before the sphere, at what the projector gives: predictors take that, and losses of its
-    covariance.
+    `unit=False` leaves the scaling out and gives the projector's output, which predictors take, and losses that are
+    computed from covariances.
 
-    Several views at once, a list of [B, 3, H, W], give [V * B, D]: neighbours of one size go through the backbone
-    together and all through the projector. So BatchNorm's statistics are of a size there and of all views here, as in
-    SwAV's and DINO's code.
+    A list of several views, each [B, 3, H, W], gives [V * B, D], one view after the other. Neighbouring views of one
+    size go through the backbone together, and all views go through the projector together. So BatchNorm's statistics
+    are those of one size in the backbone and those of all views in the projector, as in SwAV's and DINO's code.
 
     Args:
-        backbone: has `num_features`, the width of its output.
-        projector: a `Projector` or another `Head`, which says by `dim` how wide its output is.
+        backbone: a network with `num_features`, the width of its output.
+        projector: a `Projector` or another `Head`; its `dim` is the width of its output.
     """
 
     def __init__(self, *, backbone: nn.Module, projector: Head):

@@ -1,4 +1,6 @@
-"""Optimisers whose rate adapts to each layer: LARS, of pre-training, and LARC, of SwAV and of linear evaluations."""
+"""Optimisers whose learning rate adapts to each layer: LARS, for pre-training, and LARC, for SwAV and for linear
+evaluations.
+"""
 
 from typing import Any
 
@@ -9,9 +11,17 @@ from caco import devices
 
 
 class LayerWise(torch.optim.Optimizer):
-    """SGD with momentum on gradients that are scaled parameter by parameter: v <- momentum v + g', p <- p - lr v.
+    """SGD with momentum on gradients that are scaled for each parameter tensor: v <- momentum v + g', p <- p - lr v. A
+    subclass computes the scaled gradient g'.
 
-    A subclass gives g'. A parameter without gradient stays, and so does its v.
+    A parameter without a gradient does not move, and its v does not change.
+
+    Args:
+        params: parameters or parameter groups, as torch's optimisers take them.
+        lr: the learning rate.
+        momentum: of v.
+        weight_decay: wd in the formulas of the subclasses.
+        trust_coefficient: trust in these formulas.
     """
 
     def __init__(
@@ -29,7 +39,7 @@ class LayerWise(torch.optim.Optimizer):
         )
 
     def scaled(self, p: Tensor, g: Tensor, *, decay: float, trust_coefficient: float) -> Tensor:
-        """g' of a parameter and its gradient, a new tensor."""
+        """The scaled gradient g' of a parameter p with gradient g, a new tensor."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -50,11 +60,11 @@ class LayerWise(torch.optim.Optimizer):
 class LARS(LayerWise):
     """Layer-wise adaptive rates for parameters of more than one dimension: g' = trust |p| / |g + wd p| (g + wd p).
 
-    Where one of the norms is 0, g' = g + wd p. Parameters of one dimension (biases, BatchNorm) take g as it is: no
-    decay.
+    If one of the two norms is 0, g' = g + wd p. Parameters of one dimension (biases, BatchNorm) have g' = g, without
+    weight decay.
 
-    Source: the published code of BYOL, MoCo v3, Barlow Twins, VICReg and DINO, which do the same arithmetic. timm's
-    (`lars_timm`) has |g| + wd |p| below, LARC takes every parameter.
+    Source: the published code of BYOL, MoCo v3, Barlow Twins, VICReg and DINO, which all do this arithmetic. timm's
+    LARS (`lars_timm`) differs in its denominator, |g| + wd |p|; `LARC` also scales parameters of one dimension.
     """
 
     def scaled(self, p: Tensor, g: Tensor, *, decay: float, trust_coefficient: float) -> Tensor:
@@ -68,7 +78,7 @@ class LARS(LayerWise):
 class LARC(LayerWise):
     """Layer-wise adaptive rates for every parameter, biases and BatchNorm included.
 
-    g' = trust |p| / (|g| + wd |p| + 1e-8) (g + wd p) where neither norm is 0, else g' = g, without decay.
+    g' = trust |p| / (|g| + wd |p| + 1e-8) (g + wd p). If |p| or |g| is 0, g' = g, without weight decay.
 
     Source: NVIDIA apex's LARC with clip=False, as SwAV (arXiv 2006.09882) and SimSiam's linear evaluation take it.
     """

@@ -1,6 +1,7 @@
-"""Names of others by torchvision's and timm's, which are ours: of whole networks, a dict of tensors each.
+"""Translates the tensor names of other libraries into those of torchvision and timm, which caco uses. Each function
+takes the state of a whole network, a dict of tensors by name.
 
-Not here: which file has which (formats.py)."""
+Not here: the decision which file has which names (formats.py)."""
 
 import re
 from collections.abc import Callable
@@ -10,8 +11,8 @@ from torch import Tensor
 
 
 def dinov2(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By timm's names: its blocks are numbered once, its SwiGLU's layers are called fc1 and fc2, and registers have no
-    position.
+    """DINOv2's names as timm's. In timm the blocks have a single number, the layers of SwiGLU are called fc1 and fc2,
+    and registers have no position embedding.
     """
     named = {}
     for name, tensor in state.items():
@@ -28,7 +29,7 @@ def dinov2(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def simclr2(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Separius' names of SimCLR v2 (without selective kernels) as torchvision's."""
+    """The names of SimCLR v2 (without selective kernels) in Separius' conversion, as torchvision's."""
     inner = {"projection.shortcut": "downsample.0", "projection.bn.0": "downsample.1"}
     inner |= {f"net.{2 * j}": f"conv{j + 1}" for j in range(3)} | {f"net.{2 * j + 1}.0": f"bn{j + 1}" for j in range(3)}
     named = {}
@@ -48,12 +49,16 @@ CHILDREN = {
     "5": "layer2",
     "6": "layer3",
     "7": "layer4",
-}  # of a ResNet as a Sequential
+}  # from the number of a child in a Sequential of a ResNet's children to the child's name
 
 
 def children(state: dict[str, Tensor], beginning: str) -> dict[str, Tensor]:
-    """torchvision's names of what lies below a beginning (a regular expression) by number, as of a Sequential of a
-    ResNet's children.
+    """torchvision's names for a ResNet that was saved as a Sequential of its children, which gives these numbers for
+    names.
+
+    Args:
+        state: tensors by name.
+        beginning: a regular expression of what comes before the numbers; other names stay as they are.
     """
     pattern = re.compile(rf"^((?:{beginning})\.)([014567])\.")
     return {
@@ -62,7 +67,7 @@ def children(state: dict[str, Tensor], beginning: str) -> dict[str, Tensor]:
 
 
 def transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's ResNet, ViT and Dinov2 by timm's names."""
+    """The names of Hugging Face's ResNet, ViT and Dinov2 as timm's."""
     state = {re.sub(r"^(?:resnet|vit|dinov2|timm_model)\.", "", name): tensor for name, tensor in state.items()}
     parts: dict[str, dict[str, Tensor]] = {}
     named = {}

@@ -1,7 +1,7 @@
-"""BatchNorm over the batch of all ranks, or of parts of it that have statistics of their own.
+"""BatchNorm whose statistics are those of the batch of all ranks, or those of groups of its images.
 
-torch's SyncBatchNorm takes the statistics over all ranks on CUDA and refuses CPU tensors; no library's splits the batch
-of a rank and does what the layer does besides.
+torch's SyncBatchNorm computes statistics over all ranks on CUDA, but refuses CPU tensors. No library has a BatchNorm
+that splits a rank's batch into groups and also applies the drop-out and activation that timm's layers have inside.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class _InPlaceOf(nn.BatchNorm1d):
-    """A BatchNorm of any [B, C, ...] in the place of another layer; a subclass says how it normalises in training.
+    """A BatchNorm for tensors [B, C, ...] that takes the place of another layer. A subclass defines how it normalises
+    in training.
 
     Args:
-        replaced: the layer whose place this one takes: it has that one's parameters and statistics, and, as timm's
-            BatchNormAct2d does, it goes on to that one's drop-out and activation.
+        replaced: the layer that is replaced. Its parameters and statistics are taken over, and so are the drop-out and
+            the activation that timm's BatchNormAct2d applies after normalising.
     """
 
     running_mean: Tensor
@@ -36,7 +37,7 @@ class _InPlaceOf(nn.BatchNorm1d):
 
     def __init__(self, replaced: Any):
         super().__init__(replaced.num_features, replaced.eps, replaced.momentum, replaced.affine)
-        self.weight, self.bias = replaced.weight, replaced.bias  # the twin's stay without gradient
+        self.weight, self.bias = replaced.weight, replaced.bias  # the same objects: a twin's still require no gradient
         for name in ("drop", "act"):
             self.add_module(name, getattr(replaced, name, nn.Identity()))
         self.to(replaced.running_mean).load_state_dict(replaced.state_dict())
@@ -53,10 +54,11 @@ class _InPlaceOf(nn.BatchNorm1d):
 
 
 class AllRanksBatchNorm(_InPlaceOf):
-    """Statistics over all ranks, for CPU processes; the gradient flows through the statistics.
+    """BatchNorm with statistics over all ranks, for CPU processes. The gradient flows through the statistics.
 
-    The ranks may have unequal numbers of images, and images of unequal shapes: what each has of both is added up with
-    its sums. With momentum None the running statistics are the plain mean of all batches, as torch's are.
+    The ranks may have different numbers of images, and images of different sizes, because the numbers of values are
+    summed over the ranks along with the values. With momentum None the running statistics are the plain mean over all
+    batches, as in torch.
     """
 
     def _in_training(self, x: Tensor) -> Tensor:
@@ -81,18 +83,20 @@ class AllRanksBatchNorm(_InPlaceOf):
 
 
 class GroupedBatchNorm(_InPlaceOf):
-    """Each group of a rank's images has statistics of its own; rows of several views of an image belong to the group of
-    the image.
+    """BatchNorm in which each group of a rank's images has statistics of its own. If the rows are several views of the
+    images, all views of an image belong to the image's group.
 
-    Barlow Twins' loss, whose coordinates a BatchNorm normalises, does it with groups too. The running statistics move
-    towards the mean of what the groups of all ranks have, and so are the same on every rank.
+    The BatchNorm inside Barlow Twins' loss is replaced too, so its coordinates are then normalised by group. The
+    running statistics move towards the mean over the groups of all ranks, so they are the same on every rank.
 
-    Source: the SplitBatchNorm of MoCo's CIFAR notebook, whose groups are every S-th image, and on several GPUs MoCo's
-    BatchNorm of each; of whose running statistics the published code keeps those of the first GPU.
+    Source: the SplitBatchNorm of MoCo's CIFAR notebook, whose groups consist of every S-th image; and MoCo's own
+    BatchNorm on several GPUs, where each GPU is a group. The published code keeps the running statistics of the first
+    GPU.
 
     Args:
-        groups: of a rank, neighbours in its batch.
-        images: of a rank, in one view; the rows are those of one view or of several views, one view after the other.
+        replaced: the layer that is replaced.
+        groups: number of groups of a rank; a group's images are neighbours in the rank's batch.
+        images: number of a rank's images. The rows are one view of these, or several views one after the other.
     """
 
     def __init__(self, replaced: Any, *, groups: int, images: int):
@@ -108,12 +112,12 @@ class GroupedBatchNorm(_InPlaceOf):
         pieces = x.split(self.images // self.groups) if self.groups > 1 else (x,)
         normalised, running = list(pieces), []
         for group in range(self.groups):
-            own = pieces[group :: self.groups]  # one of each view
+            own = pieces[group :: self.groups]  # the group's piece of each view
             mean, variance = self.running_mean.clone(), self.running_var.clone()
             out = nn.functional.batch_norm(
                 _joined(own), mean, variance, self.weight, self.bias, True, self.momentum, self.eps
             )
-            # What one view alone has stays whole: autograd allows no activation in place on a part of a split.
+            # With one view the output is not split: autograd allows no in-place activation on a part of a split.
             normalised[group :: self.groups] = [out] if len(own) == 1 else out.split([len(piece) for piece in own])
             running.append(torch.stack([mean, variance]))
         with torch.no_grad():
@@ -128,16 +132,19 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-# What the layers that we can replace compute: normalisation alone, or with drop-out and activation after it.
+# The forward functions of the layers that can be replaced: normalisation alone, or with drop-out and activation after
+# it.
 _KNOWN = {layer.forward for layer in (*BATCH_NORMS, BatchNormAct2d, _InPlaceOf)}
 
 
 def over_all_ranks(module: M, device: torch.device) -> M:
-    """Replace every BatchNorm inside by one over all ranks; with one process nothing changes, but that groups are no
-    more.
+    """Replace every BatchNorm inside a module by one with statistics over all ranks, and return the module. With one
+    process no layer is replaced; layers with groups get a single group.
 
+    Args:
+        device: that the module will train on; it decides between torch's SyncBatchNorm and `AllRanksBatchNorm`.
     Raises:
-        UserError: a layer of the backbone computes something of its own, which the replacement would leave out.
+        UserError: a BatchNorm layer computes something more, which the replacement would leave out.
     """
     for layer in module.modules():
         if isinstance(layer, GroupedBatchNorm):
@@ -145,8 +152,8 @@ def over_all_ranks(module: M, device: torch.device) -> M:
     if distributed.world() == 1:
         return module
     _refuse_others(module, f"{distributed.world()} processes", "train in one process")
-    # timm's and not torch's, which would replace a BatchNormAct2d by a layer without its activation; nor does it know
-    # our layers.
+    # timm's conversion and not torch's, which would replace a BatchNormAct2d by a layer without its activation. Neither
+    # of them knows our own layers.
     ours = any(isinstance(layer, _InPlaceOf) for layer in module.modules())
     return (
         convert_sync_batchnorm(module)
@@ -156,13 +163,14 @@ def over_all_ranks(module: M, device: torch.device) -> M:
 
 
 def groups_of_a_rank(norm_groups: int | str, *, world: int, images: int) -> int:
-    """How many groups of the batch are a rank's.
+    """The number of groups of the batch that each rank has.
 
     Args:
-        norm_groups: of the batch of all ranks, or "rank" for one on each.
-        images: that a rank puts through the network at once.
+        norm_groups: number of groups of the batch of all ranks, or "rank" for one group on each rank.
+        world: number of ranks.
+        images: number of images that a rank puts through the network at once.
     Raises:
-        UserError: the groups cannot be shared out evenly, or one has a single image.
+        UserError: the images cannot be divided evenly into these groups, or a group would have a single image.
     """
     count = world if norm_groups == "rank" else int(norm_groups)
     groups = max(1, count // world)
@@ -176,15 +184,16 @@ def groups_of_a_rank(norm_groups: int | str, *, world: int, images: int) -> int:
 
 
 def in_groups(module: M, device: torch.device, norm_groups: int | str, *, images: int, shuffle_keys: bool = False) -> M:
-    """Replace every BatchNorm inside by one whose statistics are of a group of the batch; 1 is `over_all_ranks`.
+    """Replace every BatchNorm inside a module by one with statistics for each group of the batch, and return the
+    module. With norm_groups 1 this is `over_all_ranks`.
 
     Args:
         norm_groups, images: as in `groups_of_a_rank`.
-        shuffle_keys: whether momentum twins embed the images of all ranks in another order, so that a key's statistics
-            are of other images than its query's (MoCo, AdCo).
+        shuffle_keys: whether momentum twins embed the images of all ranks in a shuffled order, so that a key's
+            statistics come from other images than its query's (MoCo, AdCo).
     Raises:
-        UserError: as in `groups_of_a_rank` and `over_all_ranks`; there is no BatchNorm, or nothing that shuffling would
-            change.
+        UserError: as in `groups_of_a_rank` and `over_all_ranks`; or the module has no BatchNorm, or shuffling would
+            change nothing.
     """
     world = distributed.world()
     groups = groups_of_a_rank(norm_groups, world=world, images=images)
@@ -196,7 +205,7 @@ def in_groups(module: M, device: torch.device, norm_groups: int | str, *, images
             )
         if norm_groups == 1 or groups * world == 1:
             raise UserError(
-                "shuffle_keys: with one group of images it changes nothing; expected more norm_groups, got"
+                "shuffle_keys: shuffling changes nothing with one group of images; expected more norm_groups, got"
                 f" {norm_groups}"
             )
         for twin in twins:

@@ -1,5 +1,5 @@
-"""Prototypes: K learned directions that unit embeddings are compared with. Scores are float32 at least, whatever
-autocast says.
+"""Prototypes: K learned directions that unit embeddings are compared with. Scores are computed without autocast, in the
+embeddings' own precision, float32 or higher.
 
 Shapes: B embeddings, D their width, K prototypes.
 """
@@ -14,12 +14,14 @@ from caco.errors import UserError
 
 
 class Prototypes(nn.Module):
-    """Scores z C^T of unit embeddings z [B, D]: cosines [B, K] while the rows of C are of unit norm, which `normalise`
-    makes them (SwAV).
+    """Scores z C^T, [B, K], of unit embeddings z, [B, D], with learned prototypes C, [K, D] (SwAV). They are cosines as
+    long as the rows of C have norm 1, to which `normalise` scales them.
 
     Args:
         dim: width D.
         number: K.
+    Raises:
+        UserError: fewer than 2 prototypes.
     """
 
     def __init__(self, *, dim: int, number: int):
@@ -29,7 +31,7 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def normalise(self) -> None:
-        """Make the rows unit, in place: no part of what the gradient goes through."""
+        """Scale the rows to norm 1, in place. No gradient flows through this."""
         self.weight.copy_(F.normalize(self.weight, dim=1))
 
     def forward(self, z_BD: Tensor) -> Tensor:
@@ -37,12 +39,12 @@ class Prototypes(nn.Module):
 
 
 class NormedPrototypes(nn.Module):
-    """Scores of unit embeddings [B, D] with rows g v / |v|, through which the gradient goes: weight normalisation
-    (DINO).
+    """Scores, [B, K], of unit embeddings, [B, D], with prototypes under weight normalisation: each row is g v / |v|,
+    and the gradient flows through the normalisation (DINO).
 
     Args:
         dim, number: as in `Prototypes`.
-        learn_norms: whether each row has a g of its own that learns; else all are 1.
+        learn_norms: whether each row has a learned g of its own; if not, every g is 1.
     """
 
     def __init__(self, *, dim: int, number: int, learn_norms: bool = False):
@@ -56,16 +58,16 @@ class NormedPrototypes(nn.Module):
 
 
 def _as_linear(dim: int, number: int) -> Tensor:
-    """Random rows [K, D], those of a torch linear layer without bias."""
+    """Random rows [K, D], initialised as the weights of a torch linear layer."""
     if number < 2:
         raise UserError(f"method.num_prototypes must be at least 2; got {number}")
     return nn.Linear(dim, number, bias=False).weight.detach()
 
 
 def _scores(z_BD: Tensor, weight_KD: Tensor) -> Tensor:
-    """Without autocast: a softmax at temperature 0.04 does not survive bf16's eight bits."""
+    """Scores [B, K], computed without autocast: bf16's eight bits are too coarse for a softmax at temperature 0.04."""
     kind = z_BD.device.type
     with (
         torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-    ):  # none for caco.plan's tensors
+    ):  # the tensors of caco.plan, which have no contents, have no autocast
         return F.linear(z_BD, weight_KD)

@@ -1,4 +1,6 @@
-"""ViTs of timm's with other patches, registers and pooling, and DINO's, whose class token and positions differ."""
+"""ViTs from timm with other patch sizes, registers and pooling; and DINO's ViT, whose class token and position
+embeddings differ from timm's.
+"""
 
 from functools import partial
 from typing import Any, Literal
@@ -14,15 +16,16 @@ from caco.errors import UserError
 POOLS: dict[str, dict[str, Any]] = {
     "cls": {"global_pool": "token"},
     "mean": {"global_pool": "avg", "fc_norm": False},
-}  # timm's words
+}  # timm's arguments for each pooling
 
 
 class DINOViT(VisionTransformer):
-    """timm's ViT with the class token's start and the positions of DINO's (arXiv 2104.14294).
+    """timm's ViT with the class token's initialisation and the position embeddings of DINO (arXiv 2104.14294).
 
-    The class token is drawn from a truncated normal distribution of spread 0.02, where timm has 1e-6; registers, which
-    DINO has none of, stay as timm draws them. On n x m patches the positions learned for N x N are interpolated
-    bicubically, without timm's smoothing (antialias), and as if the patches were (n + 0.1) x (m + 0.1).
+    The class token is drawn from a truncated normal distribution with standard deviation 0.02; timm's is 1e-6. DINO has
+    no registers; here they are drawn as timm draws them. For n x m patches, the position embeddings learned for N x N
+    patches are interpolated bicubically, without timm's smoothing (antialias), and with the scale factors of
+    (n + 0.1) x (m + 0.1) patches.
 
     Source: the authors' code, vision_transformer.py: trunc_normal_(self.cls_token, std=.02), interpolate_pos_encoding.
     """
@@ -32,13 +35,13 @@ class DINOViT(VisionTransformer):
             nn.init.trunc_normal_(self.cls_token, std=0.02)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """Tokens [B, class token, registers and patches, D] with their positions, from those of the patches [B, n, m,
-        D].
+        """From the patch tokens [B, n, m, D], all tokens with their position embeddings added, [B, T, D], in the order
+        class token, registers, patches.
         """
         num_images, rows, columns, width = x.shape
         num_placed = (
             self.pos_embed.shape[1] - self.patch_embed.num_patches
-        )  # of class token and registers, where they have a position
+        )  # position embeddings of the class token and the registers, if they have any
         first, patches = self.pos_embed[:, :num_placed], self.pos_embed[:, num_placed:]
         place = interpolated(patches, self.patch_embed.grid_size, (rows, columns))
         tokens = [token.expand(num_images, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
@@ -47,7 +50,9 @@ class DINOViT(VisionTransformer):
 
 
 def interpolated(place: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
-    """Positions [1, N * M, D] of a grid as those of another one, [1, n * m, D]; see `DINOViT`."""
+    """Position embeddings [1, N * M, D] of one grid, interpolated to those of another grid, [1, n * m, D]; see
+    `DINOViT`.
+    """
     if grid == wanted:
         return place
     factors = [(new + 0.1) / old for new, old in zip(wanted, grid, strict=True)]
@@ -58,7 +63,11 @@ def interpolated(place: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) 
 def vit_options(
     *, patch_size: int | None, register_tokens: int | None, pool: Literal["cls", "mean"] | None
 ) -> dict[str, Any]:
-    """timm's words for what is not left to the model."""
+    """timm's arguments for those of these options that are not None.
+
+    Raises:
+        UserError: an unknown pool, a patch_size below 1 or negative register_tokens.
+    """
     if pool is not None and pool not in POOLS:
         raise UserError(f"backbone.pool: expected cls, mean or null, got {pool!r}")
     if patch_size is not None and patch_size < 1 or (register_tokens or 0) < 0:
@@ -71,21 +80,25 @@ def vit_options(
 
 
 def created_vit(name: str, *, variant: Literal["timm", "dino"] = "timm", **options: Any) -> VisionTransformer:
-    """A ViT of timm's, randomly initialised.
+    """A ViT from timm, randomly initialised.
 
+    Args:
+        name: the model's name in timm.
+        variant: "timm", or "dino" for a `DINOViT`.
+        options: timm's arguments.
     Raises:
-        UserError: the model is no ViT, or timm does not make it so.
+        UserError: the model is no plain ViT, or timm cannot make it with these options.
     """
     if variant not in ("timm", "dino"):
         raise UserError(f"backbone.variant: expected timm or dino, got {variant!r}")
     if not name.startswith("vit_"):
         raise UserError(
-            "backbone.name must be a ViT of timm's for patch_size, register_tokens, pool, variant and MoCo v3's; got"
-            f" {name!r}"
+            "backbone.name must be a ViT of timm's for MoCo v3's backbone and for the settings patch_size,"
+            f" register_tokens, pool and variant; got {name!r}"
         )
     try:
         model = timm.create_model(name, pretrained=False, **options)
-    except (AssertionError, TypeError) as error:  # timm's ways to refuse
+    except (AssertionError, TypeError) as error:  # timm raises either
         shown = ", ".join(f"{key}={value}" for key, value in options.items())
         raise UserError(f"backbone: timm makes no {name} with {shown}: {error}") from error
     if type(model) is not VisionTransformer:
@@ -93,17 +106,17 @@ def created_vit(name: str, *, variant: Literal["timm", "dino"] = "timm", **optio
     if variant == "dino":
         if model.pos_embed is None or not model.dynamic_img_size:
             raise UserError(f"backbone.variant=dino needs position embeddings and an image_size; got {name!r}")
-        model.__class__ = DINOViT  # which has no more state; timm's function makes none but its own class
+        model.__class__ = DINOViT  # it has no further state; timm's function makes objects of its own class only
         model.start_as_published()
     return model
 
 
 def refuse_parts_of_patches(model: nn.Module) -> None:
-    """Have a ViT refuse images that do not consist of whole patches: those that it is made for now, others when they
-    come.
+    """Make a ViT refuse images that do not consist of whole patches. The size that it is made for is checked now, other
+    sizes when such images come.
 
     Raises:
-        UserError: those that it is made for do not.
+        UserError: images of the size that it is made for do not consist of whole patches.
     """
     embed = getattr(model, "patch_embed", None)
     sides, size = getattr(embed, "patch_size", None), getattr(embed, "img_size", None)
@@ -119,6 +132,6 @@ def _refuse_parts(sides: tuple[int, int], embed: nn.Module, images: tuple[Tensor
             {max(1, pixels // side + more) * side for pixels, side in zip(shape, sides, strict=True) for more in (0, 1)}
         )
         raise UserError(
-            f"a ViT with patches of {sides[0]} pixels takes images of whole patches; got {shape[0]} x {shape[1]}"
-            f" pixels, near are {' and '.join(map(str, near))}"
+            f"a ViT with patches of {sides[0]} pixels takes images that consist of whole patches; got {shape[0]} x"
+            f" {shape[1]} pixels, the nearest fitting sides are {' and '.join(map(str, near))}"
         )

@@ -1,7 +1,8 @@
-"""Weights from elsewhere: our own checkpoints, released ones of many families, torchvision's and timm's.
+"""Loads weights from files: caco's own checkpoints, released checkpoints of many families, and files of torchvision and
+timm.
 
-Whatever the layout, its tensors are first given our own names, those of a method's state_dict (caco/nn/formats.py);
-then all go one way.
+Whatever the file's layout is, its tensors first get the names of a method's state_dict (caco/nn/formats.py). From there
+on all files are treated in the same way.
 """
 
 import pickle
@@ -24,15 +25,13 @@ CLASSIFIERS = (
     "fc.",
     "head.",
     "classifier.",
-)  # of torchvision's and timm's models, left out where the backbone has none
-OWN_OF_A_RUN = ("rows.velocity", "rows.uses")  # the bank's momentum and statistics: a new run starts its own
+)  # classifiers of torchvision's and timm's models, left out if the backbone has none
+OWN_OF_A_RUN = ("rows.velocity", "rows.uses")  # a bank's momentum and statistics, which a new run begins anew
 CHOICES = ("online", "twin")
 
 
 class Initialised(Protocol):
-    """A method, as `initialise` needs it: its parts by the names that they have in its state_dict, `encoder` one of
-    them.
-    """
+    """What `initialise` needs of a method: its child modules, one of which is called `encoder`."""
 
     @property
     def backbone(self) -> nn.Module: ...
@@ -43,14 +42,15 @@ class Initialised(Protocol):
 
 
 def initialise(method: Initialised, path: Path | str, format: str | None) -> str:
-    """Give a freshly built method the weights of a file, and say what it got.
+    """Load the weights of a file into a freshly built method. Returns a message that says which parts were loaded.
 
-    The backbone must fit. The projector, the momentum twin, the bank and what else a method has are taken where the
-    file holds them in the same shapes, and stay as they were where not; a twin that the file lacks becomes a copy of
-    the encoder. The bank is taken only with its projector; what the run fills anyway is left out. What is said tells
-    why a bank is not taken.
+    The backbone must fit. The projector, the momentum twin, the bank and all other parts of the method are loaded if
+    the file holds them in the same shapes; if not, they stay as they were initialised, except that the twin becomes a
+    copy of the encoder. The bank is loaded only together with its projector. Parts that the run overwrites anyway are
+    not loaded. The message gives the reason why a bank was not loaded.
 
     Args:
+        method: the method.
         path, format: as in `read`.
     Raises:
         ValueError: as in `load_backbone`.
@@ -88,7 +88,7 @@ def initialise(method: Initialised, path: Path | str, format: str | None) -> str
             loaded.append("twin")
     if bank is not None:
         rows = {name: tensor for name, tensor in below(named, "bank.").items() if name not in OWN_OF_A_RUN}
-        whole = (getattr(bank, "size"), bank.get_parameter("rows.weight").shape[1])  # of all ranks' shards
+        whole = (getattr(bank, "size"), bank.get_parameter("rows.weight").shape[1])  # of the bank over all ranks
         shape = tuple(rows["rows.weight"].shape) if "rows.weight" in rows else None
         why_not = (
             "the file has none" if shape is None
@@ -106,9 +106,14 @@ def initialise(method: Initialised, path: Path | str, format: str | None) -> str
 
 
 def load_backbone(path: Path | str, format: str | None, backbone: nn.Module) -> str:
-    """Give a backbone the weights of a file, and say what it got; of an encoder and its momentum twin, the encoder's,
-    unless that family evaluates the twin's (DINO), or the run that saved them did.
+    """Load the weights of a file into a backbone. Returns a message that says what was loaded.
 
+    If the file holds an encoder and its momentum twin, the encoder's backbone is loaded, unless the family evaluates
+    the twin's (DINO) or the run that saved the file did.
+
+    Args:
+        path, format: as in `read`.
+        backbone: the network to fill.
     Raises:
         ValueError: as in `read`; or the file's network has another architecture.
     """
@@ -119,20 +124,21 @@ def load_backbone(path: Path | str, format: str | None, backbone: nn.Module) -> 
 
 
 def read(path: Path | str, format: str | None) -> Reading:
-    """The tensors of a file under the names of a method's state_dict, on the CPU. Nothing in the file is run.
+    """The tensors of a file under the names of a method's state_dict, on the CPU. Nothing in the file is executed.
 
     Args:
-        path: a file of torch.save, or .safetensors.
-        format: one of `FORMATS` (docs/weights.md), or None to go by the file's keys; `FORMAT:twin` takes the momentum
-            twin's weights for the encoder's (and what timm's training averages), `FORMAT:online` the encoder's where
-            the family evaluates the twin's.
+        path: a file written by torch.save, or a .safetensors file.
+        format: one of `FORMATS` (docs/weights.md), or None to recognise the format by the file's keys. `FORMAT:twin`
+            takes the momentum twin's weights (or the average that timm's training saves) as the encoder's;
+            `FORMAT:online` takes the encoder's own weights even if the family evaluates the twin's.
     Raises:
-        ValueError: no such file or format; the file is damaged, holds more than data, or looks like another format.
+        ValueError: there is no such file or format; the file is damaged, holds more than data, or looks like another
+            format.
     """
     family, _, choice = (format or "").partition(":")
     if family and family not in FORMATS or choice and choice not in CHOICES:
         raise UserError(
-            f"format: expected one of {', '.join(FORMATS)}, with :online or :twin after it or not; got {format!r}"
+            f"format: expected one of {', '.join(FORMATS)}, or one of them followed by :online or :twin; got {format!r}"
         )
     content = _content(Path(path))
     try:
@@ -143,9 +149,9 @@ def read(path: Path | str, format: str | None) -> Reading:
         LookupError,
         ValueError,
         RuntimeError,
-    ) as error:  # tensors that are to be joined are missing, or of shapes that do not go together
+    ) as error:  # tensors that have to be joined are missing, or their shapes do not go together
         raise UserError(
-            f"weights={path}: its keys are those of a family, and its tensors are not"
+            f"weights={path}: its keys are those of a known family, but its tensors do not fit together"
             f" ({str(error).splitlines()[0][:100]})"
         ) from error
     if not found.named:
@@ -163,15 +169,15 @@ def read(path: Path | str, format: str | None) -> Reading:
 
 
 def _chosen(found: Reading, choice: str, path: Path | str) -> Reading:
-    """The reading with the encoder that was asked for."""
+    """The reading with the encoder that the user chose: "online", "twin", or "" for the family's own."""
     if not choice:
         return found
     named = {name: tensor for name, tensor in found.named.items() if not name.startswith(EVALUATED)}
     if choice == "twin":
         if not below(named, TWIN + BACKBONE):
             raise UserError(
-                f"weights={path}: format=...:twin expects a momentum twin, or an average of the weights; {found.family}"
-                " has none here"
+                f"weights={path}: format=...:twin expects a file with a momentum twin or an average of the weights;"
+                f" this file of {found.family} has none"
             )
         encoder = below(named, TWIN)
         named = {name: tensor for name, tensor in named.items() if not name.startswith("encoder.")} | encoder
@@ -183,22 +189,22 @@ def _family(format: str | None) -> str | None:
 
 
 class _Inert:
-    """In the place of what training saves beside the weights: takes anything, holds nothing, does nothing."""
+    """Stands in for objects that training saves beside the weights: accepts anything, holds nothing, does nothing."""
 
     def __init__(self, *_: object) -> None:
-        """Of whatever arguments."""
+        """Accept any arguments."""
 
     def __setstate__(self, _: object) -> None:
-        """Of whatever state."""
+        """Accept any state."""
 
 
-# argparse's settings and NumPy's numbers, in old and new names: DINO, SwAV, CMC and torchvision save them. What a file
-# calls so is `_Inert`.
+# Classes of argparse's settings and NumPy's numbers, by their old and new names: DINO, SwAV, CMC and torchvision save
+# such objects. Where a file names one of these classes, an `_Inert` is made instead.
 INERT = ("argparse.Namespace", "numpy.dtype") + tuple(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core"))
 ELSEWHERE = {
     ".pkl": (
-        "a .pkl, which runs code when it is read: BYOL's and detectron2's. Take a converted file, or the one it was"
-        " made from"
+        "a .pkl file, which runs code when it is read (BYOL and detectron2 use them). Take a converted file, or the"
+        " file that it was made from"
     ),
     ".index": "a checkpoint of TensorFlow's: convert it first (github.com/tonylins/simclr-converter does SimCLR's)",
 }
@@ -215,7 +221,7 @@ def _content(path: Path) -> object:
         with torch.serialization.safe_globals([(_Inert, name) for name in INERT]):
             if zipfile.is_zipfile(path):
                 return checkpoint.contents(path)
-            with open(path, "rb") as file:  # as torch wrote before 1.6: five pickles, and then the numbers
+            with open(path, "rb") as file:  # torch before 1.6 wrote five pickles, followed by the numbers
                 for _ in range(5):
                     pickle_size.check(file, str(path))
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -225,7 +231,7 @@ def _content(path: Path) -> object:
             f"weights={path}: expected a file of tensors, numbers and text, of which nothing is ever run; "
             f"{code or f'it is of another kind, or damaged: {error}'}"
         ) from error
-    except Exception as error:  # a damaged file leads torch's reader into errors of any type
+    except Exception as error:  # a damaged file can make torch's reader raise anything
         why = _code(error) or f"it is of another kind, or damaged: {type(error).__name__}"
         raise UserError(
             f"weights={path}: expected a file of tensors, numbers and text, of which nothing is ever run; {why}"
@@ -233,17 +239,17 @@ def _content(path: Path) -> object:
 
 
 def _code(error: BaseException | None) -> str | None:
-    """What a file asks to be run, if that is why it was refused. Not torch's own words: they go on to recommend running
-    it.
+    """What the file wanted to have run, if it was refused for that reason; else None. torch's own message is not passed
+    on, because it goes on to recommend running it.
     """
     found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
     return f"it asks for {found[1]}" if found else None
 
 
 def _mismatches(module: nn.Module, tensors: dict[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
-    """Names that are missing, unexpected, of another shape."""
+    """The names that are missing, the names that are unexpected, and the tensors of another shape."""
     own = module.state_dict()
-    # Files of before 2018 do not count BatchNorm's batches, and nothing that we have reads the count.
+    # Files from before 2018 do not hold BatchNorm's counts of batches. Only a BatchNorm without momentum reads them.
     missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in tensors if name not in own]
     shapes = [
@@ -257,7 +263,11 @@ def _mismatches(module: nn.Module, tensors: dict[str, Tensor]) -> tuple[list[str
 def _fill_backbone(
     backbone: nn.Module, tensors: dict[str, Tensor], path: Path | str, found: Reading, family: str | None
 ) -> str:
-    """Fill it whole or refuse; says what was loaded, left out and missing."""
+    """Load all of the backbone's tensors. Returns a message that says what was loaded, left out and missing.
+
+    Raises:
+        UserError: the file's network has another architecture.
+    """
     own, given = backbone.state_dict(), len(tensors)
     tensors = {name: value for name, value in tensors.items() if name in own or not name.startswith(CLASSIFIERS)}
     missing, unexpected, shapes = _mismatches(backbone, tensors)
@@ -283,14 +293,19 @@ def _fill_backbone(
         f" tensors{whose}"
     ]
     if len(own) > len(tensors):
-        parts.append(f"{len(own) - len(tensors)} counters of batches are missing, and not needed")
-    parts += [f"{others} are of other parts that caco knows"] if others > 0 else []
+        parts.append(f"{len(own) - len(tensors)} counters of BatchNorm's batches are missing, but not needed")
+    parts += [f"{others} tensors belong to other parts that caco knows"] if others > 0 else []
     parts += [f"left out: {', '.join(f'{count} ({kind})' for kind, count in left.items())}"] if left else []
     return "; ".join(parts)
 
 
 def _refuse_other_heads(backbone: nn.Module, path: Path | str, found: Reading, family: str | None) -> None:
-    """A ViT-S has the same tensors whatever the number of its attention heads, so the family says it."""
+    """Refuse a ViT-S with another number of attention heads than the file's. The tensors do not show that number, so
+    the file's family has to tell it.
+
+    Raises:
+        UserError: the numbers differ.
+    """
     known = (
         family
         if family in HEADS_OF_384

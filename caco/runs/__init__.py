@@ -1,4 +1,4 @@
-"""A run as it lies on disk: its identity, directory, checkpoints, small files that survive a kill, what it ran on,
-and by what names earlier versions wrote it.
+"""A run on disk: its identity, directory, checkpoints, small files that survive a kill, the machine and code it ran on,
+and the names under which earlier versions wrote it.
 
-Not here: what is logged while it runs (caco/tracking), and anything that knows a method or a component."""
+Not here: logging while a run trains (caco/tracking), and anything that knows a method or a component."""

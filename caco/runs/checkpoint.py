@@ -1,4 +1,4 @@
-"""Checkpoints: one file with everything, written so that a kill at any instant leaves the one before."""
+"""Checkpoints: one file with the whole state, written so that a kill at any instant leaves the previous one intact."""
 
 import io
 import os
@@ -17,11 +17,11 @@ NAME = re.compile(r"step_(\d{9})\.pt")
 
 
 class Checkpoints:
-    """The checkpoints of one run: the last few, and milestones that stay.
+    """The checkpoints of one run: the newest few, and milestones that are kept for good.
 
     Args:
-        directory: where they are.
-        keep: how many of the newest stay.
+        directory: the folder that holds them.
+        keep: number of newest checkpoints to keep.
     """
 
     def __init__(self, directory: Path, *, keep: int = 2):
@@ -34,13 +34,13 @@ class Checkpoints:
         return sorted(p for p in folder.glob("step_*.pt") if NAME.fullmatch(p.name)) if folder.is_dir() else []
 
     def save(self, state: dict, step: int, *, milestone: bool = False) -> Path:
-        """Write aside, sync, rename; then drop what is older than the last `keep`.
+        """Write a checkpoint to a temporary name, sync it, rename it; then remove all but the newest `keep`.
 
         Args:
-            state: tensors, numbers, strings and containers of them only.
-            milestone: keep this one for ever too, as a second name of the same file where it can have one.
+            state: only tensors, numbers, strings and containers of them.
+            milestone: also keep this one for good, as a hard link where the file system has them, else as a copy.
         Raises:
-            OSError: the disk is full or gone; the checkpoints that were there stay as they were.
+            OSError: the disk is full or gone; the earlier checkpoints stay as they were.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"step_{step:09d}.pt"
@@ -55,10 +55,10 @@ class Checkpoints:
                 _keep(path, self.directory / "milestones" / path.name)
         except (OSError, RuntimeError) as error:
             aside.unlink(missing_ok=True)
-            # torch's zip writer turns a failed write into a RuntimeError, about positions.
+            # torch's zip writer reports a failed write as a RuntimeError about positions, so look for its cause.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             raise FileError(
-                f"checkpoint {path} could not be written ({cause}); the ones before it are untouched"
+                f"checkpoint {path} could not be written ({cause}); the earlier checkpoints are untouched"
             ) from error
         _sync_directory(self.directory)
         for old in self._files()[: -self.keep]:
@@ -66,17 +66,18 @@ class Checkpoints:
         return path
 
     def load_newest(self) -> tuple[dict, Path] | None:
-        """The newest state that can be read whole; a corrupt one is named on stderr and the one before is taken.
+        """The newest state that can be read completely, and its file; None if there is no checkpoint. A damaged file is
+        reported on stderr, and the one before it is tried.
 
         Raises:
-            OSError: there are checkpoints and none can be read.
+            OSError: there are checkpoints, but none can be read.
         """
         files = sorted(self._files() + self._files("milestones"), key=lambda p: p.name, reverse=True)
         for path in files:
             try:
                 return load(path), path
             except UserError as error:
-                print(f"caco: {error}; falling back to the one before", file=sys.stderr)
+                print(f"caco: {error}; trying the checkpoint before it", file=sys.stderr)
         if files:
             raise FileError(
                 f"none of the {len(files)} checkpoints in {self.directory} can be read; remove them to start anew"
@@ -88,7 +89,7 @@ def load(path: Path) -> dict:
     """A checkpoint's state, on the CPU.
 
     Raises:
-        UserError: the file is damaged, or would unpack to more than it is.
+        UserError: the file is damaged, or would unpack to more bytes than it has.
     """
     state = contents(path)
     if not isinstance(state, dict):
@@ -97,36 +98,34 @@ def load(path: Path) -> dict:
 
 
 def contents(path: Path) -> object:
-    """What torch.save wrote into a file, on the CPU; nothing in it is run, and what is damaged is refused, as by
-    `load`.
+    """The object that torch.save wrote into a file, with tensors on the CPU. No code from the file is run, and a
+    damaged file is refused as in `load`.
     """
     try:
         with open(path, "rb") as file:
-            if (
-                file.read(4) != b"PK\x03\x04"
-            ):  # torch.load would take it for a file of before 1.6, whatever zip file it ends with
-                raise UserError(f"checkpoint {path} is damaged (it does not begin as a file of torch.save does)")
-        # torch.load does not look at the checksums that torch.save writes.
+            # A file that does not start as a zip file but ends as one would be read as torch's format before 1.6.
+            if file.read(4) != b"PK\x03\x04":
+                raise UserError(f"checkpoint {path} is damaged (it does not begin like a file of torch.save)")
+        # torch.save writes checksums, but torch.load does not verify them.
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(part.file_size for part in archive.infolist())
-            if unpacked > path.stat().st_size:  # torch.save compresses nothing
+            if unpacked > path.stat().st_size:  # impossible in a file of torch.save, which does not compress
                 raise UserError(f"checkpoint {path} would unpack to {unpacked:,} bytes and is no file of torch.save")
-            # torch's reader gives uninitialised memory for what calls itself a folder, whatever its checksum.
+            # torch's reader returns uninitialised memory for an entry marked as a folder, whatever its checksum.
             damaged = (
                 next((part.filename for part in archive.infolist() if part.external_attr & 0xFF or part.volume), None)
                 or archive.testzip()
             )
             for part in archive.infolist():
-                if damaged is None and part.filename.lower().endswith(
-                    ".pkl"
-                ):  # torch's reader finds names of other case, too
+                # Case is ignored, as torch's reader does.
+                if damaged is None and part.filename.lower().endswith(".pkl"):
                     pickle_size.check(io.BytesIO(archive.read(part)), f"checkpoint {path}")
         if damaged is None:
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # a damaged file leads the readers of zip files and of torch into errors of any type
-        # In short, and not torch's own advice, which is to load it with the code in it.
+    except Exception as error:  # a damaged file can make the zip and torch readers raise any type of error
+        # Without torch's own message, which advises loading the file with the code in it.
         why = type(error).__name__ + (
             f": {str(error).splitlines()[0][:200]}" if isinstance(error, OSError | zipfile.BadZipFile) else ""
         )
@@ -135,7 +134,7 @@ def contents(path: Path) -> object:
 
 
 def _keep(path: Path, milestone: Path) -> None:
-    """Give the file a second name, or copy it where the file system knows no links (exFAT, some network shares)."""
+    """Give the file a second name; copy it if the file system has no links (exFAT, some network shares)."""
     milestone.parent.mkdir(exist_ok=True)
     aside = milestone.with_suffix(".partial")
     aside.unlink(missing_ok=True)
@@ -148,7 +147,7 @@ def _keep(path: Path, milestone: Path) -> None:
                 os.fsync(file.fileno())
         os.replace(aside, milestone)
     finally:
-        aside.unlink(missing_ok=True)  # half a copy; or a name that stays where the milestone is this very file already
+        aside.unlink(missing_ok=True)  # half a copy, or a link that os.replace leaves if both names are one file
 
 
 def _sync_directory(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run's directory: held by one process at a time, with a record of what runs there and on what."""
+"""A run's directory: held by one process at a time, with a record of what runs there and on which machine."""
 
 import atexit
 import contextlib
@@ -26,21 +26,21 @@ from caco.runs.environment import environment
 from caco.runs.files import process_start, read_json, remove_left_behind, write_json, write_text
 from caco.runs.identity import differences, identity, plain, read_yaml, run_hash
 
-_locks: dict[Path, int] = {}  # held until the process ends: closing one would give the lock up
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
+_locks: dict[Path, int] = {}  # open until the process ends, because closing a descriptor releases its lock
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a file system without locks
 _BEAT_S = 4.0
-_PATIENCE_S = 20.0  # some beats, and what a network file system keeps in its cache
+_PATIENCE_S = 20.0  # several beats, and longer than a network file system keeps a file in its cache
 _MOMENT_S = 1.0
 
 
 def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any], code: Mapping[str, str] = {}) -> None:
-    """Make run_dir this run's, for as long as this process lives, and write config.yaml (of a new run) and
-    environment.json into it.
+    """Reserve run_dir for this run as long as this process lives. Writes environment.json into it, and config.yaml if
+    the run is new.
 
     Args:
-        code: what it runs besides caco, for environment.json.
+        code: what the run uses besides caco, for environment.json.
     Raises:
-        ValueError: another process trains there now, or the directory holds a run of another identity, or of an earlier
+        UserError: another process trains there now, or the directory holds a run of another identity or of an earlier
             version.
     """
     run_dir = Path(run_dir).absolute()
@@ -50,8 +50,8 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any], code: Map
     if record.exists():
         if renamed.is_old(run_dir):
             raise UserError(
-                f"{run_dir} holds a run of {_version(run_dir)}, which this version shows, evaluates and exports but"
-                " cannot go on with: finish it with that version, or choose another hydra.run.dir to train anew"
+                f"{run_dir} holds a run of {_version(run_dir)}; this version can show, evaluate and export it but not"
+                " continue it: finish it with that version, or choose another hydra.run.dir to train anew"
             )
         changed = differences(identity(read_yaml(record)), identity(cfg))
         if changed:
@@ -62,13 +62,13 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any], code: Map
         _name_what_is_left_behind(run_dir, cfg)
         write_config(run_dir, cfg)
     (run_dir / "failure.txt").unlink(missing_ok=True)
-    if not (run_dir / "summary.json").exists():  # else it is done, and was where its record says
+    if not (run_dir / "summary.json").exists():  # a finished run keeps the record of where it ran
         write_environment(run_dir, code)
 
 
 def write_config(run_dir: Path, cfg: DictConfig | Mapping[str, Any]) -> None:
-    """Write config.yaml. Of a run that goes on only once its images are known to be the same: what is refused leaves
-    the record alone.
+    """Write config.yaml. If a run goes on, this is called only once its images are known to be the same, so that a
+    refused command leaves the record as it is.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
@@ -81,19 +81,21 @@ def _version(run_dir: Path) -> str:
 
 
 def _name_what_is_left_behind(run_dir: Path, cfg: DictConfig | Mapping[str, Any]) -> None:
-    """Say that an earlier version has begun this very run, beside it and with another hash in its name."""
+    """Report if an earlier version has begun the same run in a directory beside this one, with another hash in its
+    name.
+    """
     words, _, _ = run_dir.name.rpartition("-")
     for other in sorted(run_dir.parent.glob(f"{glob.escape(words)}-*")) if words else ():
         if other != run_dir and renamed.is_old(other) and run_hash(renamed.read_config(other)) == run_hash(cfg):
             print(
-                f"caco: {other} is this run by {_version(other)} and cannot be gone on with: it starts anew in"
+                f"caco: {other} is the same run made by {_version(other)}, which cannot be continued: it starts anew in"
                 f" {run_dir}",
                 file=sys.stderr,
             )
 
 
 def write_environment(run_dir: Path, code: Mapping[str, str] = {}) -> dict[str, str]:
-    """Write environment.json, what the run runs, what it runs on and its command; returns the first two."""
+    """Write environment.json with the code, the machine and the command of this run; returns all but the command."""
     run_dir.mkdir(parents=True, exist_ok=True)
     found = {**environment(), **code}
     write_json(run_dir / "environment.json", {**found, "command": command()})
@@ -101,7 +103,7 @@ def write_environment(run_dir: Path, code: Mapping[str, str] = {}) -> dict[str, 
 
 
 def command() -> str:
-    """The command line as one types it, whichever way the program was started."""
+    """The command line as a user would type it, however the program was started."""
     program, *arguments = map(redacted, sys.argv)
     if Path(program).parts[-2:-1] == ("caco",) and Path(program).suffix == ".py":
         return shlex.join(["python", "-m", f"caco.{Path(program).stem}", *arguments])
@@ -109,15 +111,15 @@ def command() -> str:
 
 
 def record_failure(run_dir: Path, text: str) -> None:
-    """Write failure.txt, unless another rank has: the first to fail is the cause, others lose their peer."""
+    """Write failure.txt unless another rank has: the first failure is the cause, later ones follow from it."""
     with contextlib.suppress(OSError), open(run_dir / "failure.txt", "x", encoding="utf-8") as file:
         file.write(redacted(text.rstrip()) + "\n")
 
 
 def discard(run_dir: Path) -> bool:
-    """Remove the directory of a run that was refused before it wrote anything of its own; whether it was removed.
+    """Remove the directory of a run that was refused before it wrote any results; returns whether it was removed.
 
-    Not that of a launcher's job, whose sweep reads there why it failed.
+    Not used for a launcher's job, because its sweep reads there why the job failed.
     """
     ours = {"config.yaml", "environment.json", ".lock"}
     run_dir = run_dir.absolute()
@@ -127,7 +129,7 @@ def discard(run_dir: Path) -> bool:
         (run_dir / name).unlink(missing_ok=True)
     if (lock := _locks.pop(run_dir, None)) is not None:
         os.close(lock)
-    with contextlib.suppress(OSError):  # something has come there meanwhile, or other runs lie beside it
+    with contextlib.suppress(OSError):  # the folder holds something new by now, or a parent holds other runs
         run_dir.rmdir()
         for folder in run_dir.parents:
             if Path.cwd() not in folder.parents:
@@ -137,10 +139,10 @@ def discard(run_dir: Path) -> bool:
 
 
 def is_first_rank() -> bool:
-    """Whether this process, of those that train one run together, is the one that writes; known before torch is.
+    """Whether this process is the one that writes, of those that train one run together. Needs no torch.
 
-    Processes work together where their environment says so, as torchrun's and a launcher's does (caco/distributed.py).
-    What srun alone has started several times are so many runs, and each has to have a directory of its own.
+    Processes work together if their environment says so, as torchrun and the launchers arrange (caco/distributed.py).
+    Processes that srun alone has started are separate runs, each of which needs its own directory.
     """
     return int(os.environ.get("WORLD_SIZE", "1")) <= 1 or int(os.environ.get("RANK", "0")) == 0
 
@@ -148,12 +150,12 @@ def is_first_rank() -> bool:
 def hold(run_dir: Path) -> None:
     """Hold run_dir/.lock until this process ends, however it ends.
 
-    Three things keep a second writer out. The kernel's lock, where the file system has locks and all machines share
-    them. A sign of life in the file, which its holder renews every few seconds, for file systems that have none, or
-    lock on each machine by itself. And, without locks, another look at the file a moment after it was written.
+    Three things keep a second writer out. First, the kernel's lock, if the file system has locks and all machines share
+    them. Second, a sign of life in the file, which its holder renews every few seconds, for file systems without locks
+    or with locks for each machine by itself. Third, without locks, reading the file again a moment after writing it.
 
     Raises:
-        UserError: another process holds it; or the directory cannot be written.
+        UserError: another process holds the directory, or it cannot be written.
     """
     run_dir = run_dir.absolute()
     if run_dir in _locks:
@@ -170,9 +172,9 @@ def hold(run_dir: Path) -> None:
         ) from error
     has_locks = True
     try:
-        # A POSIX record lock: forked loader workers do not inherit it, so a worker that outlives a killed run
-        # cannot keep the next one out (flock would). No other descriptor of the file may be closed from here on: that
-        # gives it up.
+        # A POSIX record lock: forked loader workers do not inherit it, so a worker that outlives a killed run cannot
+        # keep the next one out (with flock it would). From here on no other descriptor of this file may be closed,
+        # because that would release the lock.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         holder = _read_holder(lock)
@@ -186,7 +188,7 @@ def hold(run_dir: Path) -> None:
     own = Holder(os.getpid(), socket.gethostname(), process_start(os.getpid()))
     own.write(lock)
     if not has_locks or _tasks_of_srun() > 1:
-        time.sleep(_MOMENT_S)  # who wrote at the same time has written by now, and the last one stays
+        time.sleep(_MOMENT_S)  # by now every process that writes at the same time has written; the last one wins
         if (found := _read_holder(lock)) and not found.is_same(own):
             os.close(lock)
             raise _in_use(run_dir, found)
@@ -198,7 +200,7 @@ def hold(run_dir: Path) -> None:
 
 
 def _remove_left_behind(run_dir: Path) -> None:
-    """Of writers that were killed: whoever holds the directory is alone with all but what a sweep and a sync write."""
+    """Remove files of writers that were killed. The holder is alone here, but for files of a sweep and a sync."""
     for folder in (run_dir, run_dir / "checkpoints", run_dir / "checkpoints" / "milestones", run_dir / "evaluations"):
         remove_left_behind(folder, of_others=("job.json", "mlflow.json", "wandb.json"))
     remove_left_behind(run_dir / "figures", of_others=("*",))
@@ -206,8 +208,8 @@ def _remove_left_behind(run_dir: Path) -> None:
 
 @dataclass
 class Holder:
-    """Who holds a directory, as its lock file says: begun tells it from a later process of the same number, beats is
-    its sign of life.
+    """The holder of a directory, as its lock file names it. `begun` distinguishes it from a later process with the same
+    number; `beats` is its sign of life.
     """
 
     pid: int
@@ -230,7 +232,7 @@ class Holder:
 def _parsed(content: bytes) -> Holder | None:
     found = re.fullmatch(r"process (\d+) on (\S+)\n(?:(\S+) (\d+)\n)?", content.decode(errors="replace"))
     if found is None:
-        return None  # nobody: who leaves empties it
+        return None  # no holder: a process that leaves empties the file
     return Holder(int(found[1]), found[2], "" if found[3] in (None, "-") else found[3], int(found[4] or 0))
 
 
@@ -239,7 +241,7 @@ def _read_holder(lock: int) -> Holder | None:
 
 
 def _holder(path: Path) -> Holder | None:
-    """Read by a descriptor of its own, which network file systems take as a reason to ask the server."""
+    """The holder, read through a new descriptor, which makes a network file system ask its server."""
     try:
         return _parsed(path.read_bytes())
     except OSError:
@@ -247,10 +249,12 @@ def _holder(path: Path) -> Holder | None:
 
 
 def _shows_life(path: Path, before: Holder) -> bool:
-    """Whether a holder on another machine, of which no clock and no process table tells, renews its sign."""
+    """Whether a holder on another machine renews its sign of life. Clocks and process tables of this machine cannot
+    tell.
+    """
     print(
-        f"caco: {path.parent} was last held by process {before.pid} on {before.host}; looking for {_PATIENCE_S:g} s"
-        " whether it lives",
+        f"caco: {path.parent} was last held by process {before.pid} on {before.host}; checking for {_PATIENCE_S:g} s"
+        " whether that process still runs",
         file=sys.stderr,
     )
     end = time.monotonic() + _PATIENCE_S
@@ -267,12 +271,12 @@ def _show_life() -> None:
         time.sleep(_BEAT_S)
         beats += 1
         for lock in list(_locks.values()):
-            with contextlib.suppress(OSError):  # a full disk, a server that is away: it goes on when that is over
+            with contextlib.suppress(OSError):  # a full disk or an unreachable server: try again at the next beat
                 Holder(os.getpid(), socket.gethostname(), process_start(os.getpid()), beats).write(lock)
 
 
 def _leave() -> None:
-    """At a process's end: the next holder, on whatever machine, need not wait for signs of life."""
+    """Empty the lock files at the end of the process, so that the next holder need not wait for signs of life."""
     for lock in _locks.values():
         with contextlib.suppress(OSError):
             os.ftruncate(lock, 0)
@@ -287,8 +291,8 @@ def _tasks_of_srun() -> int:
 def _in_use(run_dir: Path, holder: Holder | None) -> UserError:
     who = f"process {holder.pid} on {holder.host}" if holder else "another process"
     many = (
-        f"; srun has started {_tasks_of_srun()} of them, each a run of its own: say srun --ntasks=1, or leave srun out"
-        " and take launcher=slurm, whose processes work together"
+        f"; srun has started {_tasks_of_srun()} processes, each a run of its own: use srun --ntasks=1, or instead of"
+        " srun launcher=slurm, whose processes work together"
         if _tasks_of_srun() > 1
         else ""
     )

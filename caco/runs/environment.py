@@ -1,4 +1,4 @@
-"""What a run ran on: code, versions, machine. For environment.json and for MLflow's tags; imports no torch."""
+"""What a run ran on: code, versions, machine. For environment.json and the tracker's tags; imports no torch."""
 
 import importlib.metadata
 import os
@@ -13,16 +13,16 @@ from caco.runs.files import read_json
 
 _PACKAGES = {"torch": "torch", "torchvision": "torchvision", "timm": "timm", "hydra": "hydra-core", "mlflow": "mlflow"}
 _PACKAGES |= {"ffcv": "ffcv", "numpy": "numpy"}
-SOURCE = "source.json"  # beside the package in a copy made for a job, which has no Git (caco/launch/snapshot.py)
+SOURCE = "source.json"  # beside the package in a copy for jobs, which has no Git repository (caco/launch/snapshot.py)
 
 
 def environment() -> dict[str, str]:
-    """Git SHA and state of caco's source, versions, machine, SLURM job; "unknown" for what cannot be found out.
+    """Git SHA and state of caco's source, versions, machine, SLURM job; "unknown" for what cannot be determined.
 
-    GPUs and PyTorch's instructions are named only once torch is imported: importing it for this would cost seconds.
+    GPUs and PyTorch's instruction set are named only if torch is already imported, because importing it takes seconds.
     """
     folder = Path(__file__).parent
-    # Installed into a virtual environment, caco may lie inside some other repository, whose SHA says nothing.
+    # In a virtual environment, caco may lie inside some other repository, whose SHA would be misleading.
     is_ours = _output("git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name) is not None
     sha = _output("git", "-C", str(folder), "rev-parse", "HEAD") if is_ours else None
     changes = _output("git", "-C", str(folder), "status", "--porcelain") if is_ours else None
@@ -40,7 +40,7 @@ def environment() -> dict[str, str]:
         "memory_gib": _memory_gib(),
         "gpus": _gpus(),
     }
-    # The number that squeue shows; a job of an array has its own and the array's.
+    # The number that squeue shows. A job of an array has one of its own besides the array's.
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     if array and task:
         found["slurm_job_id"] = f"{array}_{task}"
@@ -53,7 +53,7 @@ def _output(*command: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None  # no git, or no repository: an installed package has neither
+        return None  # git or the repository is missing, as with an installed package
     return done.stdout.strip()
 
 

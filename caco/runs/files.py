@@ -1,4 +1,4 @@
-"""Small files that survive a kill at any instant, and locks that die with their process."""
+"""Small files that survive a kill at any instant, and locks that are released when their process dies."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ from caco.errors import FileError, UserError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`: whoever reads it sees the old file or the new one, never half of one.
+    """Replace `path` by `text`: a reader sees the old file or the new one, never a part.
 
     Raises:
         OSError: the disk is full or not writable; the old file is still there.
@@ -35,20 +35,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """As `write_text`.
+    """Like `write_text`, for a dict as JSON.
 
     Raises:
-        ValueError: there is a float in it that JSON has no word for.
-        OSError: as `write_text`.
+        ValueError: `content` holds an infinite or NaN float, which JSON cannot express.
+        OSError: as in `write_text`.
     """
     write_text(path, json.dumps(content, indent=1, allow_nan=False))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of `path`, or {} where there is no such file.
+    """The content of `path`, or {} if there is no such file.
 
     Raises:
-        UserError: it is damaged, or may not be read.
+        UserError: the file is damaged, or may not be read.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -61,18 +61,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def remove_left_behind(folder: Path, *, of_others: tuple[str, ...] = (), others_s: float = 60.0) -> None:
-    """Remove what a killed process was writing: `.NAME.PID` beside NAME, `NAME.partial`, and folders of the kind.
+    """Remove what a killed process was writing: `.NAME.PID` beside NAME, and `NAME.partial`, files and folders.
 
     Args:
-        folder: nobody else writes into it now, but for these:
-        of_others: names that other processes write into it, ("*",): all; of these only what has not changed for
-            `others_s` seconds.
+        folder: a folder into which no other process writes now, except for `of_others`.
+        of_others: names that other processes write there, or ("*",) for all names. Files of these names are removed
+            only if they have not changed for `others_s` seconds.
+        others_s: seconds.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
         found = re.fullmatch(r"\.(.+)\.\d+|(.+)\.partial", path.name)
         if found is None:
             continue
-        with contextlib.suppress(OSError):  # its writer has ended it, or it is another user's
+        with contextlib.suppress(OSError):  # its writer has just finished it, or it belongs to another user
             mine = "*" not in of_others and found[1] not in of_others
             if mine or path.stat().st_mtime < time.time() - others_s:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -82,8 +83,8 @@ def remove_left_behind(folder: Path, *, of_others: tuple[str, ...] = (), others_
 def locked(path: Path, *, wait_s: float) -> Iterator[None]:
     """Hold the lock `path` for the body; the kernel releases it when the process dies, however it dies.
 
-    POSIX locks and not flock: forked loader workers do not inherit them, so an orphaned worker cannot keep a dead
-    trainer's lock. Two locks on one path within ONE process do not exclude each other.
+    It is a POSIX lock and not flock, because forked loader workers do not inherit it: an orphaned worker cannot keep a
+    dead trainer's lock. Two locks on one path within ONE process do not exclude each other.
 
     Raises:
         BlockingIOError: another process still holds it after `wait_s` seconds.
@@ -97,7 +98,7 @@ def locked(path: Path, *, wait_s: float) -> Iterator[None]:
                 break
             except OSError as error:
                 if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                    break  # a file system without locks: better to run without than not at all
+                    break  # a file system without locks: running unlocked is better than not running
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise FileError(error.errno, error.strerror, str(path)) from error
                 if time.monotonic() >= deadline:
@@ -109,9 +110,10 @@ def locked(path: Path, *, wait_s: float) -> Iterator[None]:
 
 
 def process_start(pid: int) -> str:
-    """When process `pid` of this machine began, in the kernel's ticks: tells it from a later one of the same number.
+    """When process `pid` of this machine began, in the kernel's ticks: distinguishes it from a later process with the
+    same number.
 
-    "" where it is gone (a zombie is), or where the machine has no /proc.
+    "" if the process is gone or a zombie. Also "" if the machine has no /proc.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

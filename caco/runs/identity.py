@@ -1,7 +1,7 @@
-"""What makes a run itself: everything in the resolved configuration that can change a number.
+"""The identity of a run: all values of the resolved configuration that can change a number.
 
-What cannot (where the data lie, how many workers read them, how often something is logged or saved, who is told) is
-recorded, not hashed: so a run moved to another machine stays the same run.
+Settings that cannot (where the data lie, how many workers read them, how often something is logged or saved, which
+tracker is used) are recorded but not hashed, so a run that moves to another machine stays the same run.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-# A pattern covers the key itself and all below it.
+# A pattern covers the key itself and all keys below it.
 NEUTRAL_KEYS = (
     "name",
-    "weights",  # weights_digest is what counts
-    "continue_from",  # continued_run is what counts
-    "warm_start",  # what comes of it is under method
-    "bank_learning",  # what comes of it is under bank
+    "weights",  # the identity has weights_digest instead
+    "continue_from",  # the identity has continued_run instead
+    "warm_start",  # the identity has the resulting settings of `method` instead
+    "bank_learning",  # the identity has the resulting settings of `bank` instead
     "log_every_steps",
     "eval_every_epochs",
     "checkpoint",
@@ -44,18 +44,18 @@ NEUTRAL_KEYS = (
     "eval.segment.root",
     "eval.segment.save_every_steps",
     "eval.dense_linear.root",
-    "loader._target_",  # every loader makes the same batches
+    "loader._target_",  # every loader gives the same batches
     "loader.num_workers",
     "loader.prefetch",
     "tracking",
     "launcher",
-    "derived",  # what they are stands where they are
-    "config_dir",  # where it lies; of what is in it environment.json has the digests
+    "derived",  # only names the derived settings; their values count where they stand
+    "config_dir",  # a place; environment.json records digests of the files in it
     "hydra",
 )
-# Settings that came later, with the value that is how runs were before. There they are no part of the identity: a run
-# that does not use them is the run that it was. Whoever adds a setting to conf/ adds its line, or every run so far gets
-# another hash.
+# Settings that were added later, each with the value that reproduces the behaviour before it existed. With that value a
+# setting is not part of the identity, so a run that does not use it keeps its hash. Every new setting in conf/ needs a
+# line here, or the hashes of all earlier runs change.
 AS_BEFORE: dict[str, Any] = {
     "accumulate": None,
     "backbone.layer_norm": False,
@@ -103,11 +103,11 @@ AS_BEFORE: dict[str, Any] = {
 
 
 def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """cfg as dicts, lists and scalars, interpolations resolved, without Hydra's own part; `???` stays a string."""
+    """cfg as dicts, lists and scalars, interpolations resolved, without Hydra's own settings; `???` stays a string."""
     if not isinstance(cfg, DictConfig):
         return dict(cfg)
-    # Key by key: hydra.run.dir asks for the hash while it is being resolved, so `hydra` must not be touched; and a copy
-    # of the rest is the larger part of a refusal's time.
+    # Key by key, because resolving hydra.run.dir asks for the hash, so `hydra` must not be touched; a copy of the rest
+    # would take most of the time of a refusal.
     return {str(key): _resolved(cfg, str(key)) for key in cfg if key != "hydra"}
 
 
@@ -126,9 +126,10 @@ def read_yaml(file: Path) -> DictConfig:
 
 
 def flat(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of cfg by dotted name, as `bank.size`; a list's items by number, as `augmentation.views.0.blur`.
+    """The leaves of cfg by dotted name, such as `bank.size`; items of a list by number, as in
+    `augmentation.views.0.blur`.
 
-    Empty lists and dicts are leaves, or their disappearance would not show.
+    Empty lists and dicts count as leaves, so that removing all entries still shows.
     """
     leaves: dict[str, Any] = {}
 
@@ -146,12 +147,12 @@ def flat(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_neutral(key: str) -> bool:
-    """Whether the dotted key cannot change a number."""
+    """Whether a dotted key is one that cannot change a number."""
     return any(key == neutral or key.startswith(neutral + ".") for neutral in NEUTRAL_KEYS)
 
 
 def identity(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """The flat leaves that can change a number; 1.0 and 1 are one value."""
+    """The flat leaves that can change a number; 1.0 and 1 count as the same value."""
     return {
         key: _canonical(value)
         for key, value in sorted(flat(cfg).items())
@@ -164,12 +165,12 @@ def _canonical(value: Any) -> Any:
 
 
 def run_hash(cfg: DictConfig | Mapping[str, Any]) -> str:
-    """Ten hexadecimal digits of the identity."""
+    """The first ten hexadecimal digits of a SHA-256 over the identity."""
     return hashlib.sha256(json.dumps(identity(cfg)).encode()).hexdigest()[:10]
 
 
 def file_digest(path: str | None) -> str | None:
-    """Sixteen hexadecimal digits of a file's content; None where there is no file."""
+    """Sixteen hexadecimal digits of a file's content; None if there is no file or it cannot be read."""
     file = None if path is None else Path(os.path.expanduser(path)).absolute()
     try:
         if file is None or not file.is_file():
@@ -177,21 +178,21 @@ def file_digest(path: str | None) -> str | None:
         status = file.stat()
         return _digest(file, status.st_size, status.st_mtime_ns)
     except (OSError, ValueError):
-        return None  # a name that no file can have, or one that may not be read: who uses the file says so
+        return None  # an impossible name, or no permission; the code that uses the file reports it
 
 
 @lru_cache(maxsize=None)
 def _digest(file: Path, size: int, changed_ns: int) -> str:
-    """Read once a process, as long as the file stays as it is: a configuration is resolved many times."""
+    """Cached by size and time, because a configuration is resolved many times in a process."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()[:16]
 
 
 def short_name(overrides: Iterable[str], *, limit: int = 160) -> str:
-    """What a command line changed, as one readable word that is safe in a path, a shell and a Hydra override.
+    """The overrides of a command line as one readable word that is safe in a path, a shell and a Hydra override.
 
-    `["pn=positive", "bank=12M", "data.root=/d"]` -> "bank-12M_pn-positive"; neutral settings are left out, the order in
-    which they were given too; nothing changed -> "default".
+    `["pn=positive", "bank=12M", "data.root=/d"]` -> "bank-12M_pn-positive". Neutral settings are left out, the order of
+    the overrides does not matter, and no overrides give "default".
     """
     kept = []
     for override in sorted(overrides):
@@ -202,17 +203,17 @@ def short_name(overrides: Iterable[str], *, limit: int = 160) -> str:
 
 
 def run_name(cfg: DictConfig) -> str:
-    """The last part of a run's directory: what was overridden and the identity's hash. cfg holds Hydra's part too."""
+    """The last part of a run's directory: its overrides and the identity's hash. cfg includes Hydra's own settings."""
     return f"{short_name(cfg.hydra.overrides.task)}-{run_hash(cfg)}"
 
 
 def key_of(override: str) -> str:
-    """The dotted key of an override; of hydra/sweeper=optuna hydra.sweeper."""
+    """The dotted key of an override; for hydra/sweeper=optuna it is hydra.sweeper."""
     return override.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """One line per key that two identities do not share."""
+    """One line for each key in which two identities differ."""
     absent = "(absent)"
     return [
         f"{key}: there {theirs.get(key, absent)}, here {ours.get(key, absent)}"

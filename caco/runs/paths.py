@@ -1,5 +1,5 @@
-"""Paths as a user types them: ~ means the home folder, whatever shell or none has seen it, and one that cannot be is
-refused in words.
+"""Paths as a user types them: ~ means the home folder, whether or not a shell has replaced it, and a path that cannot
+exist is refused with an explanation.
 """
 
 import os
@@ -9,14 +9,14 @@ from pathlib import Path
 from caco.errors import FileError, UserError
 from caco.redaction import redacted
 
-_MAX_NAME, _MAX_PATH = 255, 4000  # bytes, of every file system that runs lie on
+_MAX_NAME, _MAX_PATH = 255, 4000  # in bytes, within the limits of the file systems that runs are kept on
 
 
 def expanded(path: str | Path) -> Path:
     """The path with its ~ replaced.
 
     Raises:
-        UserError: nobody here has such a home.
+        UserError: there is no such home folder.
     """
     text = str(path)
     full = os.path.expanduser(text)
@@ -31,22 +31,22 @@ def expanded(path: str | Path) -> Path:
 
 
 def is_possible(path: str | Path) -> bool:
-    """Whether a file system can have a file of this name: not too long, without a byte of zero."""
+    """Whether a file system can have a file of this name: not too long, and without NUL bytes."""
     text = os.fsencode(os.path.expanduser(str(path)))
     return b"\0" not in text and len(text) <= _MAX_PATH and all(len(part) <= _MAX_NAME for part in text.split(b"/"))
 
 
 def require_writable(folder: Path, key: str) -> None:
-    """Refuse a directory that cannot be made, or not be written into, before anything is computed.
+    """Refuse a directory that cannot be made or written into, before anything is computed.
 
     Args:
-        key: what chooses another one.
+        key: the setting that chooses the directory, for the message.
     Raises:
-        UserError: says which folder is the cause.
+        UserError: names the folder that is the cause.
     """
     if not is_possible(folder):
         raise UserError(
-            f"{redacted(str(folder))[:80]}...: its name is too long for a file system; choose another one with {key}"
+            f"{redacted(str(folder))[:80]}...: this name is too long for a file system; choose another one with {key}"
         )
     for path in (folder.absolute(), *folder.absolute().parents):
         try:
@@ -55,7 +55,7 @@ def require_writable(folder: Path, key: str) -> None:
         except OSError as error:
             raise FileError(error.errno, f"{error.strerror}; choose another folder with {key}", str(path)) from error
         if not path.is_dir():
-            raise FileError(f"{folder} cannot be made: {path} is no folder; choose another one with {key}")
+            raise FileError(f"{folder} cannot be made: {path} is not a folder; choose another one with {key}")
         if not os.access(path, os.W_OK | os.X_OK):
             raise FileError(
                 f"{folder} cannot be written: this user may not write into {path}; choose another folder with {key}"
@@ -64,11 +64,11 @@ def require_writable(folder: Path, key: str) -> None:
 
 
 def read_text(file: Path) -> str:
-    """A text that a user supplies, in whatever encoding an editor writes: UTF-8 with or without its mark, UTF-16 with
-    one, else Latin-1.
+    """The content of a user's text file in any of the usual encodings: UTF-8 with or without byte order mark, UTF-16
+    with one, else Latin-1.
 
     Raises:
-        FileError: it cannot be read.
+        FileError: the file cannot be read.
     """
     try:
         content = file.read_bytes()
@@ -83,11 +83,11 @@ def read_text(file: Path) -> str:
 
 
 def with_home(overrides: Sequence[str]) -> list[str]:
-    """A command line whose directories for runs have their ~ replaced: Hydra makes these itself, and would make a
-    folder of that name.
+    """A command line with ~ replaced in the directories of runs. Hydra makes these directories itself, and would make a
+    folder named "~".
 
     Raises:
-        UserError: nobody here has such a home.
+        UserError: there is no such home folder.
     """
     taken = []
     for item in overrides:

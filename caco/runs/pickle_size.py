@@ -1,9 +1,9 @@
-"""How much work it is to read a pickle, before it is read: a few bytes can ask for hours.
+"""Bounds the work of reading a pickle before it is read: a few bytes can ask for hours.
 
-A tuple that holds one tuple twice, which holds another twice, and so on, is short in a file, and as a key in it (or in
-a set) each of its 2^n paths is gone along to hash it, in C, where nothing can interrupt it. So are thousands of huge
-whole numbers that have one hash. Nothing is run here: the standard library's `pickletools` names each instruction and
-what it takes from the stack and puts there.
+A tuple that holds another tuple twice, which holds another twice, and so on, takes little space in a file. If it is a
+key of a dict or in a set, hashing it walks all of its 2^n paths, in C code that nothing can interrupt. Thousands of
+huge integers with the same hash are as slow. Nothing from the file is run here: the standard library's `pickletools`
+lists the instructions, and what each takes from the stack and puts there.
 """
 
 import pickletools
@@ -11,33 +11,33 @@ from typing import IO, Any
 
 from caco.errors import UserError
 
-ALLOWED, ALLOWED_EACH = 1_000_000, 100  # parts that may be gone through, and so many more for each instruction
-_HASHED_AS_THEY_ARE = 2**60  # whole numbers beyond have hashes that others have too
+ALLOWED, ALLOWED_EACH = 1_000_000, 100  # parts that may be visited in all, and in addition for each instruction
+_HASHED_AS_THEY_ARE = 2**60  # smaller integers are their own hash; larger ones can be made to share one
 _WITH_CONTENTS = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "LIST", "DICT", "FROZENSET")
 _FILLED = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS")
 
 
 def check(file: IO[bytes], name: str) -> None:
-    """Go through one pickle, up to and with its STOP; of what is no pickle nothing is said, since its reader comes no
-    further.
+    """Check one pickle, up to its STOP. A file that is no valid pickle passes, because its reader will fail on it at
+    the same place.
 
     Args:
-        name: of the file.
+        name: how a message calls the file.
     Raises:
-        UserError: hashing what is in it may take more steps than its length allows.
+        UserError: hashing the content may take more steps than the pickle's length allows.
     """
     try:
         _go_through(file, name)
     except UserError:
         raise
-    except Exception:  # noqa: BLE001 - damaged, which leads pickletools into errors of any type
+    except Exception:  # noqa: BLE001 - a damaged file, which can make pickletools raise any type of error
         return
 
 
 def _go_through(file: IO[bytes], name: str) -> None:
-    stack: list[
-        Any
-    ] = []  # of each thing its parts, all counted, in a list that is shared where the thing is; None for a mark
+    # For each object on the stack a list of one number, its count of parts; references to one object share the list.
+    # None is a mark.
+    stack: list[Any] = []
     memo: dict[Any, list[int]] = {}
     count = total = huge = 0
     for code, argument, _ in pickletools.genops(file):
@@ -72,4 +72,4 @@ def _go_through(file: IO[bytes], name: str) -> None:
         stack += made
         total += sum(parts[0] for parts in made)
         if total > ALLOWED + ALLOWED_EACH * count:
-            raise UserError(f"{name}: what is nested in it would take hours to read")
+            raise UserError(f"{name}: its objects are nested so deeply that reading it would take hours")

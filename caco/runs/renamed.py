@@ -1,9 +1,9 @@
-"""The one table of what was renamed: runs and records of earlier versions show through it, by today's names.
+"""The table of all renamed things, through which runs and records of earlier versions appear under today's names.
 
-Whoever renames a key of the configuration, something that a `_target_` names, a metric or a kind of row adds a line
-here, in the same commit: from a06a4e7 on, each rename so far is there. tests/old_runs holds runs that an earlier
-version made; a rename that none of them shows needs one more. What old names cannot say, such as how a checkpoint is to
-be gone on with, is refused (caco/runs/directory.py).
+A commit that renames a configuration key, the target of a `_target_`, a metric or a kind of row must add a line here.
+All renames since commit a06a4e7 are listed. tests/old_runs holds runs made by an earlier version; a rename that none of
+them shows needs one more such run. A checkpoint of an earlier version cannot be continued under new names, so
+continuing is refused (caco/runs/directory.py).
 """
 
 import copy
@@ -20,7 +20,7 @@ from caco.errors import FileError, UserError
 from caco.runs.files import read_json
 from caco.runs.identity import flat, plain, run_hash
 
-# What a `_target_` names: a class or function by itself, or a module with all that is in it.
+# Targets of `_target_`: a single class or function, or a module with everything in it.
 TARGETS = {
     "caco.annotations": "caco.config.annotations",
     "caco.banks.fused": "caco.banks.kernels.fused",
@@ -49,7 +49,7 @@ TARGETS = {
     "caco.launchers.Slurm": "caco.launch.slurm.Slurm",
     "caco.methods.contrastive.Outputs": "caco.methods.base.Outputs",
     "caco.optimizers": "caco.engine.optimizers",
-    "caco.optimizers.lars": "caco.engine.optimizers.lars_timm",  # today's lars is the published one
+    "caco.optimizers.lars": "caco.engine.optimizers.lars_timm",  # the name lars now means the published optimiser
     "caco.preemption": "caco.engine.preemption",
     "caco.pretrained": "caco.config.pretrained",
     "caco.progress": "caco.engine.progress",
@@ -70,15 +70,15 @@ KEYS = {
     "method.filling_momentum": "method.warm_start_momentum",
     "method.filling_temperature": "method.warm_start_temperature",
 }
-# Arguments that conf/ names by now and that older runs left to their default.
+# Arguments that conf/ sets explicitly now; earlier runs left them at these defaults.
 NAMED_SINCE = {"caco.methods.nnclr.NNCLR": {"warm_start_temperature": 0.2}}
 ROW_KINDS = {"filling": "warm_start"}
-ROW_VALUES = {"momentum": "twin_momentum"}  # of the rows of kind train and filling
+ROW_VALUES = {"momentum": "twin_momentum"}  # values in rows of the kinds train and filling
 
 
 def _former_protocols(evaluator: Mapping[str, Any]) -> list[str]:
-    """What a06a4e7 called the protocols of an evaluator, in the order of `metrics.protocols`: k-NN was knn, whatever
-    its k.
+    """The names that commit a06a4e7 gave to the protocols of an evaluator, in the order of `metrics.protocols`: for
+    example knn for k-NN with any k.
     """
     kind = evaluator["_target_"].rpartition(".")[2]
     fractions = evaluator.get("fractions", [1.0])
@@ -89,8 +89,8 @@ def _former_protocols(evaluator: Mapping[str, Any]) -> list[str]:
 
 
 def _before_last_batches(evaluator: Mapping[str, Any]) -> list[str]:
-    """What the versions called it that came after, and whose linear evaluation left a smaller last batch out without a
-    word of it.
+    """The protocol names of the versions after a06a4e7 for `Linear`. They left out a smaller last batch, and the names
+    did not say so.
     """
     return (
         metrics.protocols({"drop_last": False, **evaluator})
@@ -99,17 +99,17 @@ def _before_last_batches(evaluator: Mapping[str, Any]) -> list[str]:
     )
 
 
-# Reading by it.
+# Reading a run with this table.
 
 
 def target(name: str) -> str:
-    """What a `_target_` is called today."""
+    """Today's name of a `_target_`."""
     module, _, attribute = name.rpartition(".")
     return TARGETS.get(name) or (f"{TARGETS[module]}.{attribute}" if module in TARGETS else name)
 
 
 def config(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's configuration by today's names, as dicts and lists; `recorded` is left as it is."""
+    """A run's configuration with today's names, as dicts and lists; `recorded` is not changed."""
     tree = copy.deepcopy(dict(recorded))
     _rename_targets(tree)
     for old, new in KEYS.items():
@@ -119,8 +119,8 @@ def config(recorded: Mapping[str, Any]) -> dict[str, Any]:
     method, bank = (part if isinstance(part, dict) else {} for part in (tree.get("method"), recorded.get("bank")))
     for key, value in NAMED_SINCE.get(method.get("_target_", ""), {}).items():
         method.setdefault(key, value)
-    # One pass was the default, and is what null means today; a bank of random rows had a number of passes and made
-    # none.
+    # A single pass was the default and is today's meaning of null. A bank of random rows had a number of passes in its
+    # configuration but made none.
     if str(bank.get("filling_passes")) == "1" or ("filling_passes" in bank and bank["initialisation"] != "keys"):
         del method["warm_start_passes"]
     return tree
@@ -141,8 +141,8 @@ def _move(tree: dict[str, Any], old: str, new: str) -> None:
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration whose `flat` leaves these are. A name that is a part of another's is left out: MLflow's
-    parameters hold the chosen options, too."""
+    """The configuration whose `flat` leaves these are. A name that is also the start of another's is left out, because
+    MLflow's parameters include the chosen options."""
     tree: dict[str, Any] = {}
     for name in sorted(leaves, key=len, reverse=True):
         *parts, last = name.split(".")
@@ -162,12 +162,12 @@ def _with_lists(node: Any) -> Any:
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """What config.yaml says, by today's names; {} where there is none."""
+    """The content of config.yaml with today's names; {} if there is no such file."""
     return config(_recorded_config(run_dir))
 
 
 def is_old(run_dir: Path) -> bool:
-    """Whether a version made this run that called something in its configuration otherwise."""
+    """Whether the run was made by a version that used another name for anything in its configuration."""
     recorded = _recorded_config(run_dir)
     return config(recorded) != recorded
 
@@ -183,14 +183,14 @@ def _recorded_config(run_dir: Path) -> dict[str, Any]:
 
 
 class Names:
-    """How one run is read: what its version called otherwise gets today's names.
+    """Reads one run, and gives everything that its version called otherwise today's name.
 
-    A name that does not say its protocol is renamed by the configuration of the evaluator that gave the number:
-    training's are in the run's, those of an evaluation afterwards in its file below evaluations/. Where that is gone
-    the name stays.
+    The name of a metric may not tell its protocol. It is then renamed by the configuration of the evaluator that gave
+    the number. For evaluations while training, that is in the run's configuration; for those afterwards, it is in their
+    file below evaluations/. If that file is gone, the old name stays.
 
     Args:
-        recorded: the run's configuration as it recorded it.
+        recorded: the run's configuration as it was recorded.
         evaluations: the contents of its evaluations/*.json.
     """
 
@@ -202,13 +202,13 @@ class Names:
 
     @classmethod
     def of(cls, run_dir: Path) -> "Names":
-        """Of a run's directory."""
+        """The names of the run in this directory."""
         files = sorted((run_dir / "evaluations").glob("*.json"))
         return cls(_recorded_config(run_dir), [one for one in map(read_json, files) if "made_from" in one])
 
     @staticmethod
     def params(recorded: Mapping[str, Any]) -> dict[str, Any]:
-        """What tracking.json has: the leaves as text, and among them the options that were chosen."""
+        """The parameters of tracking.json: the chosen options, and the leaves of the configuration, as text."""
         options = {
             name: value for name, value in recorded.items() if any(other.startswith(f"{name}.") for other in recorded)
         }
@@ -216,9 +216,9 @@ class Names:
         return {**options, **flat(config(nested(rest)))}
 
     def row(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row of the ledger."""
+        """A row of the ledger, with today's names."""
         if row["kind"] == "eval":
-            # Only training knows how many epochs are over.
+            # Only rows of evaluations while training have "epochs".
             new = _of_training(row, self._protocols) if "epochs" in row else self._of_evaluations(row, row["step"])
         elif self.is_old and row["kind"] in ("train", *ROW_KINDS):
             new = {old: name for old, name in ROW_VALUES.items() if name not in row}
@@ -227,11 +227,12 @@ class Names:
         return {new.get(k, k): ROW_KINDS.get(v, v) if k == "kind" and self.is_old else v for k, v in row.items()}
 
     def summary(self, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A run's final values.
+        """A run's final values, with today's names.
 
         Args:
-            rows: of its ledger, as recorded. They tell what training measured: up to a06a4e7 an evaluation with another
-                protocol replaced it in the summary. Without any, the summary's values are taken for training's.
+            rows: of its ledger, as recorded. They tell what training measured: up to a06a4e7, a later evaluation with
+                another protocol replaced that value in the summary. Without rows, the summary's values are taken to be
+                training's.
         """
         measured = {k: v for row in rows if row["kind"] == "eval" and "epochs" in row for k, v in row.items()}
         trained = {
@@ -245,7 +246,7 @@ class Names:
         return self.with_hash(values)
 
     def with_hash(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """A summary, or tracking.json's tags, with the hash that the configuration has today."""
+        """The values of a summary, or of tracking.json's tags, with the hash that the configuration has today."""
         return (
             {**values, "config_hash": run_hash(self.config)}
             if self.is_old and "config_hash" in values
@@ -253,7 +254,7 @@ class Names:
         )
 
     def _of_evaluations(self, values: Mapping[str, Any], step: int | None) -> dict[str, str]:
-        """Old name -> new of those values that an evaluation afterwards gave."""
+        """Old name -> new name, for the values that an evaluation after training gave."""
         found = {}
         for one, protocols in self._evaluations:
             for old, new in _of_training(one["results"], protocols).items():
@@ -269,21 +270,21 @@ class Names:
 
 
 def results(values: Mapping[str, Any], evaluator: Mapping[str, Any]) -> dict[str, Any]:
-    """What an evaluator with this configuration gave, by today's names."""
+    """The results of an evaluator with this configuration, with today's names."""
     new = _of_training(values, _renames([evaluator]))
     return {new.get(name, name): value for name, value in values.items()}
 
 
 def _renames(evaluators: Any) -> dict[str, str]:
-    """Former protocol -> today's, of those that were renamed."""
+    """Former protocol -> today's protocol, for those that were renamed."""
     formerly = (_former_protocols, _before_last_batches)
     pairs = [zip(former(one), metrics.protocols(one), strict=False) for one in evaluators for former in formerly]
     return {old: new for of_one in pairs for old, new in of_one if old != new}
 
 
 def _of_training(values: Mapping[str, Any], protocols: Mapping[str, str]) -> dict[str, str]:
-    """Old name -> new of the values that are called by a former protocol. One that is there by its new name is of a
-    newer version.
+    """Old name -> new name, for the values named by a former protocol. If the new name is present too, it belongs to a
+    newer version, and the value is not renamed.
     """
     found = {}
     for name in values:

@@ -1,3 +1,3 @@
-"""What a run says of itself: the ledger, always written, and MLflow, which is fed from it.
+"""What a run logs: the ledger, which is always written, and the trackers that are fed from it, such as MLflow.
 
-Not here: who reads several runs (analysis), and what is saved to go on from (caco/runs)."""
+Not here: comparing runs for a paper (analysis), and what a run saves in order to go on (caco/runs)."""

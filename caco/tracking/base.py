@@ -1,6 +1,4 @@
-"""The contract of a tracker, and nothing else. Imports no torch: runs can be looked at and sent on where there is
-none.
-"""
+"""The contract of a tracker. Imports no torch, so runs can be looked at and sent on from machines without it."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -14,15 +12,15 @@ Row = Mapping[str, float | int | str]  # names and values; the ledger adds kind,
 
 
 class Tracker(Protocol):
-    """Writes down what a run says of itself: always in its ledger, run_dir/ledger.jsonl, which is the record; and
-    wherever else.
+    """Logs a run: always to its ledger, run_dir/ledger.jsonl, which is the record, and optionally to another place.
 
-    Called by rank 0 alone, in this order: start; log, and state_dict at each checkpoint, as often as you like;
-    log_model where the run came to its end; finish, also where it failed. By the Trainer and by caco.evaluate, which
-    adds an evaluation's results to a run. Nothing but a full disk may reach the training: a server that is down, slow
+    Rank 0 alone calls it, in this order: start; then log and, at each checkpoint, state_dict, as often as needed;
+    log_model if the run reached its end; finish, also if the run failed. The callers are the Trainer and caco.evaluate,
+    which adds an evaluation's results to a run. Only a full disk may disturb the training: a server that is down, slow
     or wrong costs one warning and no time.
 
-    package: what has to be installed for it beside caco's own needs; read from its source, before anything is imported.
+    package: a package that the tracker needs besides caco's own requirements. It is read from the tracker's source
+    before anything is imported.
     """
 
     package: ClassVar[str | None] = None
@@ -38,24 +36,24 @@ class Tracker(Protocol):
         state: dict[str, Any] | None,
         sweep: dict[str, Any] | None = None,
     ) -> None:
-        """Open the record of a run, or go on with it from a checkpoint.
+        """Open the record of a run, or continue it from a checkpoint.
 
         Args:
-            params, tags: by the names that a reader sees; the tags "data" and "data_digest" name the set of images.
+            params, tags: by the names shown to readers; the tags "data" and "data_digest" name the set of images.
             run_name: short; need not be unique.
-            state: None for a new run, whose ledger begins anew; else what `state_dict` gave: the ledger keeps that many
-                `rows`. The other keys may be missing, of a run that another tracker began.
-            sweep: "name", unique in the experiment; "title"; "jobs", how many runs it has, 0 where nobody knows. None:
-                in no sweep.
+            state: None for a new run, whose ledger starts empty. Else what `state_dict` returned: the ledger keeps its
+                first `rows` rows. Other keys may be missing if another tracker began the run.
+            sweep: "name", unique in the experiment; "title"; "jobs", the number of its runs, 0 if unknown. None: the
+                run is in no sweep.
         Raises:
-            UserError: the ledger has fewer rows than the checkpoint saw written.
+            UserError: the ledger has fewer rows than were written when the checkpoint was saved.
             OSError: the directory cannot be written.
         """
 
     @abstractmethod
     def log(self, step: int, values: Row, kind: str = "train") -> None:
-        """Add one row; it survives the death of the process once this returns. Takes microseconds: it is called in the
-        loop.
+        """Add one row, which survives the death of the process once this returns. Takes microseconds, because the
+        training loop calls it.
 
         Raises:
             OSError: the disk is full; names the file.
@@ -63,13 +61,15 @@ class Tracker(Protocol):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: `rows`, how many the ledger has, which are on the disk when this returns; and what
-        this tracker needs besides, as plain values."""
+        """What a checkpoint keeps, as plain values: `rows`, the number of rows in the ledger, all of which are on the
+        disk when this returns; and whatever else this tracker needs."""
 
     @abstractmethod
     def log_model(self, make_backbone: "Callable[[], nn.Module]") -> None:
-        """Keep the run's final backbone, if this tracker keeps models: what the function makes, in eval mode and on the
-        CPU.
+        """Keep the run's final backbone, if this tracker keeps models.
+
+        Args:
+            make_backbone: returns the backbone in eval mode, on the CPU.
         """
 
     @abstractmethod
@@ -78,5 +78,5 @@ class Tracker(Protocol):
 
         Args:
             status: FINISHED, FAILED or KILLED.
-            summary: the run's final numbers; empty where it did not come to its end.
+            summary: the run's final numbers; empty if it did not reach its end.
         """

@@ -1,5 +1,5 @@
-"""Runs side by side: chosen, sorted, grouped over seeds, as a table with what differs between them. Imports no
-torch.
+"""Compares runs side by side: selects, sorts and groups them over seeds, as a table of what differs between them.
+Imports no torch.
 """
 
 import csv
@@ -26,17 +26,17 @@ _COMPARED: dict[str, Callable[[Any, Any], bool]] = {
 }  # fmt: skip
 
 
-_LAST = ("continued_run", "continued_epochs", "max_steps", "device", "weights_digest")  # what tells little by itself
+_LAST = ("continued_run", "continued_epochs", "max_steps", "device", "weights_digest")  # settings that explain little
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run, or several that differ in their seed alone."""
+    """One run, or several that differ only in their seed."""
 
     runs: Sequence[Outline]
 
     def value(self, name: str) -> Any:
-        """A setting, or a number: its mean over the runs that have it."""
+        """A setting, or a metric; if the runs have different numbers, their mean."""
         found = [value for run in self.runs if (value := run.value(name)) is not None]
         if found and all(_is_number(value) for value in found) and len(set(found)) > 1:
             return Spread.of_some(found).mean
@@ -48,17 +48,17 @@ def _is_number(value: Any) -> bool:
 
 
 def known_names(runs: Sequence[Outline]) -> set[str]:
-    """All that can be a column."""
+    """Everything that can be a column."""
     every: set[str] = {"state", "note", "run"}
     return every.union(*({**run.summary, **run.settings, **run.options} for run in runs))
 
 
 def full_name(name: str, known: set[str]) -> str:
-    """A column by its name, or by as much of its end as tells it from others: lr_reference_batch for
+    """The full name of a column, given that name or an end of it that fits only one: lr_reference_batch for
     bank.lr_reference_batch.
 
     Raises:
-        UserError: no run has it, or it could be several.
+        UserError: no run has such a name, or several names end like this.
     """
     if name in known:
         return name
@@ -66,7 +66,7 @@ def full_name(name: str, known: set[str]) -> str:
     if len(ending) == 1:
         return ending[0]
     if ending:
-        raise UserError(f"{name}: could be {', '.join(ending)}; give the whole name")
+        raise UserError(f"{name}: could be {', '.join(ending)}; give the full name")
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     raise UserError(
         f"{name}: no run here has such a setting or metric" + (f"; did you mean {' or '.join(near)}?" if near else "")
@@ -74,11 +74,11 @@ def full_name(name: str, known: set[str]) -> str:
 
 
 def chosen(runs: Sequence[Outline], conditions: Sequence[str]) -> list[Outline]:
-    """The runs for which all conditions hold: KEY=VALUE, KEY!=VALUE, KEY<VALUE, ... of settings, metrics, options and
+    """The runs for which all conditions hold: KEY=VALUE, KEY!=VALUE, KEY<VALUE, ... on settings, metrics, options and
     state.
 
     Raises:
-        UserError: a condition cannot be read, or names what no run has.
+        UserError: a condition cannot be read, or names something that no run has.
     """
     known = known_names(runs)
     for condition in conditions:
@@ -89,7 +89,7 @@ def chosen(runs: Sequence[Outline], conditions: Sequence[str]) -> list[Outline]:
         wanted = typed(text)
         if "<" in sign or ">" in sign:
             if not _is_number(wanted):
-                raise UserError(f"--where {condition}: expected a number behind {sign}, got {text}")
+                raise UserError(f"--where {condition}: expected a number after {sign}, got {text}")
             runs = [run for run in runs if _is_number(run.value(name)) and _COMPARED[sign](run.value(name), wanted)]
         else:
             runs = [run for run in runs if _COMPARED[sign](_among(run, name, wanted, text), True)]
@@ -97,13 +97,13 @@ def chosen(runs: Sequence[Outline], conditions: Sequence[str]) -> list[Outline]:
 
 
 def _among(run: Outline, name: str, wanted: Any, text: str) -> bool:
-    """Whether a run has this value; an option and a setting may share a name."""
+    """Whether the setting or the option of this name has the wanted value; both may exist."""
     return any(value == wanted or str(value) == text for value in (run.value(name), run.options.get(name)))
 
 
 def differing(runs: Sequence[Outline]) -> list[str]:
-    """The settings that tell runs apart, as few as do: options first, then the others. One that follows from those
-    before is left out.
+    """A minimal list of settings that distinguish the runs: options first, then other settings. A setting whose value
+    follows from those before it is left out.
     """
     first = ["method", "pn", "bank", "backbone", "data", "augmentation", "optimizer", "projector", "negatives"]
     options = sorted(set().union(*(run.options for run in runs)) - {"tracking", "loader", "launcher", "eval", "preset"})
@@ -118,9 +118,8 @@ def differing(runs: Sequence[Outline]) -> list[str]:
     def value(run: Outline, key: str) -> str:
         return repr(run.options.get(key) if key in options else run.settings.get(key))
 
-    seeds = [
-        key for key in settings if key == "seed" or key.endswith(".seed")
-    ]  # the run's own first: others mostly follow it
+    # The run's own seed comes first, because other seeds mostly follow it.
+    seeds = [key for key in settings if key == "seed" or key.endswith(".seed")]
     for key in [
         *options,
         *(key for key in settings if key not in seeds),
@@ -137,13 +136,13 @@ def differing(runs: Sequence[Outline]) -> list[str]:
 
 
 def rows_of(runs: Sequence[Outline], *, over_seeds: bool) -> list[Row]:
-    """A row a run; or one for all runs whose settings are the same but for the seed. Those that have not ended stay by
-    themselves.
+    """One row for each run; or one for all runs in the same state whose settings differ only in the seed. Runs without
+    a summary stay in rows of their own.
     """
     if not over_seeds:
         return [Row([run]) for run in runs]
     together: dict[Any, list[Outline]] = {}
-    # Another seed, as a bank's, may follow the run's, or stand for itself and be 0 as the run's is by chance.
+    # Another seed, such as the bank's, may follow the run's seed, or be fixed and equal it by chance.
     equal: dict[str, set[Any]] = {}
     for run in runs:
         for key, value in run.settings.items():
@@ -159,7 +158,7 @@ def rows_of(runs: Sequence[Outline], *, over_seeds: bool) -> list[Row]:
 
 
 def sort(rows: list[Row], by: str | None, *, reverse: bool, known: set[str]) -> list[Row]:
-    """By a setting or a metric, numbers before words, and what has none last."""
+    """Sort by a setting or a metric: numbers before words, rows without a value last."""
     if by is None:
         return rows
     name = full_name(by, known)
@@ -172,9 +171,7 @@ def sort(rows: list[Row], by: str | None, *, reverse: bool, known: set[str]) -> 
 
 
 def results_of(runs: Sequence[Outline]) -> list[str]:
-    """The metrics that a table shows unless others are asked for: accuracies; where there are none, what k-NN has in
-    their place, the loss.
-    """
+    """The metrics that a table shows by default: the accuracies or, if there are none, the loss."""
     found = metrics.accuracies(set().union(*(run.summary for run in runs)))
     return found or (["loss"] if any("loss" in run.summary for run in runs) else [])
 
@@ -227,8 +224,8 @@ def table(
         return out.getvalue().rstrip("\n")
     notes = [f"{_shown(run.run_dir)}: {run.note}" for run in runs if run.note]
     if over_seeds:
-        notes.insert(0, "Mean ± standard deviation over n runs that differ in their seed alone.")
-    if format == "text":  # paths begin below one another, and their heading with them
+        notes.insert(0, "Mean ± standard deviation over n runs that differ only in their seed.")
+    if format == "text":  # left-align the paths and their heading
         width = max(len(line[-1]) for line in (heads, *lines))
         heads, lines = [*heads[:-1], heads[-1].ljust(width)], [[*line[:-1], line[-1].ljust(width)] for line in lines]
     sheet = Sheet(title or f"{len(runs)} runs", [("", len(heads))], heads, lines, notes)
@@ -238,7 +235,7 @@ def table(
 
 
 def _measured(row: Row, name: str) -> list[float]:
-    """A metric's values; a setting of the same name comes first."""
+    """A metric's values; empty if a setting has the same name, which takes precedence."""
     return [run.summary[name] for run in row.runs if name not in run.settings and _is_number(run.summary.get(name))]
 
 
@@ -273,5 +270,5 @@ def _shown(folder: Path) -> str:
 
 
 def outlines(run_dirs: Iterable[Path], read: Callable[[Path], Outline]) -> list[Outline]:
-    """Of those directories that are there."""
+    """The outlines of those directories that exist."""
     return [read(folder) for folder in run_dirs if folder.is_dir()]

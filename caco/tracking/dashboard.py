@@ -1,8 +1,8 @@
 """python -m caco.tracking.dashboard [RUNS] : see all runs in a browser. Also `make dashboard`.
 
-Brings MLflow up to date with the run directories (what it missed is sent, runs whose process is gone end), starts its
-server on the store that runs are tracked in, prints its address, and keeps both up until Ctrl-C; runs do not depend on
-it.
+Brings MLflow up to date with the run directories: sends what it missed, and ends runs whose process is gone. Then
+starts MLflow's server on the store that runs are tracked in, prints its address, and keeps server and store up to date
+until Ctrl-C. Runs do not depend on it.
 """
 
 import argparse
@@ -27,10 +27,10 @@ from caco.tracking.names import OF_SWEEPS, colours
 from caco.tracking.store import connect, first_line, import_mlflow, require_mlflow, resolve_uri
 from caco.tracking.sync import find_runs, sync
 
-# What the runs table shows of the parameters if runs differ in it, in this order; then whatever else tells runs apart.
+# Parameters in the table of runs, in this order, if they differ between runs; then any others that differ.
 _FIRST = ("method", "pn", "negatives", "bank", "backbone", "data", "batch", "epochs", "seed")
 _MAX_PARAMS = 8
-# Sections of the charts, from top to bottom, and whether they open unfolded.
+# Sections of the charts from top to bottom, and whether they are unfolded at first.
 _SECTIONS = {
     "eval": True,
     "train": True,
@@ -42,19 +42,18 @@ _SECTIONS = {
     "filling": False,
     "System metrics": False,
 }
-_VIEW = "caco"  # the name of our view of an experiment, in its address
+_VIEW = "caco"  # the name of our view of an experiment in the page's address
 
 
 def columns(runs: list[Any]) -> list[str]:
-    """The columns of the runs table: parameters in which the runs differ, newest results with the paper's, where it
-    ran.
+    """The columns of the table of runs: parameters that differ, the newest results beside the paper's, and the machine.
 
     Args:
-        runs: MLflow's, of one experiment.
+        runs: MLflow's runs of one experiment.
     """
-    runs = [run for run in runs if run.data.params]  # a sweep's own run has none
+    runs = [run for run in runs if run.data.params]  # the run of a sweep itself has no parameters
     typed = {item.partition("=")[0] for run in runs for item in run.info.run_name.split()}
-    # Of all that an option sets (pn=both sets push, pull and more) its name says enough.
+    # An option stands for all that it sets: pn=both sets pull, push and more.
     names = {name for run in runs for name in run.data.params if "." not in name or name in typed}
     differ = [name for name in names if len({run.data.params.get(name) for run in runs}) > 1]
     params = sorted(differ, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))[
@@ -64,7 +63,7 @@ def columns(runs: list[Any]) -> list[str]:
     results = sorted(name for name in metrics if name.startswith("eval/") and name != "eval/epochs")
     beside = [name for result in results for name in (result, result.replace("eval/", "paper/", 1)) if name in metrics]
     beside += sorted(name for name in metrics if name.startswith("paper/") and name not in beside)
-    # Of where they ran only what differs: at 1280 pixels there is room for the names and some ten columns.
+    # Tags of the machine only if they differ: at 1280 pixels the page shows the names and some ten columns.
     tags = {name for run in runs for name in run.data.tags if len({other.data.tags.get(name) for other in runs}) > 1}
     data_sets = {run.data.params.get("data") for run in runs}
     return [
@@ -77,19 +76,21 @@ def columns(runs: list[Any]) -> list[str]:
 
 
 def view(runs: list[Any]) -> dict[str, Any]:
-    """How MLflow's page of an experiment opens: columns, and the best run first. What its own `Share` saves."""
+    """How MLflow's page of an experiment opens: its columns, and the best run first. The format is what `Share`
+    saves.
+    """
     chosen = columns(runs)
     ranked = next((name for name in chosen if name.startswith("metrics.`eval/")), "attributes.start_time")
     counters = {name for run in runs for name in run.data.metrics if name.rpartition("/")[2] in ("epoch", "epochs")}
     return {
-        # Ordered by a result and not by time, runs are listed one by one; else a sweep's are folded in and have no
-        # charts.
+        # Sorted by a result instead of time, runs are listed one by one; otherwise the jobs of a sweep are folded in
+        # and have no charts.
         "orderByKey": ranked,
         "orderByAsc": False,
         "selectedColumns": chosen,
         "columnOrder": chosen,
         "runsHiddenMode": "FIRST_20_RUNS",
-        # MLflow adds a chart for each other metric, and a section for each other part of a name.
+        # For any other metric MLflow would add a chart, and for any other first part of a name a section.
         "compareRunSections": [
             {
                 "uuid": name,
@@ -117,8 +118,8 @@ def view(runs: list[Any]) -> dict[str, Any]:
 
 
 def recoloured(runs: list[Any]) -> dict[str, str]:
-    """The runs whose colour another, older one has, or that have none, by id, with a colour that is free. What is drawn
-    in one colour is then one row of the table. Sweeps, which have no curves, are all black."""
+    """Run id -> a new colour, for runs that have no colour or share that of an older run, so that a colour in a chart
+    means one row of the table. The runs of sweeps, which have no curves, are all black."""
     others = [run for run in runs if run.data.tags.get("mlflow.runColor") != OF_SWEEPS]
     taken, without = set[str](), list[str]()
     for run in others:
@@ -132,9 +133,7 @@ def recoloured(runs: list[Any]) -> dict[str, str]:
 
 
 def prepare(client: Any, experiment: Any) -> None:
-    """Save our view of an experiment in it, if it has changed, and see to it that each of its runs has a colour of its
-    own.
-    """
+    """Save our view of an experiment if it has changed, and give each of its runs its own colour."""
     runs = client.search_runs([experiment.experiment_id], max_results=1000, order_by=["attributes.start_time ASC"])
     for run_id, colour in recoloured(runs).items():
         client.set_tag(run_id, "mlflow.runColor", colour)
@@ -148,23 +147,23 @@ def prepare(client: Any, experiment: Any) -> None:
 
 
 def address(base: str, experiment_id: str) -> str:
-    """Of an experiment's page, with our view of it; the bare address opens on what language models need."""
+    """The address of an experiment's page with our view; without it the page opens as one for language models."""
     return (
         f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?viewStateShareKey={_VIEW}&workflowType=machine_learning"
     )
 
 
 def update(folder: Path, uri: str, *, named: bool, check: bool = False) -> list[str]:
-    """sync() for the runs below `folder`, then prepare() for each experiment that has runs; lines on what happened.
+    """Run sync() for the runs below `folder`, then prepare() for each experiment that has runs; lines on what happened.
 
     Args:
-        named: the user chose the store: everything goes there. Else each run goes where it went before.
+        named: whether the user chose the store. If so, all runs go there, else each run goes where it went before.
         check: see sync().
     """
     try:
         run_dirs = find_runs([folder])
     except UserError:
-        run_dirs = []  # no run yet
+        run_dirs = []  # there is no run yet
     messages, _ = sync(run_dirs, uri=uri if named else None, check=check)
     lines = [line for line in messages if ": complete (" not in line and ": skipped: " not in line]
     client, _ = connect(uri, "caco")
@@ -184,16 +183,17 @@ def addresses(uri: str, base: str) -> list[str]:
 
 @contextlib.contextmanager
 def server(uri: str, *, host: str, port: int, wait_s: float = 120.0) -> Iterator[subprocess.Popen]:
-    """MLflow's server on a database, ended with the body, with all of its processes.
+    """Run MLflow's server on a database while the body runs; all of its processes end with the body.
 
     Raises:
-        UserError: it ends or does not answer within wait_s; with its last words.
+        UserError: the server ends or does not answer within wait_s; with the end of its output.
     """
-    # One worker: each is a process of 300 MB. Jobs are for language models; two more processes, and a log that grows.
+    # One worker, because each is a process of 300 MB. No job execution: it is for language models and adds two
+    # processes and a growing log.
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)]
-    # Not as arguments, which every user of the machine sees: a database's address may hold its password.
+    # Not as arguments, which every user of the machine can see: a database's address may hold its password.
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
-    if uri.startswith("sqlite:///"):  # what comes by HTTP; runs beside the store write into its mlruns/ themselves
+    if uri.startswith("sqlite:///"):  # for artifacts that arrive over HTTP; local runs write into mlruns/ themselves
         environment["MLFLOW_ARTIFACTS_DESTINATION"] = str(Path(uri.removeprefix("sqlite:///")).with_name("mlartifacts"))
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -202,12 +202,12 @@ def server(uri: str, *, host: str, port: int, wait_s: float = 120.0) -> Iterator
             while not _answers(f"http://{host}:{port}/health"):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    raise UserError(f"mlflow server does not start: {redacted(log.read()[-1500:])}")
+                    raise UserError(f"mlflow server does not start; its last output: {redacted(log.read()[-1500:])}")
                 time.sleep(0.3)
             yield process
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # it writes nothing of its own that could be torn
+                os.killpg(process.pid, signal.SIGKILL)  # safe: the server has no files that a kill could tear
             process.wait()
 
 
@@ -220,7 +220,7 @@ def _answers(url: str) -> bool:
 
 
 def free_port(host: str, wanted: int) -> int:
-    """`wanted`, or any other where somebody listens there already."""
+    """The port `wanted`, or any free one if another program listens there already."""
     for port in (wanted, 0):
         with contextlib.suppress(OSError), socket.create_server((host, port)) as listener:
             return listener.getsockname()[1]
@@ -232,10 +232,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "runs", nargs="?", type=Path, default=Path("runs"), help="the folder of run directories; default runs"
     )
-    parser.add_argument("--uri", help="MLflow server or database; default: as tracking=mlflow")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: others reach it too, without a password")
-    parser.add_argument("--port", type=int, default=5000, help="default 5000; another one where it is taken")
-    parser.add_argument("--every", type=float, default=30.0, metavar="SECONDS", help="bring it up to date so often")
+    parser.add_argument("--uri", help="MLflow server or database; default: the store of tracking=mlflow")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in, without a password")
+    parser.add_argument("--port", type=int, default=5000, help="default 5000; if it is taken, a free one")
+    parser.add_argument("--every", type=float, default=30.0, metavar="SECONDS", help="time between updates; default 30")
     options = parser.parse_args(arguments)
     with shown():
         require_mlflow()
@@ -255,14 +255,14 @@ def _show(options: argparse.Namespace, uri: str) -> int:
         port = free_port(options.host, options.port)
         with server(uri, host=options.host, port=port) as process:
             base = f"http://{options.host}:{port}"
-            _say([*addresses(uri, base), f"the store is {redacted(uri)}; Ctrl-C ends this server, and no run"])
+            _say([*addresses(uri, base), f"the store is {redacted(uri)}; Ctrl-C ends this server but no runs"])
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=options.every)
                     raise UserError(f"mlflow server has ended with code {process.returncode}")
                 try:
                     _say(update(options.runs, uri, named=named))
-                except Exception as error:  # noqa: BLE001 - a database that is busy; the server goes on
+                except Exception as error:  # noqa: BLE001 - such as a busy database; the server must stay up
                     _say([f"not brought up to date: {first_line(error)}"])
     except KeyboardInterrupt:
         return 0

@@ -1,12 +1,11 @@
-"""python -m caco.tracking.export RUN_DIR ... : the curves of any runs as CSV, in TensorBoard's files, or in Weights &
-Biases.
+"""python -m caco.tracking.export RUN_DIR ... : write runs' curves as CSV or TensorBoard files, or send them to W&B.
 
-  python -m caco.tracking.export runs/NAME --csv curves.csv       one line a number: run, kind, step, time, name, value
+  python -m caco.tracking.export runs/NAME --csv curves.csv       a line per number: run, kind, step, time, name, value
   python -m caco.tracking.export runs/ --tensorboard              then: tensorboard --logdir runs
-  python -m caco.tracking.export runs/ --wandb PROJECT            --offline: without a network, for wandb sync
+  python -m caco.tracking.export runs/ --wandb PROJECT            --offline: without a network, for a later wandb sync
 
-Works on runs of any tracking and version, at any time, beside runs that are still going on; to MLflow python -m
-caco.tracking.sync sends.
+Works on runs of any tracker and version, at any time, also while they are running. To send runs to MLflow, use
+python -m caco.tracking.sync.
 """
 
 import argparse
@@ -30,10 +29,10 @@ COLUMNS = ("run", "kind", "step", "time", "name", "value")
 
 
 def write_csv(run_dirs: list[Path], file: Path) -> int:
-    """Every number of these runs' ledgers, by today's names, one a line; a number that is not finite is nan, inf or
-    -inf. Returns how many.
+    """Write every number of these runs' ledgers, with today's names, one per line; numbers that are not finite become
+    nan, inf or -inf. Returns their count.
 
-    run: the directory, from the folder that holds them all on. time: seconds since 1970.
+    Column run: the directory, relative to the folder that holds all of them. Column time: seconds since 1970.
     """
     common = Path(os.path.commonpath([run.absolute().parent for run in run_dirs]))
     out, count = io.StringIO(), 0
@@ -50,7 +49,7 @@ def write_csv(run_dirs: list[Path], file: Path) -> int:
 
 
 def send(feed: Feed, run_dir: Path) -> str:
-    """Everything of one run that is not there yet; a line that says what happened."""
+    """Send everything of one run that has not arrived yet; returns a line that says what happened."""
     try:
         feed.open()
         count = feed.send()
@@ -82,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         package = "tensorboard" if options.tensorboard else "wandb"
         if not is_installed(package):
-            raise UserError(f"{package} is not installed; to have it: pip install {package}")
+            raise UserError(f"{package} is not installed; to install it: pip install {package}")
         from caco.tracking.tensorboard import TensorBoardFeed
         from caco.tracking.wandb import WandbFeed, require_login
 
@@ -97,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             try:
                 print(f"{run_dir}: {send(feed, run_dir)}", flush=True)
-            except Exception as error:  # noqa: BLE001 - libraries and networks raise what they like; the others go on
+            except Exception as error:  # noqa: BLE001 - libraries and networks raise anything; send the other runs
                 failed = 1
                 print(f"{run_dir}: not sent: {first_line(error)}", flush=True)
     return failed

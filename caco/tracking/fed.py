@@ -1,4 +1,4 @@
-"""Trackers that a thread feeds from the ledger: what they share, whoever is fed."""
+"""What all trackers share that a thread feeds from the ledger."""
 
 import logging
 import threading
@@ -19,10 +19,10 @@ _log = logging.getLogger(__name__)
 
 
 class Feed(Protocol):
-    """One run directory on its way to somewhere: open(), send() as often as one likes, end(), release(). All may raise
-    anything; after that release() and open() again, and nothing is lost or doubled.
+    """Sends one run directory to another place: open(), send() as often as needed, end(), release(). Each may raise any
+    error; after an error, release() and open() again, and nothing is lost or duplicated.
 
-    where: for messages. is_open: between open() and release().
+    where: the name of the place, for messages. is_open: whether open() was called and release() was not.
     """
 
     where: str
@@ -31,7 +31,7 @@ class Feed(Protocol):
     @property
     @abstractmethod
     def ended(self) -> str:
-        """The final status that has arrived, or ""."""
+        """The final status that has arrived there, or ""."""
 
     @abstractmethod
     def open(self) -> None: ...
@@ -47,7 +47,9 @@ class Feed(Protocol):
 
 
 class Feeder(threading.Thread):
-    """Sends what is new in the ledger until told to stop, and then the end. A daemon: it never holds up an exit."""
+    """A thread that sends new rows of the ledger until told to stop, and then the end. As a daemon it never delays an
+    exit.
+    """
 
     def __init__(self, feed: Any, seconds: float) -> None:
         super().__init__(name="caco-feeder", daemon=True)
@@ -64,7 +66,7 @@ class Feeder(threading.Thread):
         self.attempt()
 
     def attempt(self) -> None:
-        """Bring it up to date; a failure is told once."""
+        """Bring the other place up to date; only the first failure is logged."""
         try:
             if not self.feed.is_open:
                 self.feed.open()
@@ -73,7 +75,7 @@ class Feeder(threading.Thread):
                 self.feed.end(*self.closing)
                 self.feed.release()
             self._failures = 0
-        except Exception as error:  # noqa: BLE001 - databases, HTTP and libraries raise what they like; training goes on
+        except Exception as error:  # noqa: BLE001 - databases, HTTP and libraries raise anything; training goes on
             self.feed.release()
             self._failures = min(self._failures + 1, 10)
             if not self._warned:
@@ -81,7 +83,7 @@ class Feeder(threading.Thread):
                 _log.warning("%s: %s; training goes on, the ledger keeps all", self.feed.where, first_line(error))
 
     def finish(self, status: str, summary: dict[str, Any], seconds: float) -> bool:
-        """Send the rest and the end, waiting no longer than this; whether they arrived."""
+        """Send the rest and the end, waiting at most `seconds`; returns whether they arrived."""
         self.closing = (status, summary)
         self.stopping.set()
         self.join(seconds)
@@ -89,11 +91,11 @@ class Feeder(threading.Thread):
 
 
 class FedTracker(Tracker):
-    """Tracks a run in its ledger and, fed from it by a thread, in what a subclass names. log() waits for nothing but
-    the ledger.
+    """Tracks a run in its ledger and in another place that a thread feeds from the ledger; a subclass names the place.
+    log() waits for nothing but the ledger.
 
     Args:
-        feed_seconds: the thread sends what is new this often.
+        feed_seconds: time between two transfers of new rows.
         finish_seconds: finish() waits at most this long for the rest to be sent.
         system_seconds, paper: see LedgerTracker.
     """
@@ -109,7 +111,7 @@ class FedTracker(Tracker):
 
     @abstractmethod
     def feed_of(self, run_dir: Path) -> Feed:
-        """What takes this run."""
+        """The Feed for this run."""
 
     @abstractmethod
     def to_send_later(self, run_dir: Path) -> str:
@@ -123,7 +125,7 @@ class FedTracker(Tracker):
         self._ledger.start(run_dir, params=params, tags=tags, run_name=run_name, state=state, sweep=sweep)
         self._run_dir = Path(run_dir)
         self._feeder = Feeder(self.feed_of(self._run_dir), self.feed_seconds)
-        self._feeder.attempt()  # imports and opens: before the loop, not beside it
+        self._feeder.attempt()  # imports and opens now, so that this does not slow down the training loop
         self._feeder.start()
 
     def log(self, step: int, values: Row, kind: str = "train") -> None:
@@ -133,12 +135,12 @@ class FedTracker(Tracker):
         return self._ledger.state_dict()
 
     def log_model(self, make_backbone: "Callable[[], nn.Module]") -> None:
-        """Nothing: the weights are in the checkpoints."""
+        """Does nothing: the weights are in the checkpoints."""
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         self._ledger.finish(status, summary)
         feeder, self._feeder = self._feeder, None
         if feeder is not None and not feeder.finish(status, summary, self.finish_seconds):
             _log.warning(
-                "%s lacks a part of this run; send it: %s", feeder.feed.where, self.to_send_later(self._run_dir)
+                "%s lacks a part of this run; to send it: %s", feeder.feed.where, self.to_send_later(self._run_dir)
             )

@@ -1,5 +1,5 @@
-"""Feeds a run's ledger to MLflow, once each row, and keeps the run of a sweep above its jobs'. Imports MLflow when
-used.
+"""Feeds a run's ledger to MLflow, each row once, and maintains the run that stands for a sweep. Imports MLflow only
+when used.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ from caco.tracking.watermark import Watermark, is_finite, milliseconds, points, 
 _log = logging.getLogger(__name__)
 
 _ROWS_PER_BATCH = 200
-# What MLflow takes: metrics and parameters a request, characters a value.
+# MLflow's limits: metrics and parameters in a request, characters in a value.
 _MAX_METRICS, _MAX_PARAMS, _MAX_PARAM_CHARS, _MAX_TAG_CHARS = 1000, 100, 6000, 8000
 
 
 class Feed:
-    """One run directory on its way to MLflow: open(), send() as often as one likes, end(), release().
+    """Sends one run directory to MLflow: open(), send() as often as needed, end(), release().
 
-    All of them raise whatever MLflow raises. After that release() and open() again; nothing is lost or doubled.
+    Each raises whatever MLflow raises. After an error, release() and open() again; nothing is lost or duplicated.
     """
 
     def __init__(self, run_dir: Path, *, uri: str, experiment: str) -> None:
@@ -41,10 +41,8 @@ class Feed:
         self.is_open = False
         self._client: Any = None
         self._lock = contextlib.ExitStack()
-        self._system_offset, self._system_skip = (
-            0,
-            0,
-        )  # bytes of system.jsonl that are read; of the rows behind them, how many MLflow has
+        # Bytes of system.jsonl that have been read, and how many of the rows after them MLflow has already.
+        self._system_offset, self._system_skip = 0, 0
 
     @property
     def where(self) -> str:
@@ -55,7 +53,7 @@ class Feed:
         return self.mark.closed
 
     def open(self) -> None:
-        """Find this directory's MLflow run, or create it, and say what it is and that it runs.
+        """Find or create this directory's MLflow run, send its description and mark it as running.
 
         Raises:
             BlockingIOError: another process is sending this run.
@@ -68,9 +66,9 @@ class Feed:
         run = self._find()
         if run is None:
             if self.mark.run_id:
-                self.mark.restart()  # another server, or a deleted run: it gets everything
-            self.mark.save(self.run_dir)  # the token first: a kill after the next line must not make a second run
-            # MLflow lets nobody change the user later.
+                self.mark.restart()  # another server, or a deleted run: everything is sent again
+            self.mark.save(self.run_dir)  # with the token, so a kill after create_run makes no second run
+            # Set at creation, because MLflow does not allow the user to be changed later.
             tags = {"caco.token": self.mark.token, "mlflow.user": _user()}
             run = self._client.create_run(self._experiment_id, run_name=name, tags=tags)
         else:
@@ -81,7 +79,7 @@ class Feed:
         self._reader = Reader(self.run_dir, self.mark)
         self.mark.parent_id = run.data.tags.get("mlflow.parentRunId", "")
         self.mark.save(self.run_dir)
-        # A parameter is logged once: MLflow refuses another value, and cadence or paths may differ after a resume.
+        # Each parameter is logged once: MLflow refuses a second value, but intervals or paths may change on resuming.
         named = {_name(k): v[:_MAX_PARAM_CHARS] for k, v in self._names.params(about.get("params", {})).items()}
         params = [Param(k, v) for k, v in named.items() if k not in run.data.params]
         for part in _chunks(params, _MAX_PARAMS):
@@ -92,7 +90,7 @@ class Feed:
         tags["caco.run_dir"] = str(self.run_dir.absolute())
         tags["mlflow.source.name"] = "caco.train"
         if "git_sha" in tags:
-            tags["mlflow.source.git.commit"] = tags["git_sha"]  # the dashboard has a place for it
+            tags["mlflow.source.git.commit"] = tags["git_sha"]  # the dashboard shows this tag
         run_tags = [RunTag(_name(k), v[:_MAX_TAG_CHARS]) for k, v in tags.items()]
         for part in _chunks(run_tags, _MAX_PARAMS):
             self._client.log_batch(self.mark.run_id, tags=part, synchronous=True)
@@ -105,14 +103,14 @@ class Feed:
         self.is_open = True
 
     def _connect(self) -> None:
-        """Keep others from sending this run, and reach its store."""
+        """Take the lock for sending this run, and connect to its store."""
         if self._client is None:
             self._lock.enter_context(sending(self.run_dir, wait_s=0))
             self.mark = Watermark.load(self.run_dir)
             self._client, self._experiment_id = connect(self.uri, self.experiment)
 
     def missing(self) -> int:
-        """How many points the store lacks of those that it is believed to have: by run, key and step, as it answers
+        """The number of points that were sent but that the store lacks, by run, key and step, according to its answer
         now. Changes nothing.
 
         Raises:
@@ -138,14 +136,14 @@ class Feed:
         return sum(len(known - there.get(key, set())) for key, known in steps.items())
 
     def forget_what_was_sent(self) -> None:
-        """After `missing`: send() sends everything once more. MLflow keeps one of two equal points."""
+        """After `missing`: make send() send everything again. MLflow keeps only one of two equal points."""
         self.mark.sent = self.mark.attempted = self.mark.system_sent = 0
         self.mark.files, self.mark.model_id, self.mark.closed = {}, "", ""
         self.mark.rolled_back = {point: old for point, old in self.mark.rolled_back.items() if old is not None}
         self.mark.save(self.run_dir)
 
     def _data_set(self, run: Any, about: dict[str, Any]) -> None:
-        """Name and digest of what is trained on, where MLflow has a column for it."""
+        """Send name and digest of the training images, for MLflow's column of data sets."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         name, digest = (about.get("tags", {}).get(key, "") for key in ("data", "data_digest"))
@@ -158,7 +156,7 @@ class Feed:
             self._client.log_inputs(self.mark.run_id, [DatasetInput(dataset=found, tags=[context])])
 
     def _published(self, run: Any, about: dict[str, Any]) -> None:
-        """The paper's values, as paper/NAME beside our eval/NAME and final/NAME."""
+        """Send the paper's values as paper/NAME, beside our eval/NAME and final/NAME."""
         from mlflow.entities import Metric
 
         paper = {_name(f"paper/{name}"): float(value) for name, value in about.get("paper", {}).items()}
@@ -167,12 +165,12 @@ class Feed:
             self._log(new)
 
     def _enter_sweep(self, sweep: dict[str, Any]) -> None:
-        """Become a child of the sweep's run, which the first child creates; the first sweep that a run is in keeps
-        it.
+        """Become a child of the sweep's run, which the first child creates. A run that is already in a sweep stays
+        there.
         """
         with _sweep_lock(self.run_dir):
             if not self.mark.parent_id:
-                name = sweep["name"].replace("'", "_")[:_MAX_TAG_CHARS]  # in a filter MLflow knows no escapes
+                name = sweep["name"].replace("'", "_")[:_MAX_TAG_CHARS]  # MLflow's filters have no escape for quotes
                 same = f"tags.`caco.sweep` = '{name}'"
                 parent = next(
                     iter(self._client.search_runs([self._experiment_id], filter_string=same, max_results=1)), None
@@ -191,13 +189,13 @@ class Feed:
                 self.mark.parent_id = parent.info.run_id
                 self.mark.save(self.run_dir)
             siblings = refresh_sweep(self._client, self._experiment_id, self.mark.parent_id)
-            # MLflow's own choice, from the id, gives neighbours one colour. Over several sweeps the dashboard sees to
-            # it.
+            # MLflow's own colours, made from the id, can be the same for neighbours. Between sweeps the dashboard
+            # changes equal colours.
             colour = next(itertools.islice(colours(), siblings.index(self.mark.run_id), None))
             self._client.set_tag(self.mark.run_id, "mlflow.runColor", colour)
 
     def release(self) -> None:
-        """Let others send this run."""
+        """Release the lock, so that others can send this run."""
         self.is_open, self._client = False, None
         self._lock.close()
 
@@ -224,7 +222,7 @@ class Feed:
         return self.mark.sent - before
 
     def _send_system(self) -> None:
-        """Rows of system.jsonl, which never go back: one that is sent twice is the same point."""
+        """Send new rows of system.jsonl. They are never rolled back, so a row sent twice is the same point."""
         rows, end = read_rows(self.run_dir / "system.jsonl", self._system_offset)
         rows, self._system_skip = rows[self._system_skip :], 0
         for part in _chunks(rows, _ROWS_PER_BATCH):
@@ -242,16 +240,16 @@ class Feed:
         for part in _chunks(metrics, _MAX_METRICS):
             self._client.log_batch(self.mark.run_id, metrics=part, synchronous=True)
         if self._reader.non_finite:
-            # MLflow stores inf as 1.797e308, which ruins a chart: they stay in the ledger, and the run says so.
+            # MLflow stores inf as 1.797e308, which ruins a chart. So they stay in the ledger, and a tag names them.
             names = ", ".join(sorted(self._reader.non_finite))
             self._client.set_tag(self.mark.run_id, "caco.non_finite", names[:_MAX_TAG_CHARS])
 
     def end(self, status: str, summary: dict[str, Any]) -> None:
-        """Send the final metrics, as final/NAME, and summary.json; set the run's last status."""
+        """Send the final metrics, as final/NAME, and summary.json; set the run's final status."""
         from mlflow.entities import Metric
 
         rows = read_rows(self.run_dir / "ledger.jsonl")[0]
-        # The last row's time, so that ending twice sends the same points.
+        # The time of the last row, so that ending twice sends the same points.
         step, time = (rows[-1]["step"], milliseconds(rows[-1])) if rows else (0, 0)
         summary = self._names.summary(summary, rows)
         numbers = {k: v for k, v in summary.items() if isinstance(v, int | float) and is_finite(v)}
@@ -279,7 +277,7 @@ class Feed:
                 self.mark.save(self.run_dir)
 
     def _model(self) -> None:
-        """Send run_dir/model, once, as a model that this run has made."""
+        """Send run_dir/model, once, as an MLflow model that this run has made."""
         from mlflow.entities import LoggedModelOutput
 
         if not has_new_model(self.run_dir, self.mark):
@@ -297,9 +295,7 @@ class Feed:
 
 
 def new_files(run_dir: Path, mark: Watermark) -> dict[str, str]:
-    """The artifacts of a run directory that MLflow lacks, and the state of each: configuration, environment,
-    figures.
-    """
+    """The artifacts of a run directory that MLflow lacks, each with its state: configuration, environment, figures."""
     paths = [run_dir / "config.yaml", run_dir / "environment.json", *sorted((run_dir / "figures").glob("[!.]*"))]
     found = {p.relative_to(run_dir).as_posix(): p.stat() for p in paths if p.is_file()}
     states = {name: f"{status.st_size} bytes of {status.st_mtime_ns}" for name, status in found.items()}
@@ -311,7 +307,7 @@ def has_new_model(run_dir: Path, mark: Watermark) -> bool:
 
 
 def refresh_sweep(client: Any, experiment_id: str, parent_id: str) -> list[str]:
-    """Give a sweep's run the state that follows from its jobs': RUNNING while one is, SCHEDULED while some are to come.
+    """Set the status of a sweep's run from its jobs': RUNNING while one runs, SCHEDULED while some have yet to start.
 
     Returns:
         The ids of its jobs' runs, oldest first.
@@ -330,7 +326,8 @@ def refresh_sweep(client: Any, experiment_id: str, parent_id: str) -> list[str]:
 
 
 def _sweep_lock(run_dir: Path) -> contextlib.AbstractContextManager:
-    """Of all jobs of a sweep, whose run directories lie side by side: one parent, and the last one to end closes it."""
+    """The lock that the jobs of a sweep share, whose run directories are side by side: they make one parent run, and
+    the last one to end closes it."""
     return locked(run_dir.absolute().parent / ".mlflow-sweep.lock", wait_s=60)
 
 
@@ -338,19 +335,19 @@ def _sweep_lock(run_dir: Path) -> contextlib.AbstractContextManager:
 def _artifact(name: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - each artifact store has its own; metrics must go on without it
+    except Exception as error:  # noqa: BLE001 - each artifact store raises its own; metrics must be sent all the same
         _log.warning("MLflow did not take %s (%s); it is in the run directory", name, first_line(error))
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # in a container the user may have no name
         return str(os.getuid())
 
 
 def _name(name: str) -> str:
-    """`name` with what MLflow does not take in a name replaced."""
+    """`name` with the characters replaced that MLflow does not allow in names."""
     return re.sub(r"[^\w.\-/ :]", "_", name)[:250]
 
 

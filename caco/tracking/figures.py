@@ -1,4 +1,4 @@
-"""Figures of a run: in its directory, and as artifacts of its run in MLflow."""
+"""Keeps figures of a run in its directory, and sends them to its MLflow run as artifacts."""
 
 import io
 import logging
@@ -16,20 +16,22 @@ _SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".html")
 
 
 def add_figure(run_dir: Path, name: str, figure: Any) -> Path:
-    """Keep a figure as run_dir/figures/NAME, whole or not at all, and send it where the run was sent; its path.
+    """Save a figure as run_dir/figures/NAME, completely or not at all, and send it where the run was sent; returns its
+    path.
 
-    Without a server it stays there, and `python -m caco.tracking.sync` sends it later. The same name again replaces it.
+    If the server is not reachable, the figure stays there and `python -m caco.tracking.sync` sends it later. A figure
+    of the same name is replaced.
 
     Args:
-        name: a file's, such as "bank_use.png".
-        figure: matplotlib's, or anything with its savefig(); or the file's bytes.
+        name: a file name, such as "bank_use.png".
+        figure: a matplotlib figure or another object with savefig(); or the file's bytes.
     Raises:
-        ValueError: no run, or no name of a figure.
+        ValueError: run_dir is no run's directory, or `name` is not the name of an image file.
     """
     if not (run_dir / "tracking.json").exists():
         raise UserError(f"expected a run directory, with tracking.json, got {run_dir}")
     if Path(name).name != name or Path(name).suffix not in _SUFFIXES:
-        raise ValueError(f"name: expected a file's, ending in {', '.join(_SUFFIXES)}, got {name!r}")
+        raise ValueError(f"name: expected a file name ending in {', '.join(_SUFFIXES)}, got {name!r}")
     content = figure
     if not isinstance(figure, bytes):
         buffer = io.BytesIO()
@@ -45,7 +47,7 @@ def add_figure(run_dir: Path, name: str, figure: Any) -> Path:
             import_mlflow()
             sync_run(run_dir, check=False)
         except BlockingIOError:
-            pass  # the run goes on, and sends it at its end
-        except Exception as error:  # noqa: BLE001 - databases, HTTP and MLflow raise what they like
+            pass  # the run is still being sent, and sends the figure at its end
+        except Exception as error:  # noqa: BLE001 - databases, HTTP and MLflow raise anything
             _log.warning("not sent: %s; later: python -m caco.tracking.sync %s", first_line(error), run_dir)
     return path

@@ -1,4 +1,4 @@
-"""The ledger: the record of a run, one JSON line a row, written before anything else sees the numbers."""
+"""The ledger: the record of a run, one row per line as JSON, written before the numbers go anywhere else."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# JSON has no word for these. They are written as strings, and read back as the floats that they were.
+# JSON cannot express these. They are written as strings, and become floats again when they are read.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _OWN_KEYS = ("kind", "step", "time")
 
@@ -40,7 +40,7 @@ def _encode(name: str, value: float | int | str) -> float | int | str:
     if isinstance(value, numbers.Real):
         value = float(value)
         if math.isfinite(value):
-            return value  # json writes repr(), which reads back bit for bit
+            return value  # json writes repr(), which reads back exactly the same float
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     raise ValueError(f"{name}: expected a float, an int or a str, got {type(value).__name__}")
 
@@ -54,9 +54,9 @@ def _decode(line: bytes, path: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The complete rows from byte `offset` on, and the offset behind them; a torn last line is left out.
+    """The complete rows from byte `offset` on, and the offset after them; an incomplete last line is left out.
 
-    Safe beside a process that is writing.
+    Safe while another process is writing.
     """
     try:
         with open(path, "rb") as file:
@@ -69,10 +69,10 @@ def read_rows(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
 
 
 class Ledger:
-    """Rows of numbers in a file, JSON Lines: "kind", "step", "time" (seconds since 1970) and the values.
+    """Rows of numbers in a file of JSON Lines: "kind", "step", "time" (seconds since 1970) and the values.
 
-    A row whose append() has returned survives the death of the process; after sync() also that of the machine.
-    Opened for writing by the first append() or truncate(); one writer at a time.
+    Once append() has returned, its row survives the death of the process; once sync() has, also that of the machine.
+    The first append() or truncate() opens the file for writing; only one process may write at a time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,8 +85,8 @@ class Ledger:
         """Add one row.
 
         Raises:
-            ValueError: a value is no float, int or str, or is named as one of the row's own keys.
-            OSError: the disk is full; the rows before are whole, and this one is not there.
+            ValueError: a value is not a float, int or str, or its name is one of the row's own keys.
+            OSError: the disk is full; earlier rows are complete, and nothing of this one is left.
         """
         row: dict[str, Any] = {"kind": kind, "step": int(step), "time": time.time()}
         for name, value in values.items():
@@ -97,7 +97,7 @@ class Ledger:
         fd = self._open()
         written = 0
         try:
-            # No buffer of ours: what is written is the kernel's, and a forked worker has nothing to write twice.
+            # Unbuffered: once written, the data are the kernel's, and a forked worker has no buffer to write again.
             while written < len(line):
                 written += os.write(fd, line[written:])
         except OSError as error:
@@ -121,10 +121,11 @@ class Ledger:
     def truncate(self, num_rows: int) -> None:
         """Keep the first `num_rows` rows.
 
-        One ftruncate at a row's end: a kill leaves all rows or exactly these, and a full disk does not matter.
+        A single ftruncate at the end of a row: a kill leaves either all rows or exactly these, and it works on a full
+        disk.
 
         Raises:
-            ValueError: there are fewer rows.
+            UserError: there are fewer rows.
         """
         fd = self._open()
         if not 0 <= num_rows <= self._num_rows:
@@ -152,28 +153,27 @@ class Ledger:
             self._num_rows = content.count(b"\n")
             self._size = content.rfind(b"\n") + 1
             if self._size < len(content):
-                os.ftruncate(fd, self._size)  # a line torn by a kill; a new row must not be glued to it
+                os.ftruncate(fd, self._size)  # remove a line cut off by a kill, so that no new row is appended to it
             self._fd = fd
         return self._fd
 
 
 class LedgerTracker(Tracker):
-    """Tracks a run in its directory alone; `python -m caco.tracking.sync` can send it to MLflow at any time.
+    """Tracks a run in its directory only; `python -m caco.tracking.sync` can send it to MLflow at any time.
 
-    Files: ledger.jsonl (the record), system.jsonl (what the machine did), tracking.json (name, parameters, tags,
-    process, status).
+    Files: ledger.jsonl (the record), system.jsonl (the machine's load), tracking.json (name, parameters, tags, process,
+    status).
 
     Args:
-        system_seconds: how often the machine's load is written down; 0 is never.
-        paper: published values by the name of ours, such as {linear_top1: 71.3}; MLflow shows them beside ours.
+        system_seconds: seconds between two records of the machine's load; 0 turns them off.
+        paper: published values by the names of our metrics, such as {linear_top1: 71.3}; MLflow shows them beside ours.
     """
 
     @held
     def __init__(self, *, system_seconds: NonNegative = 10.0, paper: dict[str, float] | None = None) -> None:
         self._system_seconds, self._paper = system_seconds, dict(paper or {})
-        self.store: dict[str, str] | None = (
-            None  # of a tracker that feeds one besides: where the run belongs, for who sends it later
-        )
+        # Set by a tracker that also feeds a store: where the run belongs, for those who send it later.
+        self.store: dict[str, str] | None = None
         self._ledger: Ledger | None = None
         self._sampler: Sampler | None = None
 
@@ -187,14 +187,14 @@ class LedgerTracker(Tracker):
         state: dict[str, Any] | None,
         sweep: dict[str, Any] | None = None,
     ) -> None:
-        """Open the run's ledger and roll it back to a checkpoint's `state`, or to its beginning without one.
+        """Open the run's ledger and roll it back to a checkpoint's `state`, or empty it if there is none.
 
         Args:
             params, tags: by their names in MLflow; the tags "data" and "data_digest" name the data set.
             run_name: short; need not be unique.
-            sweep: "name", unique in the experiment; "title"; "jobs", how many runs it has, 0 where nobody knows.
+            sweep: "name", unique in the experiment; "title"; "jobs", the number of its runs, 0 if unknown.
         Raises:
-            ValueError: the ledger has fewer rows than the checkpoint saw written.
+            UserError: the ledger has fewer rows than were written when the checkpoint was saved.
             BlockingIOError: another process has been sending this run to MLflow for a minute.
         """
         run_dir = Path(run_dir)
@@ -202,7 +202,7 @@ class LedgerTracker(Tracker):
         ledger = Ledger(run_dir / "ledger.jsonl")
         num_rows = state["rows"] if state else 0
         if num_rows < len(ledger):
-            # First what MLflow has of the rows, then the rows: a kill in between forgets nothing.
+            # First record which rows MLflow has, then remove them: a kill in between loses no information.
             watermark.roll_back(run_dir, ledger.rows(), num_rows, wait_s=60)
         ledger.truncate(num_rows)
         self._about = run_dir / "tracking.json"
@@ -228,18 +228,18 @@ class LedgerTracker(Tracker):
             self._sampler.start()
 
     def log(self, step: int, values: Row, kind: str = "train") -> None:
-        """Add one row to the ledger; raises OSError, with its path, when the disk is full."""
+        """Add one row to the ledger; raises OSError, naming the file, if the disk is full."""
         assert self._ledger is not None, "start() first"
         self._ledger.append(kind, step, values)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps; the rows it counts are on the disk when this returns."""
+        """What a checkpoint keeps: the number of rows, which are all on the disk when this returns."""
         assert self._ledger is not None, "start() first"
         self._ledger.sync()
         return {"rows": len(self._ledger)}
 
     def log_model(self, make_backbone: "Callable[[], nn.Module]") -> None:
-        """Nothing: without MLflow the weights are in the checkpoints alone."""
+        """Does nothing: without MLflow the weights are only in the checkpoints."""
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         """Close the record with FINISHED, FAILED or KILLED; a second call, or one without a start, does nothing."""
@@ -253,12 +253,12 @@ class LedgerTracker(Tracker):
         try:
             write_json(self._about, {**read_json(self._about), "status": status})
         except OSError as error:
-            # Often the very disk error that ends the run, on its way up already.
+            # Often the same disk error that ends the run and is already being raised.
             _log.warning("the run's end is not recorded: %s", error)
 
 
 def _text(value: Any) -> str:
-    """A parameter as one types it on the command line: true and null, not True and None."""
+    """A parameter as it is typed on the command line: true and null, not True and None."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

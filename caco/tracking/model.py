@@ -1,4 +1,4 @@
-"""The final weights as MLflow's PyTorch model, in the run directory; caco/tracking/feed.py sends it."""
+"""Saves the final weights as a PyTorch model of MLflow, in the run directory; caco/tracking/feed.py sends it."""
 
 import logging
 import os
@@ -9,16 +9,16 @@ from typing import Any
 
 
 def save_model(backbone: Any, run_dir: Path) -> Path:
-    """Write `backbone`, a torch module from images [B, C, H, W] to features [B, D], to run_dir/model, as a whole or not
+    """Write `backbone`, a torch module from images [B, C, H, W] to features [B, D], to run_dir/model, completely or not
     at all.
 
-    `mlflow.pytorch.load_model` gives it back as a module that can be trained on; it needs timm, not caco; and of a
-    backbone of the user's own the file that it is in, on Python's path.
+    `mlflow.pytorch.load_model` returns it as a module that can be trained further. Loading needs timm but not caco; for
+    a backbone of the user's own it also needs that backbone's file on Python's import path.
     """
     target, aside = run_dir / "model", run_dir / f".model.{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about types in MLflow's own code, as it is imported
+        warnings.simplefilter("ignore")  # MLflow's own code warns about types while it is imported
         _save(backbone, aside)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
@@ -31,7 +31,7 @@ def _save(backbone: Any, folder: Path) -> None:
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    # It warns that unpickling runs code, which MLflow's safe format avoids: a traced graph, which cannot be trained on.
+    # Its warning says that unpickling runs code. MLflow's safe format is a traced graph, which cannot be trained.
     logging.getLogger("mlflow.pytorch").setLevel(logging.ERROR)
     numbers = np.dtype(np.float32)
     first = next((module for module in backbone.modules() if type(module).__name__ == "Conv2d"), None)
@@ -44,7 +44,7 @@ def _save(backbone: Any, folder: Path) -> None:
         backbone,
         folder,
         signature=signature,
-        # Given, or MLflow loads the model in a process of its own to find out.
+        # Without this list, MLflow would load the model in a new process to find the requirements.
         pip_requirements=["torch", "timm", "numpy"],
         serialization_format="pickle",
     )

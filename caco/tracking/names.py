@@ -1,23 +1,23 @@
-"""Names and colours of runs in MLflow's page, which shows some 20 characters of a name and draws its charts in a run's
-own colour.
+"""Names and colours of runs for MLflow's page, which shows some 20 characters of a name and draws each run's charts in
+the run's colour.
 """
 
 import colorsys
 from collections.abc import Iterator, Sequence
 
-FITS = 20  # characters that the column of names shows whole, and the list beside the charts (MLflow 3.17: 190 pixels)
+FITS = 20  # characters that fit the column of names and the list beside the charts (MLflow 3.17: 190 pixels)
 _COLOURS = (
     "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
 )  # fmt: skip
 OF_SWEEPS = "#000000"
-_GOLDEN = 0.381966  # of the circle: each hue far from those before
+_GOLDEN = 0.381966  # step around the colour circle that keeps each hue far from the previous ones
 
 
 def short(name: str) -> str:
-    """A run's name that is shown whole, where one can be made: `pn=both bank=tiny seed=1` -> `both tiny seed=1`,
+    """A run's name, shortened to fit the page if possible: `pn=both bank=tiny seed=1` -> `both tiny seed=1`,
     `bank.lr=3` -> `lr=3`.
 
-    An option says of itself what it is of; a number or a switch does not.
+    The name of an option tells its group; a number or a switch needs its key.
     """
     for shorten in (_without_groups, _last_parts):
         if len(name) <= FITS:
@@ -27,10 +27,10 @@ def short(name: str) -> str:
 
 
 def short_sweep(title: str, keys: Sequence[str]) -> str:
-    """A sweep's name that is shown whole, where one can be made: what it varies, `pn=both,none`, or `pn x bank x seed`.
+    """A sweep's name, shortened to fit the page if possible: what varies, as `pn=both,none` or `pn x bank x seed`.
 
     Args:
-        keys: what it varies, of which a long title may not say all.
+        keys: the keys that vary; a long title may be cut off before it names all of them.
     """
     varied = [word for word in title.split() if word.partition("=")[0] in keys]
     if len(title) <= FITS or not keys:
@@ -43,8 +43,8 @@ def short_sweep(title: str, keys: Sequence[str]) -> str:
 
 
 def colours() -> Iterator[str]:
-    """Endless, and no one twice among the first thousand: ten that are told apart at a glance, then hues around the
-    circle.
+    """An endless sequence of colours, without repetition among the first thousand: ten that are easy to tell apart,
+    then hues around the colour circle.
     """
     yield from _COLOURS
     seen, number = {*_COLOURS, OF_SWEEPS}, 0

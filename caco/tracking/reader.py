@@ -1,4 +1,6 @@
-"""The one way in which a ledger is read by who sends it on: each point once, whatever is killed, resumed or down."""
+"""Reads a ledger for everyone who sends it elsewhere: each point once, even if processes are killed, resumed or
+offline.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ _ROWS_A_PART = 200
 
 
 class Point(NamedTuple):
-    """A number of a series, which is called KIND/NAME: the loss of a step and that of an epoch are two."""
+    """A number of a series named KIND/NAME, so the loss of steps and that of epochs are different series."""
 
     kind: str
     step: int
@@ -21,22 +23,22 @@ class Point(NamedTuple):
 
 
 class Reader:
-    """What is new in the ledger of a run directory.
+    """Reads the new rows in the ledger of a run directory.
 
     Args:
-        mark: how far it is where it is sent to; kept up to date, and saved, as parts are taken.
-    non_finite: the series that had numbers which are not finite. These stay in the ledger.
+        mark: how far the receiver is; updated and saved as parts are taken.
+    non_finite: names of the series that had numbers which are not finite. These numbers stay in the ledger.
     """
 
     def __init__(self, run_dir: Path, mark: Watermark) -> None:
         self._run_dir, self._mark = run_dir, mark
         self._names = mark.todays_names(run_dir)
-        self._offset = 0  # bytes of the ledger that are read
-        self._skip = mark.sent  # of the rows behind them, how many were sent
+        self._offset = 0  # bytes of the ledger that have been read
+        self._skip = mark.sent  # number of rows after them that were already sent
         self.non_finite: set[str] = set()
 
     def parts(self) -> Iterator[list[Point]]:
-        """The points of some rows at a time; asking for the next part says that this one has arrived."""
+        """The points of some rows at a time. Asking for the next part confirms that the previous one has arrived."""
         rows, end = read_rows(self._run_dir / "ledger.jsonl", self._offset)
         rows, self._skip = [self._names.row(row) for row in rows[self._skip :]], 0
         for first in range(0, len(rows), _ROWS_A_PART):
@@ -49,8 +51,8 @@ class Reader:
         self._offset = end
 
     def points_of(self, rows: list[dict[str, Any]]) -> list[Point]:
-        """The rows' finite numbers, without those that were sent before a roll-back, and those that perhaps were as
-        they were then.
+        """The rows' finite numbers. Points that were sent before a roll-back are left out; points that may have been
+        sent keep their earlier time and value.
         """
         found = []
         for row in rows:

@@ -1,5 +1,5 @@
-"""A run as it lies in its directory, by today's names, whichever version made it. What reads several runs reads them
-through this.
+"""A run as recorded in its directory, with today's names whichever version made it. All code that reads several runs
+uses this module.
 """
 
 import json
@@ -28,7 +28,7 @@ class Recorded:
 
 
 def read(run_dir: Path) -> Recorded:
-    """What a run has written so far; safe beside a process that is writing."""
+    """What a run has recorded so far; safe while another process is writing."""
     names = Names.of(run_dir)
     rows, _ = read_rows(run_dir / "ledger.jsonl")
     return Recorded(
@@ -38,12 +38,12 @@ def read(run_dir: Path) -> Recorded:
 
 @dataclass(frozen=True)
 class Outline:
-    """A run as one of many: what is known of it without reading its ledger.
+    """A run as one of many: what is known without reading its ledger.
 
     run_dir: its directory. state: finished, running, killed, failed, incomplete (an evaluation at its end is missing),
-    begun (it has not come to its first step), damaged. note: why it failed or what it lacks; "". options: group ->
-    option that it was started with, as far as that was written down. settings: the leaves of its configuration by
-    today's dotted names. summary: {} before its end.
+    begun (it has not reached its first step), damaged. note: why it failed or what it lacks, or "". options: group ->
+    option with which it was started, as far as recorded. settings: the leaves of its configuration by today's dotted
+    names. summary: {} before its end.
     """
 
     run_dir: Path
@@ -54,7 +54,7 @@ class Outline:
     summary: dict[str, Any]
 
     def value(self, name: str) -> Any:
-        """The state, a setting, a metric of its summary, or an option; None of what it has not."""
+        """The state, a setting, a metric of its summary, or an option; None if it has no such value."""
         for values in (
             {"state": self.state, "note": self.note, "run": str(self.run_dir)},
             self.settings,
@@ -67,11 +67,11 @@ class Outline:
 
 
 def directories(paths: Iterable[Path]) -> list[Path]:
-    """The run directories at or below these folders, each once, those of each folder sorted; looked for in none of
-    theirs.
+    """The run directories at or below these folders, each once, sorted within each folder. Inside a run's directory no
+    further runs are looked for.
 
     Raises:
-        UserError: there is none.
+        UserError: one of the folders holds no run.
     """
     found: dict[Path, None] = {}
     for path in paths:
@@ -87,7 +87,7 @@ def directories(paths: Iterable[Path]) -> list[Path]:
 
 
 def outline(run_dir: Path) -> Outline:
-    """What there is to say of a run in one row; safe beside a process that is writing."""
+    """What can be said of a run in one row; safe while another process is writing."""
     try:
         return _outline(run_dir)
     except UserError as error:
@@ -101,7 +101,7 @@ def _outline(run_dir: Path) -> Outline:
     options = {name: str(value) for name, value in params.items() if name in groups}
     leaves = {name: value for name, value in params.items() if name not in options}
     names = Names(nested(leaves)) if leaves else Names.of(run_dir)
-    if names.is_old:  # only its ledger tells which of its numbers training measured
+    if names.is_old:  # only the ledger tells which of its numbers were measured while training
         run = read(run_dir)
         names, summary = Names.of(run_dir), run.summary
     failure = run_dir / "failure.txt"
@@ -120,7 +120,7 @@ def _outline(run_dir: Path) -> Outline:
 
 
 def typed(text: Any) -> Any:
-    """A parameter as it was before the tracker made text of it."""
+    """A parameter as a value, undoing the tracker's conversion to text."""
     try:
         return json.loads(text)
     except (ValueError, TypeError):

@@ -1,5 +1,5 @@
-"""Where MLflow keeps runs, a database or a server: how it is named, reached and, once, made. Imports MLflow when
-used.
+"""The store in which MLflow keeps runs, a database or a server: how it is named, reached and created. Imports MLflow
+only when used.
 """
 
 import logging
@@ -27,36 +27,38 @@ _ENVIRONMENT = {
 
 
 def require_mlflow() -> None:
-    """Raises UserError, with what to do, where MLflow is not installed. Does not import it."""
+    """Raise UserError, with the command to install it, if MLflow is not installed. Does not import it."""
     if not is_installed("mlflow"):
-        raise UserError(f"MLflow is not installed; to have it: {command_to_install('mlflow')}")
+        raise UserError(f"MLflow is not installed; to install it: {command_to_install('mlflow')}")
 
 
 def resolve_uri(uri: str | None) -> str:
-    """Where to track: `uri`, else MLFLOW_TRACKING_URI, else the SQLite file mlflow.db in the working directory.
+    """The store to use: `uri`, else MLFLOW_TRACKING_URI, else the SQLite file mlflow.db in the working directory.
 
     Raises:
-        UserError: neither a database nor a server (MLflow 3 refuses its old store of plain files).
+        UserError: `uri` is neither a database nor a server (MLflow 3 refuses its old store of plain files).
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     scheme, separator, _ = uri.partition("://")
     if not separator or scheme.partition("+")[0] not in _SCHEMES or (scheme == "sqlite" and not _database(uri)):
         raise UserError(
             "tracking.uri (or MLFLOW_TRACKING_URI): expected a server, http(s)://HOST:PORT, or a database,"
-            f" sqlite:///PATH/mlflow.db, postgresql://, mysql:// or mssql://, got {redacted(uri)!r}; a directory is no"
-            " store"
+            f" sqlite:///PATH/mlflow.db, postgresql://, mysql:// or mssql://, got {redacted(uri)!r}; a directory cannot"
+            " be a store"
         )
     database = _database(uri)
     return f"sqlite:///{database}" if database else uri
 
 
 def own_uri(run_dir: Path, chosen: str | None = None) -> str:
-    """Where a run belongs, whatever shell asks: `chosen`; else where it was sent; where it was to go when it started;
-    what its configuration says; and only of a run that names no store what resolve_uri says.
+    """The store of a run, independent of the shell: `chosen`; else where it was sent; else where it was to be sent when
+    it started; else what its configuration says; and what resolve_uri returns only for a run that names no store.
 
-    Addresses are written down without their passwords, which are taken from MLFLOW_TRACKING_URI if that names the same
-    place. Raises:
-        UserError: the password is not known here, or a database's folder is not there.
+    Addresses are recorded without passwords. The password is taken from MLFLOW_TRACKING_URI if that names the same
+    place.
+
+    Raises:
+        UserError: the password is not known here, or a database's folder does not exist.
     """
     if chosen:
         return resolve_uri(chosen)
@@ -71,52 +73,52 @@ def own_uri(run_dir: Path, chosen: str | None = None) -> str:
     known = completed(str(named), os.environ.get("MLFLOW_TRACKING_URI"))
     if known is None:
         raise UserError(
-            f"it belongs to {named}, whose password is written down nowhere: name the store with its password in"
-            " MLFLOW_TRACKING_URI, or choose another one with --uri"
+            f"its store is {named}, whose password is not recorded anywhere: set MLFLOW_TRACKING_URI to this store with"
+            " its password, or choose another store with --uri"
         )
     uri = resolve_uri(known)
     if (database := _database(uri)) and not database.parent.is_dir():
         raise FileError(
-            f"its store, {database}, was in a folder that is not here: make it for a new store, or choose another one"
-            " with --uri"
+            f"its store {database} is in a folder that does not exist here: make the folder for a new store, or choose"
+            " another store with --uri"
         )
     return uri
 
 
 def _database(uri: str) -> Path | None:
-    """The file of an SQLite store, absolute: the working directory may change, the store may not."""
+    """The file of an SQLite store, as an absolute path, because the working directory may change."""
     return Path(uri.partition(":///")[2]).absolute() if uri.startswith("sqlite:///") else None
 
 
 def import_mlflow() -> None:
-    """Import MLflow with bounds for a server that does not answer; what the user has set is left alone.
+    """Import MLflow, with time limits for a server that does not answer; environment variables that the user has set
+    are kept.
 
-    Call it in the main thread before any fork: a worker forked while another thread imports can wait for ever.
+    Call it in the main thread before any fork: a worker that is forked while another thread imports can hang for ever.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for name in ("mlflow.store.db.utils", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # a new store tells of its every table
+        logging.getLogger(name).setLevel(logging.WARNING)  # otherwise a new store logs each of its tables
     for name in ("urllib3.connectionpool", "urllib3.util.retry"):
-        logging.getLogger(name).setLevel(
-            logging.ERROR
-        )  # and of a server that is down each try; the feeder says it once
+        # Otherwise every attempt to reach a dead server is logged; the feeder reports it once.
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations among MLflow's own dependencies
+        warnings.simplefilter("ignore")  # deprecations within MLflow's dependencies
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
         import sqlalchemy.orm
 
-        sqlalchemy.orm.configure_mappers()  # else at the first use, with its warnings
+        sqlalchemy.orm.configure_mappers()  # now, because it would otherwise warn at the first use
 
 
 def connect(uri: str, experiment: str) -> tuple[Any, str]:
-    """A client, and the id of the experiment, which is created where there is none.
+    """A client, and the id of the experiment, which is created if it does not exist.
 
-    A fresh SQLite store is created under a lock: four processes that create one at once destroy it for good.
+    A new SQLite store is created under a lock: if four processes create one at once, it is destroyed for good.
     """
     database = _database(uri)
     if database is None:
-        # Behind a server, the server says where artifacts go; with a bare database nobody else does.
+        # A server decides itself where artifacts go; a bare database needs to be told.
         return _connect(uri, experiment, None if uri.startswith("http") else Path.cwd() / "mlruns")
     database.parent.mkdir(parents=True, exist_ok=True)
     with locked(database.with_name(database.name + ".lock"), wait_s=120):
@@ -131,20 +133,19 @@ def _connect(uri: str, experiment: str, artifacts: Path | None) -> tuple[Any, st
     found = client.get_experiment_by_name(experiment)
     if found is None:
         try:
-            tags = {
-                "mlflow.experimentKind": "custom_model_development"
-            }  # else its page opens as one of a language model
+            # Without this tag the experiment's page opens as one for language models.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
             where = artifacts and artifacts.as_uri()
             return client, client.create_experiment(experiment, artifact_location=where, tags=tags)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(experiment)  # another job was faster
+            found = client.get_experiment_by_name(experiment)  # another job has just created it
     return client, found.experiment_id
 
 
 def first_line(error: Exception) -> str:
-    """An error in one line of a bearable length."""
+    """An error in one line of limited length, with secrets removed."""
     if isinstance(error, UserError):
         return str(error).splitlines()[0]
     return redacted(f"{type(error).__name__}: {error}".splitlines()[0])[:200]

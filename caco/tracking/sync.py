@@ -1,9 +1,9 @@
-"""python -m caco.tracking.sync RUN_DIR ... : send to MLflow what it lacks of these runs, once each.
+"""python -m caco.tracking.sync RUN_DIR ... : send to MLflow what it lacks of these runs, each row once.
 
-Works on runs that were tracked with tracking=ledger, that lost their server, or that were killed; at any time, as often
-as one likes, and beside runs that are still going on. A run whose process is gone ends as KILLED (or FINISHED, if its
-summary is there), never for ever RUNNING. Of a run on another machine SLURM says whether its job is there; without
-SLURM, one that has written nothing for a day is gone.
+Works on runs that were tracked with tracking=ledger, that lost their server, or that were killed; at any time, any
+number of times, also while they are running. A run whose process is gone is ended as KILLED (or FINISHED, if it has a
+summary) and does not stay RUNNING for ever. For a run on another machine, SLURM tells whether its job still exists;
+without SLURM, a run that has written nothing for a day counts as gone.
 """
 
 import argparse
@@ -24,26 +24,26 @@ from caco.tracking.ledger import Ledger
 from caco.tracking.store import connect, first_line, import_mlflow, own_uri, require_mlflow, resolve_uri
 from caco.tracking.watermark import Watermark
 
-_SILENT_HOURS = 24  # an evaluation may take hours without a row
+_SILENT_HOURS = 24  # so long, because an evaluation may take hours without writing a row
 
 
 def find_runs(paths: list[Path]) -> list[Path]:
     """The run directories at or below `paths`, each once, in order.
 
     Raises:
-        ValueError: there is none below one of them.
+        UserError: one of the paths holds no run.
     """
     found: dict[Path, None] = {}
     for path in paths:
         runs = sorted(file.parent for file in path.rglob("tracking.json"))
         if not runs:
-            raise UserError(f"expected a run directory, or one that holds some, got {path} (no tracking.json)")
+            raise UserError(f"expected a run directory, or a folder of them, got {path} (no tracking.json)")
         found.update(dict.fromkeys(runs))
     return list(found)
 
 
 def last_status(run_dir: Path) -> tuple[str, dict[str, Any]]:
-    """How the run ended, or "RUNNING", and its summary."""
+    """How the run ended, or "RUNNING"; and its summary."""
     about, summary = read_json(run_dir / "tracking.json"), read_json(run_dir / "summary.json")
     status = about["status"]
     if status == "RUNNING" and _is_gone(run_dir, about):
@@ -63,7 +63,7 @@ def _is_gone(run_dir: Path, about: dict[str, Any]) -> bool:
 
 
 def _runs_in_slurm(job: str) -> bool | None:
-    """Whether a job has processes; None where SLURM does not say. One that waits in the queue has none, and goes on
+    """Whether a job has processes now; None if SLURM does not tell. A job waiting in the queue has none, and goes on
     later.
     """
     if shutil.which("squeue") is None:
@@ -74,7 +74,7 @@ def _runs_in_slurm(job: str) -> bool | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     if shown.returncode and "Invalid job id" not in shown.stderr:
-        return None  # no controller, or not the cluster that the job was on
+        return None  # the controller does not answer, or the job was on another cluster
     return any(
         state in shown.stdout.split() for state in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING")
     )
@@ -83,13 +83,14 @@ def _runs_in_slurm(job: str) -> bool | None:
 def sync_run(run_dir: Path, *, uri: str | None = None, experiment: str | None = None, check: bool = True) -> str:
     """Bring MLflow up to date with one run directory; returns a line that says what happened, and where.
 
-    The run's own store and experiment are asked (caco/tracking/store.py: own_uri), unless `uri` or `experiment` name
-    others, which are its own from then on.
+    Uses the run's own store and experiment (caco/tracking/store.py: own_uri), unless `uri` or `experiment` name others,
+    which then become the run's own.
+
     Args:
-        check: count what the store has, too, in place of believing what was noted here when it was sent.
+        check: count what the store really has, instead of trusting what was noted here when it was sent.
     Raises:
-        UserError: the store did not keep what it was sent; or its password is not known here.
-        Exception: whatever MLflow raises; what arrived is noted, and the next call goes on from there.
+        UserError: the store did not keep what it was sent, or its password is not known here.
+        Exception: whatever MLflow raises; what has arrived is noted, and the next call continues from there.
     """
     mark = Watermark.load(run_dir)
     uri = own_uri(run_dir, uri)
@@ -117,7 +118,7 @@ def sync_run(run_dir: Path, *, uri: str | None = None, experiment: str | None = 
             feed.end(status, summary)
         if check and (missing := feed.missing()):
             raise UserError(
-                f"the store {redacted(uri)} lacks {missing} of the points that it was just sent; the ledger keeps all"
+                f"the store {redacted(uri)} lacks {missing} of the points just sent; the ledger keeps all of them"
             )
     finally:
         feed.release()
@@ -127,10 +128,10 @@ def sync_run(run_dir: Path, *, uri: str | None = None, experiment: str | None = 
 def sync(
     run_dirs: list[Path], *, uri: str | None = None, experiment: str | None = None, check: bool = True
 ) -> tuple[list[str], int]:
-    """sync_run() for each; then the runs of sweeps are told how their jobs are.
+    """Run sync_run() for each run; then update the status of the runs that stand for sweeps.
 
     Returns:
-        A line for each run, and how many could not be sent.
+        A line for each run, and the number of runs that could not be sent.
     """
     lines, failed, parents = [], 0, {}
     for run_dir in run_dirs:
@@ -141,7 +142,7 @@ def sync(
                 parents[own_uri(run_dir, uri), mark.parent_id] = mark.experiment
         except BlockingIOError:
             line = "skipped: a running process is sending it"
-        except Exception as error:  # noqa: BLE001 - databases, HTTP and MLflow raise what they like; the others go on
+        except Exception as error:  # noqa: BLE001 - databases, HTTP and MLflow raise anything; send the other runs
             failed += 1
             line = f"not sent: {first_line(error)}"
         lines.append(f"{run_dir}: {line}")
@@ -155,10 +156,10 @@ def sync(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns the number of runs that could not be sent, at most 1."""
+    """The command; returns 1 if anything could not be sent, else 0."""
     parser = argparse.ArgumentParser(prog="python -m caco.tracking.sync", description=__doc__.splitlines()[0])
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run, or a directory of runs")
-    parser.add_argument("--uri", help="another MLflow server or database than the run's own, and its own from then on")
+    parser.add_argument("--uri", help="send to this MLflow server or database, from now on the run's own store")
     parser.add_argument("--experiment", metavar="NAME", help="default: the run's name, else caco")
     options = parser.parse_args(arguments)
     with shown():

@@ -1,7 +1,8 @@
-"""What the machine does while a run trains: a row of system.jsonl every few seconds, apart from the run's own numbers.
+"""Records the load of the machine while a run trains: a row of system.jsonl every few seconds, apart from the run's
+numbers.
 
-The file is never rolled back: it tells of the machine, which does not go back to a checkpoint. Its time of change is
-also the run's sign of life, for machines that cannot see its process.
+The file is never rolled back, because it describes the machine, which does not return to a checkpoint. The file's
+modification time also shows that the run is alive, to machines that cannot see its process.
 """
 
 import logging
@@ -14,12 +15,12 @@ _log = logging.getLogger(__name__)
 
 
 class Sampler(threading.Thread):
-    """Writes `sample()` every `seconds`, from now until stop(). A daemon: it never holds up an exit.
+    """A thread that records `sample()` every `seconds`, from now until stop(). As a daemon it never delays an exit.
 
-    Names are those of MLflow's own system metrics. Of several nodes, the one that the first rank runs on.
+    The names are those of MLflow's own system metrics. With several nodes, only that of the first rank is recorded.
 
     Args:
-        ledger: where to.
+        ledger: the Ledger to write to.
     """
 
     def __init__(self, ledger: Any, seconds: float) -> None:
@@ -29,16 +30,16 @@ class Sampler(threading.Thread):
         self._gpus = _gpus()
 
     def run(self) -> None:
-        psutil.cpu_percent()  # a thread's first call only starts its clock
+        psutil.cpu_percent()  # the first call in a thread only sets the start of its measurement
         while not self._stopping.wait(self._seconds):
             try:
                 self._ledger.append("system", len(self._ledger), self.sample())
-            except Exception as error:  # noqa: BLE001 - drivers and a full disk raise what they like; training goes on
-                _log.warning("system metrics end here: %s: %s", type(error).__name__, error)
+            except Exception as error:  # noqa: BLE001 - drivers and a full disk raise anything; training goes on
+                _log.warning("system metrics are no longer recorded: %s: %s", type(error).__name__, error)
                 return
 
     def sample(self) -> dict[str, float]:
-        """CPU, memory, disk, network since the last call, and each GPU: percent, or 10^6 bytes, or watts."""
+        """CPU, memory, disk, network traffic since the last call, and each GPU, in percent, 10^6 bytes or watts."""
         memory, disk = psutil.virtual_memory(), psutil.disk_usage(str(self._ledger.path.parent))
         network, before = psutil.net_io_counters(), self._network
         self._network = network
@@ -49,7 +50,7 @@ class Sampler(threading.Thread):
             "disk_usage_percentage": disk.percent,
             "disk_available_megabytes": disk.free / 1e6,
         }
-        if network and before:  # None on a machine without any interface
+        if network and before:  # both are None on a machine without a network interface
             values["network_receive_megabytes"] = (network.bytes_recv - before.bytes_recv) / 1e6
             values["network_transmit_megabytes"] = (network.bytes_sent - before.bytes_sent) / 1e6
         for number, gpu in enumerate(self._gpus):
@@ -63,12 +64,12 @@ class Sampler(threading.Thread):
 
 
 def _gpus() -> list[Any]:
-    """NVML's handles of the machine's GPUs; none without them or without nvidia-ml-py."""
+    """NVML handles of the machine's GPUs; [] without GPUs or without nvidia-ml-py."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # noqa: BLE001 - not installed, no driver, or a driver that does not answer
+    except Exception:  # noqa: BLE001 - the package or a driver is missing, or the driver does not answer
         return []
     return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
 

@@ -1,5 +1,5 @@
-"""Tracking in the ledger and, fed from it, in TensorBoard's event files in the run directory: tensorboard --logdir
-runs
+"""Tracks a run in its ledger and, fed from it, in TensorBoard event files in the run directory. To see them:
+tensorboard --logdir runs
 """
 
 import contextlib
@@ -13,12 +13,12 @@ from caco.tracking.ledger import read_rows
 from caco.tracking.reader import Reader
 from caco.tracking.watermark import OfNobody, is_finite
 
-FOLDER = "tensorboard"  # in a run directory
+FOLDER = "tensorboard"  # within a run directory
 
 
 class TensorBoardTracker(FedTracker):
-    """Tracks a run in its ledger and in event files, which are written anew from the whole ledger whenever a run begins
-    or goes on: TensorBoard would show a point that was rolled back for ever. What is missed, `python -m
+    """Tracks a run in its ledger and in event files. Whenever a run begins or goes on, these are rewritten from the
+    whole ledger, because TensorBoard would show a point that was rolled back for ever. What is missed, `python -m
     caco.tracking.export RUN_DIR --tensorboard` writes later.
 
     Args:
@@ -35,7 +35,7 @@ class TensorBoardTracker(FedTracker):
 
 
 class TensorBoardFeed(Feed):
-    """One run directory on its way into its folder of event files."""
+    """Writes one run directory into its folder of event files."""
 
     where = "TensorBoard"
 
@@ -49,7 +49,7 @@ class TensorBoardFeed(Feed):
         return self._ended
 
     def open(self) -> None:
-        """Begin the files anew.
+        """Start the event files anew.
 
         Raises:
             BlockingIOError: another process is writing them.
@@ -65,7 +65,7 @@ class TensorBoardFeed(Feed):
         self._reader, self.is_open = Reader(self.run_dir, OfNobody()), True
 
     def send(self) -> int:
-        """Write what is new; returns how many points that were."""
+        """Write what is new; returns the number of points."""
         count = 0
         for part in self._reader.parts():
             count += len(part)
@@ -109,8 +109,8 @@ class TensorBoardFeed(Feed):
 
 
 def _parameters(params: dict[str, str], name: str) -> Any:
-    """For TensorBoard's page HPARAMS, which compares runs by them. What makes these messages in its own package needs
-    TensorFlow.
+    """The parameters for TensorBoard's page HPARAMS, which compares runs. They are made here because TensorBoard's own
+    function for them needs TensorFlow.
     """
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import metadata

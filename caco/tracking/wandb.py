@@ -1,4 +1,4 @@
-"""Tracking in the ledger and, fed from it by a thread, in Weights & Biases, with a network or without one."""
+"""Tracks a run in its ledger and in Weights & Biases (W&B), which a thread feeds from the ledger, online or offline."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from caco.tracking.fed import FedTracker, Feed
 from caco.tracking.reader import Reader
 from caco.tracking.watermark import OfWandb, is_finite, sending
 
-# What the user has set is left alone. W&B sends errors of its own to its makers, unless told not to.
+# Defaults; variables that the user has set are kept. Without the first, W&B sends its own errors to its makers.
 _ENVIRONMENT = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
 
 
@@ -20,12 +20,12 @@ class WandbTracker(FedTracker):
     """Tracks a run in its ledger and in one run of Weights & Biases.
 
     Args:
-        project: of W&B; entity: whose; null is the user's own.
+        project: name of the W&B project. entity: its owner; null is the user's own account.
         mode: "online", or "offline", which needs neither network nor account: `wandb sync RUN_DIR/wandb/offline-run-*`
             sends it later.
         feed_seconds, finish_seconds, system_seconds, paper: see FedTracker.
     Raises:
-        UserError: online, and nobody has logged in here.
+        UserError: mode is "online", but there is no login to W&B on this machine.
     """
 
     package = "wandb"
@@ -53,7 +53,7 @@ class WandbTracker(FedTracker):
 
 
 def require_login() -> None:
-    """Raises UserError where W&B would ask for a key."""
+    """Raise UserError if W&B would ask for a key."""
     import netrc
 
     if os.environ.get("WANDB_API_KEY"):
@@ -62,13 +62,13 @@ def require_login() -> None:
         if any("wandb" in host for host in netrc.netrc().hosts):
             return
     raise UserError(
-        "tracking=wandb: nobody has logged in to Weights & Biases here; wandb login, or WANDB_API_KEY=KEY in the"
-        " environment, or tracking.mode=offline, which is sent later"
+        "tracking=wandb: there is no login to Weights & Biases on this machine; run wandb login, or set"
+        " WANDB_API_KEY=KEY in the environment, or use tracking.mode=offline and send the run later"
     )
 
 
 class WandbFeed(Feed):
-    """One run directory on its way to W&B."""
+    """Sends one run directory to W&B."""
 
     def __init__(
         self, run_dir: Path, *, project: str, entity: str | None = None, mode: Literal["online", "offline"] = "online"
@@ -84,7 +84,7 @@ class WandbFeed(Feed):
         return self.mark.closed
 
     def open(self) -> None:
-        """Begin this directory's run, or go on with it: it keeps its id.
+        """Begin this directory's W&B run, or continue it under the same id.
 
         Raises:
             BlockingIOError: another process is sending this run.
@@ -96,7 +96,7 @@ class WandbFeed(Feed):
         self._lock.enter_context(sending(self.run_dir, wait_s=0, kind=OfWandb))
         self.mark = OfWandb.load(self.run_dir)
         if self.mark.run_id and self.mark.experiment != self.project:
-            self.mark.restart()  # another project gets everything
+            self.mark.restart()  # the project has changed: everything is sent to the new one
         self.mark.run_id, self.mark.experiment, self.mark.closed = self.mark.token, self.project, ""
         self.mark.save(self.run_dir)
         about = read_json(self.run_dir / "tracking.json")
@@ -117,14 +117,14 @@ class WandbFeed(Feed):
         self._reader, self.is_open = Reader(self.run_dir, self.mark), True
 
     def send(self) -> int:
-        """Send what is new; returns how many points that were."""
+        """Send what is new; returns the number of points."""
         count = 0
         for part in self._reader.parts():
             rows: dict[tuple[str, int], dict[str, float]] = {}
             for point in part:
                 rows.setdefault((point.kind, point.step), {})[f"{point.kind}/{point.name}"] = point.value
             for (kind, step), values in rows.items():
-                if kind not in self._kinds:  # each kind has its own steps: W&B's count is of rows
+                if kind not in self._kinds:  # each kind has its own steps, because W&B's step counts rows of all kinds
                     self._kinds.add(kind)
                     self._run.define_metric(f"{kind}/step", hidden=True)
                     self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
@@ -133,7 +133,7 @@ class WandbFeed(Feed):
         return count
 
     def end(self, status: str, summary: dict[str, Any]) -> None:
-        """Send the final numbers, as final/NAME of the run's summary, and its status."""
+        """Send the final numbers, as final/NAME in the run's summary, and its status."""
         numbers = {
             f"final/{name}": float(value)
             for name, value in summary.items()
@@ -145,7 +145,7 @@ class WandbFeed(Feed):
         self.mark.save(self.run_dir)
 
     def release(self) -> None:
-        """Let others send this run."""
+        """Release the lock, so that others can send this run."""
         run, self._run, self.is_open = self._run, None, False
         with self._lock:
             if run is not None:

@@ -1,1 +1,1 @@
-"""The comparison of two commits: `python -m experiments.compare --help`."""
+"""Compare the results of two commits, bit for bit: `python -m experiments.compare --help`."""

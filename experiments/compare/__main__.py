@@ -1,19 +1,20 @@
-"""Does a change change a number? The same short runs in two commits, compared bit for bit.
+"""Does a code change alter a result? Train the same short runs with two commits and compare them bit for bit.
 
-    python -m experiments.compare main                            main with the working tree as it is
-    python -m experiments.compare a06a4e7 main --cases 'pn='      two commits, some of the cases
+    python -m experiments.compare main                            compare main with the working tree as it is
+    python -m experiments.compare a06a4e7 main --cases 'pn='      compare two commits on some of the cases
 
-Every file of conf/method, conf/pn and conf/negatives, multi-crop, optimisers, single settings, two ranks and a run that
-was cut and went on are trained for a few steps (digits, a narrow ResNet, one thread), and then every row of the ledger
-but its times, every tensor of the last checkpoint and every metric of summary.json are compared. Exit code 0: all
-equal; 1: something differs, is missing or failed; 2: the question makes no sense. A refactoring shows `--steps 50` over
-all cases. Not compared: speed, words, CUDA, large images, evaluate and export.
+The cases cover every file of conf/method, conf/pn and conf/negatives, multi-crop, optimisers, single settings, two
+ranks, and a run that is interrupted and resumed. Each is trained for a few steps (digits, a narrow ResNet, one thread).
+Compared are every row of the ledger except its times, every tensor of the last checkpoint and every metric of
+summary.json. Exit code 0: everything is equal; 1: something differs, is missing or failed; 2: the arguments make no
+sense. Before a refactoring is merged, all cases must be equal with `--steps 50`. Not compared: speed, messages, CUDA,
+large images, caco.evaluate and caco.export.
 """
 
-# This is no study of a method, but it stands on the same floor as experiments: above every command, and importing
-# nothing of caco, because the code that it runs is another commit's (experiments/compare/worker.py). That code is
-# reached as a user reaches it, by its command line and the files of a run, so that what is behind them may be moved
-# about freely.
+# This package is not a study of a method, but it belongs to the same layer as the other experiments: it runs commands.
+# It imports nothing from caco, because the code that it runs belongs to other commits (experiments/compare/worker.py).
+# It uses only what a user sees of that code, the command line and the files of a run, so that it keeps working when
+# modules are moved or renamed.
 
 import argparse
 import contextlib
@@ -40,7 +41,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def expression(option: str, text: str) -> re.Pattern[str]:
-    """Raises: Refused: it is no regular expression."""
+    """Compile the regular expression that was given for `option`. Raises: Refused: it is not a valid one."""
     try:
         return re.compile(text)
     except re.error as error:
@@ -48,11 +49,11 @@ def expression(option: str, text: str) -> re.Pattern[str]:
 
 
 def renaming(texts: list[str]) -> list[tuple[str, str]]:
-    """The rules of --renamed: OLD=NEW, or a file with one a line.
+    """Parse the rules of --renamed: each text is OLD=NEW, or a file with one such rule per line.
 
     Raises:
-        Refused: there is no such file; a rule has no "=", is no regular expression, or its NEW asks for a group that
-            OLD has not.
+        Refused: the file does not exist, a rule has no "=", OLD is not a valid regular expression, or NEW refers to a
+            group that OLD does not have.
     """
     rules = []
     for text in texts:
@@ -67,7 +68,7 @@ def renaming(texts: list[str]) -> list[tuple[str, str]]:
                 if not (old and equals and new):
                     raise Refused(f"--renamed: expected OLD=NEW, got {line!r}")
                 try:
-                    expression("--renamed", old).sub(new, "")  # reads NEW, though nothing is replaced
+                    expression("--renamed", old).sub(new, "")  # replaces nothing, but raises if NEW is not valid
                 except (re.error, IndexError) as error:
                     raise Refused(f"--renamed: expected in NEW the groups of OLD, got {line!r}: {error}") from error
                 rules.append((old, new))
@@ -79,12 +80,14 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m experiments.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("base", help="a commit")
-    parser.add_argument("head", nargs="?", help="a commit; without it, the working tree as it is")
-    parser.add_argument("--steps", type=int, default=50, help="of every run, warm start included; default: %(default)s")
-    parser.add_argument("--cases", default="", metavar="REGEX", help="only cases in whose name this is found")
-    parser.add_argument("--without", metavar="REGEX", help="no case in whose name this is found")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases, run nothing")
-    parser.add_argument("--set", nargs="+", default=[], metavar="OVERRIDE", help="for every case, in both commits")
+    parser.add_argument("head", nargs="?", help="a commit; default: the working tree as it is")
+    parser.add_argument(
+        "--steps", type=int, default=50, help="steps of every run, warm start included; default: %(default)s"
+    )
+    parser.add_argument("--cases", default="", metavar="REGEX", help="only the cases whose name matches")
+    parser.add_argument("--without", metavar="REGEX", help="leave out the cases whose name matches")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and run nothing")
+    parser.add_argument("--set", nargs="+", default=[], metavar="OVERRIDE", help="add to every case in both commits")
     for side in ("base", "head"):
         parser.add_argument(
             f"--{side}-set",
@@ -92,8 +95,8 @@ def parser() -> argparse.ArgumentParser:
             default=[],
             metavar="OVERRIDE",
             help=(
-                f"for every case of {side} alone; 'OLD -> NEW' puts NEW where one of a case's own overrides begins"
-                " with OLD"
+                f"add to every case in {side} only; 'OLD -> NEW' replaces OLD by NEW where one of a case's own"
+                " overrides begins with OLD"
             ),
         )
     parser.add_argument(
@@ -102,25 +105,26 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="OLD=NEW",
         help=(
-            "base's OLD is head's NEW: a metric, a kind of rows, a tensor (a key at any depth of the checkpoint, or its"
-            " dotted path), as a regular expression that matches the whole name, \\1 in NEW; or a file with one a line"
+            "what base calls OLD is called NEW in head: a metric, a kind of ledger row, or a tensor (a key at any depth"
+            " of the checkpoint, or its dotted path). OLD is a regular expression that must match the whole name; NEW"
+            " may use its groups, as \\1. Instead of a rule, a file with one rule per line can be given"
         ),
     )
     parser.add_argument(
-        "--ignore", nargs="+", default=[], metavar="REGEX", help="names that are not compared, after renaming"
+        "--ignore", nargs="+", default=[], metavar="REGEX", help="do not compare names that match, after renaming"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was found")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the full comparison to this file")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep both commits' files, runs and outputs there")
-    parser.add_argument("--no-native", action="store_true", help="compile nothing: PyTorch's paths alone")
+    parser.add_argument("--no-native", action="store_true", help="compile nothing; run only the PyTorch code paths")
     parser.add_argument(
-        "--one-at-a-time", action="store_true", help="base first, then head; default: both at once, a thread each"
+        "--one-at-a-time", action="store_true", help="run base, then head; default: both at once, one thread each"
     )
     parser.add_argument("--repository", type=Path, default=CHECKOUT, help="default: this checkout")
     return parser
 
 
 def check_out_both(arguments: argparse.Namespace, folder: Path) -> list[Side]:
-    """Raises: Refused: there is no such commit."""
+    """Check out base and head below `folder`. Raises: Refused: there is no such commit."""
     sides = []
     for label, commit, changes in (
         ("base", arguments.base, arguments.base_set),
@@ -132,10 +136,10 @@ def check_out_both(arguments: argparse.Namespace, folder: Path) -> list[Side]:
 
 
 def choose_cases(arguments: argparse.Namespace, sides: list[Side]) -> tuple[list[Case], dict[str, list[str]]]:
-    """The cases that both have, and the names of those that only one has.
+    """The chosen cases that both commits have, and the names of the cases that only one commit has.
 
     Raises:
-        Refused: no case is left.
+        Refused: the commits have none of the chosen cases in common.
     """
     wanted = expression("--cases", arguments.cases)
     unwanted = expression("--without", arguments.without) if arguments.without else None
@@ -157,11 +161,12 @@ def choose_cases(arguments: argparse.Namespace, sides: list[Side]) -> tuple[list
 def run_both(
     arguments: argparse.Namespace, sides: list[Side], cases: list[Case], folder: Path
 ) -> dict[str, dict[str, dict]]:
-    """{base or head: the outcome of each case by its name}, see run_side; FOLDER/SIDE/runs/NUMBER has what each case
-    left.
+    """Run the cases with both commits; returns {"base" or "head": {case name: outcome}}, with outcomes as in run_side.
+
+    The files of each case are then in FOLDER/SIDE/runs/NUMBER.
 
     Raises:
-        Refused: the native parts cannot be compiled.
+        Refused: the native code cannot be compiled.
     """
     for side in sides:
         built = [] if arguments.no_native else build_native(side.tree, arguments.repository / "build" / "compare")
@@ -180,7 +185,7 @@ def run_both(
 
 
 def result_of(case: Case, outcomes: dict[str, dict], run_dirs: dict[str, Path], names: dict[str, Names]) -> Result:
-    """One case's, from both sides' outcomes and from what they left."""
+    """Compare one case from the outcomes and the run directories of both sides."""
     failed = {label: outcome["error"] for label, outcome in outcomes.items() if outcome["error"]}
     read = {}
     for label in outcomes if not failed else ():
@@ -194,10 +199,10 @@ def result_of(case: Case, outcomes: dict[str, dict], run_dirs: dict[str, Path], 
 
 
 def compared(arguments: argparse.Namespace, folder: Path) -> tuple[list[Side], list[Result], dict[str, list[str]]]:
-    """Both sides, a result for each case that both have, and the cases that only one has.
+    """Check out, run and compare; returns both sides, a result per common case, and the cases that only one side has.
 
     Raises:
-        Refused: the question makes no sense; nothing has been run.
+        Refused: the arguments make no sense; then nothing has been run.
     """
     for text in arguments.ignore:
         expression("--ignore", text)
@@ -222,7 +227,7 @@ def compared(arguments: argparse.Namespace, folder: Path) -> tuple[list[Side], l
 
 @contextlib.contextmanager
 def working_folder(keep: Path | None) -> Iterator[Path]:
-    """Where both commits' files and runs go: a folder that is removed at the end, or the one that the user keeps."""
+    """The folder for both commits' files and runs: `keep`, or a temporary folder that is removed at the end."""
     if keep is None:
         with tempfile.TemporaryDirectory(prefix="caco-compare-") as folder:
             yield Path(folder)
@@ -233,7 +238,7 @@ def working_folder(keep: Path | None) -> Iterator[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: see above."""
+    """Run the comparison and return its exit code, which the module's docstring explains."""
     arguments = parser().parse_args(argv)
     started = time.monotonic()
     try:
@@ -268,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
             "only": only,
         }
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-    # A case that is new in head proves nothing wrong; one that head has lost does.
+    # A case that only head has is a new one and no failure; a case that only base has was lost.
     return 1 if set(counts) != {"equal"} or only["base"] else 0
 
 

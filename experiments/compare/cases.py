@@ -1,5 +1,5 @@
-"""What is run: small as tests/tiny.py is, with a value of every step and an evaluation after every epoch. Projector and
-optimiser are the method's own, narrow."""
+"""The cases: short runs as small as those of tests/tiny.py, which log every step and evaluate after every epoch. Each
+uses the projector and optimiser of its method, with narrow layers."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ TINY = [
     "tracking=ledger", "loader.num_workers=0", "log_every_steps=1",
 ]  # fmt: skip
 MULTICROP = ["+augmentation.views.small.count=2", "+augmentation.views.small.size=8"]
-SETTINGS = {  # of CaCo itself, besides what the files of conf/method, pn, negatives, optimizer and projector give
+SETTINGS = {  # cases for single settings of CaCo that no file of conf/method, pn, negatives, ... covers
     "bank.reading=paper": ["bank.reading=paper"],
     "bank.initialisation=random": ["bank.initialisation=random"],
     "bank.final_lr=0.01": ["bank.lr=0.3", "bank.final_lr=0.01"],
@@ -27,8 +27,8 @@ SETTINGS = {  # of CaCo itself, besides what the files of conf/method, pn, negat
         "eval.semi.epochs=[2,1]",
     ],
 }  # fmt: skip
-# Digits, enlarged to what patches need; and images that have colours, with a network and a head for lightness and one
-# for the colours.
+# Methods that need other images than the rest. Patches need larger digits. CMC needs coloured images, and a backbone
+# and projector with one part for lightness and one for the colours.
 PARTICULAR = {name: ["data.size=32", f"augmentation={name}_cifar"] for name in ("infomin", "cpcv2", "pirl")}
 PARTICULAR["cmc"] = ["data=photo_tiles", "augmentation=cmc_cifar", "backbone=cmc_small", "projector=cmc"]
 ON_TWO_RANKS = ["pn=both", "pn=positive", "method=simclr", "method=nnclr", "method=adco multi-crop"]
@@ -37,7 +37,7 @@ CUT_AND_RESUMED = ["pn=both"]
 
 @dataclass(frozen=True)
 class Case:
-    """A short run. `cut`: it is taken back to its middle and goes on from there."""
+    """A short run. If `cut`, the finished run is taken back to its middle checkpoint and resumed from there."""
 
     name: str
     overrides: list[str]
@@ -50,15 +50,15 @@ def options(tree: Path, group: str) -> list[str]:
 
 
 def replaced(overrides: list[str], others: list[str]) -> list[str]:
-    """`others` behind `overrides`, less those that they set anew: caco refuses two choices of which one would be
-    ignored.
+    """`overrides` followed by `others`, without the overrides whose key `others` sets: caco refuses a key that is set
+    twice.
     """
     keys = {override.partition("=")[0] for override in others}
     return [override for override in overrides if override.partition("=")[0] not in keys] + others
 
 
 def cases_of(tree: Path, steps: int) -> dict[str, Case]:
-    """Every case that a commit has, by name, in the words of this checkout."""
+    """Every case that a commit has, by name. The overrides use the setting names of this checkout."""
     epochs = max(2, steps // (IMAGES // BATCH) + 1)
     tiny = [*TINY, f"epochs={epochs}", f"max_steps={steps}"]
     cases = {
@@ -68,13 +68,13 @@ def cases_of(tree: Path, steps: int) -> dict[str, Case]:
     cases |= {
         f"{name} multi-crop": Case(f"{name} multi-crop", [*case.overrides, *MULTICROP])
         for name, case in list(cases.items())
-        if name != "method=cpcv2"  # it has no whole views
+        if name != "method=cpcv2"  # it reads patches, so small crops beside whole views make no sense for it
     }
     chosen = [
         f"{group}={name}" for group in ("pn", "negatives", "optimizer", "projector") for name in options(tree, group)
     ]
     settings = {name: [name] for name in chosen} | SETTINGS
-    if "projector=cmc" in settings:  # no other method takes it
+    if "projector=cmc" in settings:  # only method=cmc accepts this projector
         settings["projector=cmc"] = ["method=cmc", *PARTICULAR["cmc"]]
     cases |= {name: Case(name, replaced(tiny, overrides)) for name, overrides in settings.items()}
     for name in set(ON_TWO_RANKS) & set(cases):
@@ -85,8 +85,8 @@ def cases_of(tree: Path, steps: int) -> dict[str, Case]:
 
 
 def translated(overrides: list[str], changes: list[str]) -> list[str]:
-    """A case's overrides as one side takes them: each change "OLD -> NEW" puts NEW where an override begins with OLD,
-    any other is added.
+    """A case's overrides for one side: a change "OLD -> NEW" replaces OLD at the start of an override by NEW; any other
+    change is an override to add.
     """
     result = list(overrides)
     for change in changes:

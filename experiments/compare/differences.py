@@ -1,4 +1,4 @@
-"""What two runs left, and where it differs."""
+"""Read the ledger, last checkpoint and summary of two runs, and list where they differ."""
 
 import contextlib
 import hashlib
@@ -15,11 +15,12 @@ CLOCK = re.compile(r"time|(.*_)?seconds|.*_per_second|train_time")
 
 
 class Names:
-    """What the values of a run are called in both commits, and what is left out.
+    """Translates the names of one commit's values into names that both commits share, and drops ignored ones.
 
     Args:
-        renamed: (pattern, new) of base's names: a name that matches as a whole becomes `new`, with \\1 for its groups.
-        ignored: patterns of names that are not compared, after renaming.
+        renamed: pairs (pattern, new): a name that the pattern matches as a whole becomes `new`, which may use its
+            groups, as \\1.
+        ignored: patterns of names that are not compared; they are matched after renaming.
     """
 
     def __init__(self, renamed: Sequence[tuple[str, str]] = (), ignored: Sequence[str] = ()) -> None:
@@ -27,7 +28,7 @@ class Names:
         self.ignored = [CLOCK, *map(re.compile, ignored)]
 
     def __call__(self, name: str) -> str | None:
-        """The common name, or None for one that is left out."""
+        """The common name, or None if values of this name are not compared."""
         for pattern, new in self.renamed:
             if match := pattern.fullmatch(name):
                 name = match.expand(new)
@@ -37,7 +38,10 @@ class Names:
 
 @dataclass
 class Run:
-    """What a run left, by common names. Rows are told apart by kind, step and how many such came before."""
+    """The results of a run under common names.
+
+    A ledger row's key is (kind, step, number of earlier rows with the same kind and step).
+    """
 
     rows: dict[tuple[str, int, int], dict[str, Any]]
     tensors: dict[str, Any]
@@ -45,7 +49,7 @@ class Run:
 
 
 def read_run(run_dir: Path, names: Names) -> Run:
-    """Raises: OSError: the run left no ledger, checkpoint or summary."""
+    """Read a run's directory. Raises: OSError: the run has no ledger, no checkpoint or no summary."""
     rows: dict[tuple[str, int, int], dict[str, Any]] = {}
     seen: Counter[tuple[str, int]] = Counter()
     for line in (run_dir / "ledger.jsonl").read_text().splitlines():
@@ -54,7 +58,7 @@ def read_run(run_dir: Path, names: Names) -> Run:
         if kind is not None:
             rows[kind, step, seen[kind, step]] = _renamed(row, names)
             seen[kind, step] += 1
-    import torch  # late: what can be refused is refused before
+    import torch  # not at the top: loading torch takes seconds, and wrong arguments are to be refused at once
 
     checkpoints = sorted((run_dir / "checkpoints").glob("*.pt"))
     if not checkpoints:
@@ -74,7 +78,10 @@ def _renamed(values: dict[str, Any], names: Names) -> dict[str, Any]:
 
 
 def _leaves(state: Any, names: Names, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, leaf) of what is nested. A rule of renaming may mean a key at any depth, or the whole path."""
+    """(dotted path, leaf) of every leaf of a nested state, with each key renamed on the way down.
+
+    The caller renames the whole path once more, because a rule may name a key at any depth or a full dotted path.
+    """
     items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else None
     if items is None:
         yield path, state
@@ -85,7 +92,7 @@ def _leaves(state: Any, names: Names, path: str = "") -> Iterator[tuple[str, Any
 
 
 def distance(a: float, b: float) -> str:
-    """How far two numbers are apart, in units of the last place where they are close."""
+    """How far two numbers are apart: in units in the last place (ulp) if they are close, else as a relative error."""
     if a != a or b != b or abs(a) == float("inf") or abs(b) == float("inf"):
         return "not finite"
     if a == 0 and b == 0:
@@ -94,21 +101,22 @@ def distance(a: float, b: float) -> str:
     with contextlib.suppress(OverflowError):
         if all(struct.unpack("<f", struct.pack("<f", x))[0] == x for x in (a, b)):
             kind, code, integer = "float32", "<f", "<i"
-    # Floats of one sign are ordered as the integers of the same bits; the other sign counts down from zero.
+    # The bit patterns of non-negative floats, read as integers, have the same order as the floats, so the difference of
+    # two integers counts the floats between them. Negative floats get the negated integer of their absolute value.
     bits = [struct.unpack(integer, struct.pack(code, abs(x)))[0] * (1 if x >= 0 else -1) for x in (float(a), float(b))]
     units = abs(bits[0] - bits[1])
     return f"{units} ulp of {kind}" if units < 1000 else f"relative {abs(a - b) / max(abs(a), abs(b)):.1e}"
 
 
 def told_apart(a: Any, b: Any) -> str:
-    """Two values that differ, and by how much."""
+    """The text "base | head" for two values that differ; for numbers also how far they are apart."""
     if isinstance(a, (int, float)) and isinstance(b, (int, float)):
         return f"{a:.9g} | {b:.9g} ({distance(a, b)})"
     return f"{a!r} | {b!r}"
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal to the last bit: NaN is itself, 0.0 is not -0.0, 1 is 1.0."""
+    """Whether two values are equal to the last bit: NaN equals NaN, 0.0 differs from -0.0, 1 equals 1.0."""
     numbers = isinstance(a, (int, float)) and isinstance(b, (int, float))
     return struct.pack("<d", a) == struct.pack("<d", b) if numbers else a == b
 
@@ -121,7 +129,7 @@ def _bits(tensor: Any) -> tuple[Any, ...]:
 
 
 def tensors_apart(a: Any, b: Any) -> str | None:
-    """What differs between two tensors; None where nothing does."""
+    """How two tensors differ, as text; None if they are equal to the last bit."""
     if _bits(a) == _bits(b):
         return None
     if (a.dtype, a.shape) != (b.dtype, b.shape):
@@ -134,18 +142,18 @@ def tensors_apart(a: Any, b: Any) -> str | None:
 
 @dataclass
 class Result:
-    """One case in both commits."""
+    """How one case compares between both commits."""
 
     case: str
-    rows: int = 0  # compared, as the next two
+    rows: int = 0  # how many rows, tensors and metrics were compared
     tensors: int = 0
     metrics: int = 0
-    differences: list[str] = field(default_factory=list)  # in the order of steps; then tensors, then metrics
-    differing: dict[str, int] = field(default_factory=dict)  # how many rows, tensors, metrics
-    only_base: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)  # of rows in the order of steps, then of tensors and metrics
+    differing: dict[str, int] = field(default_factory=dict)  # how many "rows", "tensors" and "metrics" differ
+    only_base: list[str] = field(default_factory=list)  # names that only base has
     only_head: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)  # side: why
-    cpu_seconds: dict[str, float] = field(default_factory=dict)  # by side; the first case's with torch's import
+    failed: dict[str, str] = field(default_factory=dict)  # side -> reason
+    cpu_seconds: dict[str, float] = field(default_factory=dict)  # by side; the first case includes the import of torch
 
     @property
     def verdict(self) -> str:
@@ -160,10 +168,9 @@ OPTIMISER_STATE = re.compile(r"(optimi[sz]er\.state\.)\d+\.(.*)")
 
 
 def without_order(tensors: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The optimiser's tensors named by their number, less those of `other`: the order in which it was given the
-    parameters is no result.
+    """`tensors` without the optimiser's, if `other` has the same optimiser tensors in any order; else all `tensors`.
 
-    Only where both have the same tensors, each as often; else all stay.
+    An optimiser numbers its parameters in the order in which it received them, and that order is not a result.
     """
     ours, theirs = ({k: v for k, v in side.items() if OPTIMISER_STATE.fullmatch(k)} for side in (tensors, other))
 
@@ -174,7 +181,7 @@ def without_order(tensors: dict[str, Any], other: dict[str, Any]) -> dict[str, A
 
 
 def compare(case: str, base: Run, head: Run) -> Result:
-    """Everything that both have, bit for bit, and the names of what only one has."""
+    """Compare two runs bit for bit; also collects the names that only one of them has."""
     result = Result(case)
     only = {"base": result.only_base, "head": result.only_head}
 
@@ -216,7 +223,7 @@ def compare(case: str, base: Run, head: Run) -> Result:
 
 
 def table(results: list[Result]) -> str:
-    """A line a case, and then the names that only one commit has, once each."""
+    """Show the results as text: one line per case, then each name that only one commit has."""
     width = max(len("case"), *(len(result.case) for result in results))
     lines = [f"{'case':<{width}}  rows  tensors  metrics  result"]
     for result in results:

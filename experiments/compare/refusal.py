@@ -1,15 +1,13 @@
-"""What the person who compares did wrong, and what is said meanwhile: as caco.errors has it, of which this package
-takes nothing.
+"""The exception for wrong arguments, and progress messages. caco.errors has the same, but this package imports nothing
+from caco.
 """
 
 import sys
 
 
 class Refused(ValueError):
-    """A question that makes no sense, or that cannot be answered here: its message alone is shown, and the exit code is
-    2.
-
-    CACO_TRACEBACK=1 in the environment asks for the traceback.
+    """The arguments make no sense, or the comparison cannot be done on this machine. The command shows the message and
+    ends with exit code 2; with CACO_TRACEBACK=1 in the environment it shows the traceback, too.
     """
 
 

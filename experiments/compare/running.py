@@ -1,5 +1,5 @@
-"""The runs of one commit: processes that have its code, each of which runs all cases of as many ranks
-(experiments/compare/worker.py).
+"""Run the cases with one commit's code in child processes (experiments/compare/worker.py). The cases with the same
+number of ranks share their processes, because importing torch takes seconds.
 """
 
 import json
@@ -25,7 +25,9 @@ def free_port() -> int:
 
 
 def environment(tree: Path) -> dict[str, str]:
-    """Of a child: the commit's code first, one thread, and nothing that would make it a part of something larger."""
+    """The environment of a child process: the commit's code comes first on the path, one thread is used, and variables
+    are removed that would make the child part of a SLURM job, a torchrun group or a sweep.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_")) and k != "CACO_SWEEP"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         kept.pop(name, None)
@@ -36,15 +38,16 @@ def environment(tree: Path) -> dict[str, str]:
 def run_side(
     side: Side, cases: list[Case], folder: Path, steps: int, stop: threading.Event
 ) -> dict[str, dict[str, Any]]:
-    """Run all cases of a commit; {case: {"error": words or None, "cpu_seconds": ...}}. Each leaves
-    `folder`/NUMBER/run.
+    """Run all cases with one commit; returns {case name: {"error": message or None, "cpu_seconds": ...}}.
+
+    Each case's run directory is `folder`/NUMBER/run.
     """
     folder.mkdir(parents=True)
     folders = {case.name: folder / f"{number:02}" for number, case in enumerate(cases)}
     outcomes: dict[str, dict[str, Any]] = {}
     for ranks in sorted({case.ranks for case in cases}):
         todo = [case for case in cases if case.ranks == ranks]
-        while todo:  # again after a crash, without the case that crashed
+        while todo:  # if a process crashes, start again with the cases after the one that crashed
             codes = run_children(side, todo, folders, folder / "job.json", ranks, steps, stop)
             if stop.is_set():
                 return outcomes
@@ -65,7 +68,7 @@ def run_side(
 def run_children(
     side: Side, cases: list[Case], folders: dict[str, Path], job: Path, ranks: int, steps: int, stop: threading.Event
 ) -> list[int]:
-    """One process a rank, which runs all cases; their exit codes, when they have ended, however."""
+    """Start one process per rank, each of which runs all cases; wait for their end and return their exit codes."""
     content = [
         {
             "name": case.name,
@@ -83,13 +86,13 @@ def run_children(
     try:
         for rank in range(ranks):
             of_rank = group | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
-            # A session of its own: Ctrl-C is for this process, which then ends them.
+            # With its own session a child does not receive Ctrl-C; this process does, and then kills the children.
             child = subprocess.Popen(
                 command, env=environment(side.tree) | of_rank, cwd=job.parent, start_new_session=True
             )
             children.append(child)
         while any(child.poll() is None for child in children) and not stop.is_set():
-            if any(child.poll() for child in children):  # one died: the others wait for it in vain
+            if any(child.poll() for child in children):  # one died, so the others would wait for it for ever
                 time.sleep(2)
                 break
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""The two commits' files, and the native parts that are compiled of them."""
+"""Check out the files of both commits, and compile their native code."""
 
 import contextlib
 import hashlib
@@ -20,16 +20,20 @@ from experiments.compare.refusal import Refused
 
 @dataclass
 class Side:
-    """One of the two that are compared. `changes`: of its command lines (see translated)."""
+    """One of the two commits. `changes` are applied to the overrides of its cases (see cases.translated)."""
 
-    label: str  # base or head
-    name: str  # as typed, with the commit
+    label: str  # "base" or "head"
+    name: str  # the commit as the user typed it, with its hash
     tree: Path
     changes: list[str]
 
 
 def git(repository: Path, *arguments: str) -> bytes:
-    """Raises: Refused: git has no such commit, this is no repository (in git's words), or there is no git."""
+    """Run git and return its output.
+
+    Raises:
+        Refused: git is not installed, or git failed, because there is no such commit or this is not a repository.
+    """
     try:
         done = subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True, check=False)
     except FileNotFoundError as error:
@@ -40,16 +44,16 @@ def git(repository: Path, *arguments: str) -> bytes:
 
 
 def check_out(repository: Path, commit: str | None, into: Path) -> str:
-    """Write a commit's files, or for None those of the working tree that git does not ignore; returns what they are
-    called.
+    """Write the files of a commit into a new folder; for None, the files of the working tree that git does not ignore.
 
-    An archive and not `git worktree`: nothing is left in the repository, however this ends.
+    Returns a name for messages. This uses `git archive` and not `git worktree`, so that nothing is left in the
+    repository even if the comparison is killed.
     """
     into.mkdir(parents=True)
     if commit is None:
         listed = git(repository, "ls-files", "-z", "--cached", "--others", "--exclude-standard").decode().split("\0")
         for name in filter(None, listed):
-            if (repository / name).is_file():  # one that was deleted is still listed
+            if (repository / name).is_file():  # git lists files that were deleted and not yet committed, too
                 (into / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(repository / name, into / name)
         changed = len(git(repository, "status", "--porcelain").splitlines())
@@ -66,7 +70,7 @@ def check_out(repository: Path, commit: str | None, into: Path) -> str:
 
 
 def native_digest(tree: Path) -> str:
-    """Of everything that the compiled parts are made from."""
+    """A digest of everything that determines the compiled code: sources, compiler, its flags, Python and machine."""
     digest = hashlib.sha256(
         f"{sys.implementation.cache_tag} {platform.machine()} {sysconfig.get_config_var('CXX')}".encode()
     )
@@ -78,11 +82,12 @@ def native_digest(tree: Path) -> str:
 
 
 def build_native(tree: Path, cache: Path) -> list[str]:
-    """Put the compiled parts into a tree; sources that were compiled before are not compiled again. Returns their
-    names.
+    """Compile the native code of a tree, or copy it from `cache` if the same sources were compiled before.
+
+    Returns the names of the compiled modules.
 
     Raises:
-        Refused: nothing could be compiled; with the compiler's last words.
+        Refused: nothing could be compiled; the message quotes the end of the compiler's output.
     """
     kept = cache / native_digest(tree)
     if not kept.is_dir():
@@ -102,7 +107,7 @@ def build_native(tree: Path, cache: Path) -> list[str]:
             for name in built:
                 (Path(aside) / "kept" / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(tree / name, Path(aside) / "kept" / name)
-            with contextlib.suppress(OSError):  # another comparison was faster
+            with contextlib.suppress(OSError):  # another comparison has put the same files there meanwhile
                 (Path(aside) / "kept").rename(kept)
     shutil.copytree(kept, tree, dirs_exist_ok=True)
     return sorted(path.name.partition(".")[0] for path in kept.rglob("*.so"))

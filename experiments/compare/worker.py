@@ -1,10 +1,10 @@
-"""One commit's part of experiments.compare: its cases, one after another, in one process, because torch takes seconds
-to import.
+"""The worker process of experiments.compare: runs one commit's cases one after another, so that torch is imported only
+once.
 
-Started by experiments/compare/running.py as `python -P experiments/compare/worker.py JOB.json`, with the commit's files
-first on PYTHONPATH. It is of another commit than the code that it runs, so it knows no more of that than a user does:
-the command line of caco.train, conf/, and that a run keeps checkpoints/*.pt with the step in their names. Each case
-leaves FOLDER/run, what it said, and outcome-RANK.json.
+experiments/compare/running.py starts it as `python -P experiments/compare/worker.py JOB.json`, with the commit's files
+first on PYTHONPATH. The worker belongs to another commit than the code that it runs. It therefore relies only on what a
+user can rely on: the command line of caco.train, conf/, and checkpoints/*.pt with the step in their names. Each case
+writes FOLDER/run, its output as output-RANK.txt, and outcome-RANK.json.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SMALL_BANK = "bank.size=128"  # of every case with a bank: two steps of batch 64 fill it
+SMALL_BANK = "bank.size=128"  # for every case with a bank; two batches of 64 images fill it
 
 
 @contextlib.contextmanager
 def said_into(path: Path) -> Iterator[None]:
-    """What this process and what it calls write to stdout and stderr goes into a file."""
+    """Append everything that this process and its children write to stdout and stderr to a file."""
     kept = os.dup(1), os.dup(2)
     try:
         with open(path, "ab") as file:
@@ -40,7 +40,10 @@ def said_into(path: Path) -> Iterator[None]:
 
 
 def with_small_bank(overrides: list[str], conf: Path) -> list[str]:
-    """The case with a small bank, where it has one. What cannot be composed stays as it is: caco.train says why."""
+    """The overrides with a small bank added, if the case has a bank and does not set its size.
+
+    Overrides that do not compose are returned unchanged; caco.train then reports why.
+    """
     import hydra
 
     try:
@@ -53,10 +56,10 @@ def with_small_bank(overrides: list[str], conf: Path) -> list[str]:
 
 
 def train(overrides: list[str]) -> None:
-    """What `python -m caco.train ... hydra.run.dir=run` does.
+    """Do what `python -m caco.train ... hydra.run.dir=run` does.
 
     Raises:
-        RuntimeError: caco refused, in whatever words it wrote.
+        RuntimeError: caco.train ended with a non-zero exit code; its own message is in the output.
     """
     sys.argv = ["caco-train", *overrides, "hydra.run.dir=run"]
     try:
@@ -67,8 +70,8 @@ def train(overrides: list[str]) -> None:
 
 
 def take_back(run_dir: Path, step: int) -> Path:
-    """Make a finished run one that was cut after `step`; returns the checkpoint of that step, from which it must go
-    on.
+    """Turn a finished run into one that was interrupted after `step`; returns the checkpoint of that step, from which
+    the run must resume.
     """
     numbers = {path: int(re.findall(r"\d+", path.stem)[-1]) for path in run_dir.glob("checkpoints/**/*.pt")}
     kept = [path for path, number in numbers.items() if number == step]
@@ -95,7 +98,7 @@ def run(case: dict[str, Any], conf: Path, rank: int) -> None:
 
 
 def last_words(output: Path, error: BaseException) -> str:
-    """Why a case failed, in a line or two: what caco said to the user, else the exception."""
+    """Why a case failed, in a line or two: caco's own message if it refused the case, else the exception."""
     lines = [line for line in output.read_text(errors="replace").splitlines() if line.startswith("caco: ")]
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, SystemExit) and lines:
         return lines[-1].removeprefix("caco: ")
@@ -107,7 +110,7 @@ def main() -> None:
     tree, rank = Path(job["tree"]), int(os.environ.get("RANK", "0"))
     broken: BaseException | None = None
     try:
-        caco = importlib.import_module("caco.train")  # before torch: caco may have to choose its instruction set
+        caco = importlib.import_module("caco.train")  # before torch: caco may have to set torch's instruction set
         if not Path(caco.__file__ or "").resolve().is_relative_to(tree.resolve()):
             raise ImportError(f"expected caco from {tree}, got {caco.__file__}")
         torch = importlib.import_module("torch")
@@ -129,7 +132,7 @@ def main() -> None:
                 failure = error
                 traceback.print_exc()
             if broken is None and torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()  # or the next case would meet the ranks of this one
+                torch.distributed.destroy_process_group()  # so that the next case can make its own
         outcome = {
             "error": None if failure is None else last_words(output, failure),
             "seconds": time.monotonic() - started,

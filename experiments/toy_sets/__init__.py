@@ -1,7 +1,7 @@
-"""Toy sets in the published layouts of VOC, COCO and PACS, drawn and not downloaded: `python -m experiments.toy_sets
-FOLDER`.
+"""Toy data sets in the published file layouts of VOC, COCO and PACS, drawn instead of downloaded:
+`python -m experiments.toy_sets FOLDER`.
 
-What reads these sets can be tried on them from end to end, on any machine: scale=smoke does, and so do the tests. No
-number on them says anything about a method. A file for each kind of set; what is drawn is the same on every machine
-with one version of Pillow.
+With them, the code that reads and evaluates these sets can be run from end to end on any machine; scale=smoke and the
+tests do so. Accuracies on toy sets say nothing about a method. There is one module per kind of set. The same version of
+Pillow draws the same images on every machine.
 """

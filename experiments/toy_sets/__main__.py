@@ -1,5 +1,5 @@
-"""`python -m experiments.toy_sets FOLDER`: toy sets in the layouts of VOC, COCO and PACS, to try on them what reads
-these.
+"""`python -m experiments.toy_sets FOLDER`: draw toy sets in the layouts of VOC, COCO and PACS, to try the evaluators
+that read these sets.
 """
 
 import argparse
@@ -15,12 +15,14 @@ def main() -> None:
     parser.add_argument(
         "folder",
         type=Path,
-        help="a new folder; then eval.segment.root=FOLDER, and so for detect, detect_coco, domain, ...",
+        help="a new folder; evaluate on it with eval.segment.root=FOLDER, and likewise for detect, domain, ...",
     )
     with errors.shown():
         folder = parser.parse_args().folder
         if folder.exists():
-            raise UserError(f"{folder}: expected a folder that is not there yet, as nothing is overwritten")
+            raise UserError(
+                f"{folder}: expected a folder that does not exist yet, because nothing is overwritten; choose another"
+            )
         draw(folder)
         print(f"VOCdevkit/, coco/ and pacs/ are in {folder}")
 

@@ -1,5 +1,5 @@
-"""Toy sets in the layouts of PASCAL VOC and COCO 2017: rectangles, ellipses and triangles on noise, whose colour and
-shape tell their class."""
+"""Toy detection sets in the layouts of PASCAL VOC and COCO 2017: rectangles, ellipses and triangles on noise. An
+object's class can be seen from its colour and its shape."""
 
 import json
 from pathlib import Path
@@ -15,11 +15,15 @@ CATEGORIES = {
     1: "aeroplane",
     18: "bird",
     90: "kite",
-}  # of COCO's ids with gaps, not in order; no image has a kite
+}  # ids with gaps and not in ascending order, as in COCO; no image contains a kite
 
 
 def shapes(seed: int, *, count: int | None = None) -> tuple[Image.Image, list[tuple[str, tuple[int, int, int, int]]]]:
-    """An image and (class, box), the box as 0-based edges; 1 to 3 shapes far enough from one another."""
+    """Draw an image with 1 to 3 shapes that do not overlap; returns it with a list of (class, box).
+
+    A box is (left, top, right, bottom) in pixels, from 0; right and bottom are exclusive. `count` 0 or None: a random
+    number of shapes.
+    """
     draw_from = np.random.default_rng(seed)
     image = Image.fromarray(draw_from.integers(90, 150, (HEIGHT, WIDTH, 3), dtype=np.uint8))
     draw, found = ImageDraw.Draw(image), []
@@ -35,7 +39,7 @@ def shapes(seed: int, *, count: int | None = None) -> tuple[Image.Image, list[tu
 
 
 def drawn(draw: ImageDraw.ImageDraw, name: str, box: tuple[int, int, int, int]) -> None:
-    edges = (box[0], box[1], box[2] - 1, box[3] - 1)  # Pillow's are inclusive
+    edges = (box[0], box[1], box[2] - 1, box[3] - 1)  # Pillow draws the right and bottom edge, too
     if name == "aeroplane":
         draw.rectangle(edges, fill=COLOURS[name])
     elif name == "bird":
@@ -45,7 +49,7 @@ def drawn(draw: ImageDraw.ImageDraw, name: str, box: tuple[int, int, int, int]) 
 
 
 def ring(name: str, box: tuple[int, int, int, int]) -> list[tuple[float, float]]:
-    """The shape's outline."""
+    """The outline of a shape as a list of its corners (x, y)."""
     x0, y0, x1, y1 = box
     if name == "aeroplane":
         return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
@@ -58,8 +62,11 @@ def ring(name: str, box: tuple[int, int, int, int]) -> list[tuple[float, float]]
 
 
 def xml(image: str, objects: list[tuple[str, tuple, bool]]) -> str:
-    """An annotation as the devkit has it: 1-based, inclusive. A first aeroplane has a part with a box of its own, the
-    first edge a decimal."""
+    """An annotation file in the format of the VOC devkit, whose boxes count from 1 and include their last pixel.
+
+    The first object has two peculiarities that a reader must cope with: a part with its own box, and an edge with a
+    decimal point.
+    """
     body = ""
     for i, (name, (x0, y0, x1, y1), difficult) in enumerate(objects):
         part = (
@@ -82,10 +89,12 @@ def xml(image: str, objects: list[tuple[str, tuple, bool]]) -> str:
 def write_voc(
     root: Path, *, train07: int = 5, train12: int = 3, test: int = 4, same_test: bool = False, inside: str = "VOCdevkit"
 ) -> None:
-    """A set in the devkit's layout.
+    """Write a toy VOC 2007 and 2012 set in the layout of the devkit.
 
     Args:
-        same_test: the test images are those that are trained on, without difficult objects.
+        train07, train12, test: numbers of images.
+        same_test: make the test images the same as the training images, without difficult objects.
+        inside: the folder below `root`.
     """
     for year, split, count, first in (
         ("2007", "trainval", train07, 0),
@@ -100,7 +109,7 @@ def write_voc(
             seed = [*range(train07), *range(100, 100 + train12)][i] if same_test and split == "test" else first + i
             image, objects = shapes(seed, count=1 if seed % 100 == 0 else None)
             marked = [(name, box, False) for name, box in objects]
-            if i == 1 and not same_test:  # touches the right edge, and is difficult
+            if i == 1 and not same_test:  # an object that touches the right edge and is marked as difficult
                 drawn(ImageDraw.Draw(image), "car", (WIDTH - 20, 70, WIDTH, 94))
                 marked.append(("car", (WIDTH - 20, 70, WIDTH, 94), True))
             name = f"{first + i + 1:06d}" if year == "2007" else f"2008_{i + 1:06d}"
@@ -111,8 +120,16 @@ def write_voc(
 
 
 def write_coco(root: Path, *, train: int = 6, val: int = 4, same_val: bool = False, images: str = "") -> None:
-    """A set in COCO's layout. Of the training images one has a crowd and nothing else, one a box without width beside
-    others, one is grey; of val one has no truth and one a crowd too."""
+    """Write a toy COCO 2017 set, with the special cases that COCO has.
+
+    Among the training images, one has only a crowd region, one has a box of width 0 beside valid boxes, and one is
+    grey. Among the validation images, one has no annotation, and one has a crowd region beside objects.
+
+    Args:
+        train, val: numbers of images.
+        same_val: make the validation images the same as the training images, and leave out the special cases.
+        images: the folder of the images below `root`.
+    """
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     for split, count, first in (("train2017", train, 0), ("val2017", val, 50)):
         folder = root / images / split
@@ -140,7 +157,7 @@ def write_coco(root: Path, *, train: int = 6, val: int = 4, same_val: bool = Fal
             name = f"{number:012d}.jpg"
             image.save(folder / name, quality=95)
             listed.append({"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT})
-            crowd = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * 100, HEIGHT * 28]}  # the right 28 columns
+            crowd = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * 100, HEIGHT * 28]}  # the rightmost 28 columns
             if not same_val and i == 2:
                 if split == "train2017":
                     annotate(number, 1, [100.0, 0.0, 28.0, 96.0], crowd, crowd=1)

@@ -1,5 +1,6 @@
-"""PACS with shapes for its classes: textured (photo), tinted and blurred (art_painting), flat with an outline
-(cartoon), black lines on white (sketch), in each of the published layouts."""
+"""A toy PACS set in each of its published layouts, with one geometric shape for each class. The domains differ in how
+the shape is drawn: with texture (photo), tinted and blurred (art_painting), flat with an outline (cartoon), or as black
+lines on white (sketch)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,13 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from caco.data.sets.domains import CLASSES, DAMAGED, DOMAINS
 
-LAYOUTS = {  # images, lists, below the root
+LAYOUTS = {  # name -> (folder of the images, folder of the lists), below the root
     "original": ("PACS/kfold", "PACS/Train val splits and h5py files pre-read"),
     "mirror": ("PACS", "PACS"),
     "dassl": ("pacs/images", "pacs/splits"),
 }
 SIZE = 48  # pixels
-# Corners of each class's shape as (angle in turns, radius); a circle has many.
+# The corners of each class's shape as (angle in turns, radius); 24 corners make a circle.
 _CORNERS: dict[str, list[tuple[float, float]]] = {
     "dog": [(i / 24, 1.0) for i in range(24)],
     "elephant": [(i / 4, 1.0) for i in range(4)],
@@ -36,11 +37,13 @@ def write_pacs(
     first: int = 1,
     draw: Callable[[str, str, np.random.Generator], Image.Image] | None = None,
 ) -> Path:
-    """So many images of each class and domain, on lists that count classes from `first`; returns the folder of the
-    lists.
+    """Write a toy PACS set; returns the folder of its lists.
 
     Args:
-        draw: the image of a domain and a class; `drawn` without.
+        layout: a key of LAYOUTS.
+        train, crossval: how many images of each class and domain are on the list of that name.
+        first: the number of the first class on the lists (1 in the published ones).
+        draw: makes an image from (domain, class, random generator); None for `drawn`.
     """
     images, lists = (root / part for part in LAYOUTS[layout])
     lists.mkdir(parents=True, exist_ok=True)
@@ -54,7 +57,7 @@ def write_pacs(
                 file = f"pic_{i:03d}." + ("png" if domain == "sketch" else "jpg")
                 if (domain, name, i) == ("sketch", "dog", 0):
                     file = DAMAGED.rpartition("/")[2]
-                (draw or drawn)(domain, name, rng).save(folder / file, quality=95)  # which a PNG does not ask for
+                (draw or drawn)(domain, name, rng).save(folder / file, quality=95)  # PNG ignores the quality
                 rows["train" if i < train else "crossval"].append(f"{domain}/{name}/{file} {c + first}")
         for which, lines in rows.items():
             (lists / f"{domain}_{which}_kfold.txt").write_text("\n".join(lines) + "\n")
@@ -62,7 +65,7 @@ def write_pacs(
 
 
 def drawn(domain: str, name: str, rng: np.random.Generator) -> Image.Image:
-    """A shape somewhere, of any size, angle and colours: nothing but its form tells the class."""
+    """Draw a shape with random position, size, angle and colours, so that only its form reveals the class."""
     middle, radius, turn = rng.uniform(19, SIZE - 19, 2), rng.uniform(13, 18), rng.uniform(-0.06, 0.06)
     angle, length = (
         2 * np.pi * (np.array([a for a, _ in _CORNERS[name]]) + turn),

@@ -1,5 +1,5 @@
-"""VOC 2012 and SBD with a few images of 128 x 96 and shapes whose class fixes their colour, in their published
-layouts.
+"""Toy segmentation sets in the published layouts of VOC 2012 and SBD: a few images of 128 x 96 pixels with shapes whose
+class determines their colour.
 """
 
 from pathlib import Path
@@ -12,14 +12,14 @@ from caco.data.sets.transfer import VOC_CLASSES
 
 CLASSES = {"cat": (220, 60, 50), "chair": (60, 200, 70), "tvmonitor": (70, 80, 230)}
 TRAIN, VAL = [f"2007_{i:06d}" for i in range(6)], [f"2008_{i:06d}" for i in range(4)]
-FURTHER = [f"2010_{i:06d}" for i in range(2)]  # of SBD alone
+FURTHER = [f"2010_{i:06d}" for i in range(2)]  # images that only SBD has
 PALETTE = [channel for c in range(256) for channel in (c * 37 % 256, c * 91 % 256, c * 53 % 256)]
 
 
 def drawn(name: str, *, size: tuple[int, int] = (128, 96)) -> tuple[Image.Image, np.ndarray]:
-    """An image of noise with one to three shapes, and the class of every pixel, with a border of 255 round each shape.
+    """An image of noise with one to three shapes, and the class of every pixel; a border of 255 surrounds each shape.
 
-    Of the number after the year alone: 2007_000001 and 2008_000001 look the same.
+    The image depends only on the number after the year: 2007_000001 and 2008_000001 look the same.
     """
     rng = np.random.default_rng(int(name.partition("_")[2]))
     image = Image.fromarray(rng.integers(90, 140, (size[1], size[0], 3), dtype=np.uint8))
@@ -34,7 +34,7 @@ def drawn(name: str, *, size: tuple[int, int] = (128, 96)) -> tuple[Image.Image,
 
 
 def write_voc(root: Path, *, train: list[str] = TRAIN, val: list[str] = VAL) -> Path:
-    """VOCdevkit/VOC2012 below root; returns that folder."""
+    """Write VOCdevkit/VOC2012 below `root`; returns that folder."""
     top = root / "VOCdevkit" / "VOC2012"
     for name in (*train, *val):
         write_image(top, name)
@@ -56,7 +56,7 @@ def write_image(top: Path, name: str, *, folder: str = "SegmentationClass") -> N
 
 def write_labels(path: Path, labels: np.ndarray) -> None:
     palette = Image.fromarray(labels.astype(np.uint8), mode=None).convert("L")
-    palette.putpalette(PALETTE)  # an image of mode P, as VOC's
+    palette.putpalette(PALETTE)  # mode P (colours by index), as in VOC
     palette.save(path)
 
 
@@ -66,8 +66,10 @@ def write_list(path: Path, names: list[str]) -> None:
 
 
 def write_sbd(folder: Path, *, train: list[str], val: list[str], photos: bool = True) -> Path:
-    """img, cls, train.txt and val.txt in a folder, as SBD's archive has them in benchmark_RELEASE/dataset; returns the
-    folder.
+    """Write img/, cls/, train.txt and val.txt, as in benchmark_RELEASE/dataset of SBD's archive; returns the folder.
+
+    Args:
+        photos: also write the images; without them there are only the annotations.
     """
     for name in (*train, *val):
         image, labels = drawn(name)

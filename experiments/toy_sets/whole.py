@@ -8,16 +8,17 @@ from experiments.toy_sets import detection, pacs, segmentation
 
 
 def draw(folder: Path) -> None:
-    """VOCdevkit/ (2007, 2012), coco/ and pacs/ in a folder that is not there yet; one that is there is left as it is.
+    """Draw VOCdevkit/ (2007 and 2012), coco/ and pacs/ into a new folder; a folder that exists is left as it is.
 
-    Drawn beside it and renamed when all is there.
+    The sets are drawn into a folder beside it, which is renamed when it is complete.
     """
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
-    # Numbers of their own, so that no image of a test is one that is trained on, nor has the name of another set's.
+    # Years and numbers that differ between the sets, so that no test image equals a training image, and no two sets
+    # use the same file name.
     names = {
         part: [f"{year}_{first + i:06d}" for i in range(count)]
         for part, year, first, count in (("train", 2007, 0, 12), ("val", 2009, 100, 6))
@@ -28,5 +29,5 @@ def draw(folder: Path) -> None:
     pacs.write_pacs(unfinished, train=20, crossval=5)
     try:
         unfinished.rename(folder)
-    except OSError:  # another process was faster
+    except OSError:  # another process has made the folder meanwhile
         shutil.rmtree(unfinished)

@@ -1,4 +1,4 @@
-"""Where Hydra looks for launchers, and takes none from elsewhere."""
+"""The package in which Hydra looks for launchers; it accepts none from another place."""
 
 from caco.launch.sweep import SubmititLauncher
 

@@ -1,5 +1,5 @@
-"""The reference of the Python parts: which modules it has, one page a room. mkdocstrings makes the text from
-docstrings, without importing anything.
+"""Pages of the site's Python reference: which modules each page shows. mkdocstrings makes the text from the docstrings,
+without importing the modules.
 """
 
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "reference/python"
-# Page -> what stands above it, and its modules; a folder stands for all modules in it.
+# Page -> (its title, its modules); a folder stands for all modules in it.
 PAGES: dict[str, tuple[str, list[str]]] = {
     "library": ("For programs of your own", ["caco/__init__.py", "caco/library.py", "caco/banks/own_loop.py"]),
     "banks": ("Banks", ["caco/banks"]),
@@ -22,7 +22,7 @@ PAGES: dict[str, tuple[str, list[str]]] = {
 
 
 def modules(page: str) -> list[str]:
-    """By their dotted names, those that everything else builds on first."""
+    """The dotted names of a page's modules; a module named `base` comes before the others of its folder."""
     found: list[Path] = []
     for name in PAGES[page][1]:
         path = ROOT / name
@@ -44,7 +44,7 @@ def nav() -> list[Any]:
 
 
 def link(target: str) -> str:
-    """To a class or function by its dotted name, where the reference has it."""
+    """A link to a class or function by its dotted name; without an entry in the reference, the plain name as code."""
     module, _, name = target.rpartition(".")
     known = any(module in modules(page) for page in PAGES)
     return f"[`{target}`][{target}]" if known and not name.startswith("_") else f"`{target}`"

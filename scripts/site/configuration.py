@@ -1,5 +1,5 @@
-"""The configuration reference, made from conf/: every group, every option, its header, and each setting with its
-default and its comment.
+"""Pages of the site's configuration reference, made from conf/: every group and option with the header of its file, and
+every setting with its default and comment.
 """
 
 import functools
@@ -25,7 +25,7 @@ ROOTS = {
 
 
 class Setting(NamedTuple):
-    """A line of a YAML file: the whole name, the value as it stands there, the comment."""
+    """A setting of a YAML file: its full dotted name, its value as text of the file, and its comment."""
 
     name: str
     value: str
@@ -46,10 +46,9 @@ def nav() -> list[Any]:
 def _index() -> str:
     lines = [
         "# Configuration",
-        "A group is chosen by `group=option`, a setting by `key=value`. This reference is made from the files of"
-        " `conf/` when the site is built, so it is as new as they are: what stands here as a default is what a run"
-        " takes."
-        " [What can be chosen](../../options.md) is the overview.",
+        "`group=option` chooses an option of a group, and `key=value` sets a setting. This reference is made from the"
+        " files of `conf/` when the site is built, so the defaults shown are those that a run uses."
+        " [What can be chosen](../../options.md) gives an overview.",
         "## Groups",
         *(
             f"- [`{group}`]({group}.md): {', '.join(f'[{option}]({group}.md#{option})' for option in options)}"
@@ -65,7 +64,7 @@ def _group(group: str, options: list[str]) -> str:
     listed = "eval=[NAME,NAME]" if group == "eval" else f"{group}=NAME"
     lines = [
         f"# {group}",
-        f"Chosen by `{listed}`, one of: {', '.join(f'[{option}](#{option})' for option in options)}.",
+        f"Chosen by `{listed}`. The options are {', '.join(f'[{option}](#{option})' for option in options)}.",
     ]
     for option in options:
         name = f"eval=[{option}]" if group == "eval" else f"{group}={option}"
@@ -74,7 +73,10 @@ def _group(group: str, options: list[str]) -> str:
 
 
 def _file(path: Path, group: str) -> str:
-    """Header, what it begins with, what it makes, and its settings."""
+    """The section of one YAML file: its header, the options that it builds on, the class that it makes, its settings.
+
+    A setting without a comment gets the text of the class's docstring, or else the comment in conf/config.yaml.
+    """
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     header = []
@@ -102,10 +104,14 @@ def _file(path: Path, group: str) -> str:
                 parts.append(f"{f'`{where}` is' if where else 'This is'} made by {components.link(setting.value)}.")
         rows = [setting for setting in settings if setting.name.rpartition(".")[2] != "_target_"]
         if rows:
-            table = ["| setting | default | what it is |", "|---|---|---|"]
+            table = ["| setting | default | meaning |", "|---|---|---|"]
+            of_views: dict[str, str] = {}  # comments of the first kind of view, which the other kinds do not repeat
             for name, value, about in rows:
                 where, _, key = name.rpartition(".")
                 about = about or docstrings.arguments(made_by.get(where, "")).get(key, "") or _of_root().get(name, "")
+                if where.rpartition(".")[0] == "augmentation.views":
+                    about = about or of_views.get(key, "")
+                    of_views.setdefault(key, about)
                 table.append(f"| {code(name)} | {code(value)} | {prose(about)} |")
             parts.append("\n".join(table))
     return "\n\n".join(part for part in parts if part)
@@ -113,14 +119,14 @@ def _file(path: Path, group: str) -> str:
 
 @functools.cache
 def _of_root() -> dict[str, str]:
-    """The comments of conf/config.yaml, by name: other files give its settings other values."""
+    """{setting: comment} of conf/config.yaml, for other files that set the same settings without a comment."""
     text = (CONF / "config.yaml").read_text(encoding="utf-8")
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     return {setting.name: setting.comment for setting in _settings(root, text.splitlines(), "", text)}
 
 
 def _begins_with(defaults: list[Any]) -> str:
-    """The list of defaults of an option: what it takes from other groups."""
+    """A sentence that names the options of other groups in the defaults list of an option, or ""."""
     words = []
     for entry in defaults:
         if isinstance(entry, dict):
@@ -132,7 +138,7 @@ def _begins_with(defaults: list[Any]) -> str:
             words.append("[the bank that learns](index.md#learned_bank)")
         elif entry != "_self_":
             words.append(f"`{entry}`")
-    return f"It begins with {', '.join(words)}." if words else ""
+    return f"This option builds on {', '.join(words)}." if words else ""
 
 
 def _settings(node: yaml.MappingNode, lines: list[str], prefix: str, text: str) -> Iterator[Setting]:
@@ -156,7 +162,7 @@ def _settings(node: yaml.MappingNode, lines: list[str], prefix: str, text: str) 
 
 
 def _comment_of(key: yaml.ScalarNode, lines: list[str]) -> str:
-    """Beside the setting, above it in its own column, and below it in a column further right."""
+    """The comment of a setting: on its line, above it in the same column, and below it further right."""
     at, column = key.start_mark.line, key.start_mark.column
     found = re.search(r"(?:^|\s)#\s?(.*)$", _without_strings(lines[at]))
     words = [lines[at][found.start(1) :]] if found else []
@@ -178,7 +184,7 @@ def _is_header(lines: list[str], line: str) -> bool:
 
 
 def _without_strings(line: str) -> str:
-    """With what stands in quotes blanked, so that a # there begins no comment."""
+    """The line with quoted strings blanked out, so that a # in them is not taken for a comment."""
     return re.sub(r"'[^']*'|\"[^\"]*\"", lambda match: " " * len(match[0]), line.partition(" #")[0]) + (
         " #" + line.partition(" #")[2] if " #" in line else ""
     )

@@ -1,4 +1,4 @@
-"""What docstrings say of the arguments of classes and functions, read without importing them."""
+"""Read the descriptions of arguments from docstrings, without importing the modules."""
 
 import ast
 import functools
@@ -11,8 +11,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @functools.cache
 def arguments(target: str) -> dict[str, str]:
-    """Name -> what the section Args of a class or function says of it; of a class in the same file that it derives
-    from, too. Empty where there is no such section.
+    """{argument: its description} from the Args section of a class or function, given by its dotted name.
+
+    Descriptions from base classes in the same file are included. Empty if there is no such section.
     """
     module, _, name = target.rpartition(".")
     if not module:

@@ -1,9 +1,8 @@
-"""What mkdocs calls while it builds the site: adds the pages that do not lie in docs/, and sends links to where they
-lead in the site.
+"""Hooks that mkdocs calls while it builds the site. They add pages from outside docs/ and adapt links.
 
-Pages are written so that their links work on a code host, from where each file lies. In the site a link to a file that
-is a page here leads to that page; one to any other file of the repository leads to the repository's address, where
-mkdocs.yml has one (`repo_url`), and is a plain name otherwise.
+Pages are written so that their links work on a code host, relative to each file. In the site, a link to a file that is
+also a page of the site leads to that page. A link to any other file of the repository leads to the repository's address
+(`repo_url` in mkdocs.yml), or becomes plain text if there is no address.
 """
 
 import re
@@ -15,7 +14,7 @@ from mkdocs.structure.files import File, Files
 from scripts.site import components, configuration, methods
 
 ROOT = Path(__file__).resolve().parents[2]
-# Pages that lie elsewhere in the repository, and what they are called in the site.
+# Files outside docs/ that become pages -> the path of the page in the site.
 ELSEWHERE = {
     "README.md": "index.md",
     "CHANGELOG.md": "changes.md",
@@ -30,7 +29,7 @@ CODE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """All pages that are no files of docs/."""
+    """Add all pages that are not files of docs/."""
     made = {"site.css": (ROOT / "scripts/site/site.css").read_text(encoding="utf-8")}
     made |= {page: (ROOT / file).read_text(encoding="utf-8") for file, page in ELSEWHERE.items() if _is_there(file)}
     for pages in (configuration.pages(), components.pages(), methods.pages()):
@@ -41,7 +40,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_config(config: Any) -> Any:
-    """The reference's pages in the navigation: how many there are follows from conf/ and caco/."""
+    """Add the reference's pages to the navigation; which pages there are depends on conf/ and caco/."""
     if _is_there("CONTRIBUTING.md"):
         config.nav.append({"Contribute": "contributing.md"})
     config.nav.insert(
@@ -52,7 +51,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links as the site has them. Code is left as it is."""
+    """Adapt the links of a page to the site; code blocks are left as they are."""
     source = next((file for file, name in ELSEWHERE.items() if name == page.file.src_uri), f"docs/{page.file.src_uri}")
     if page.file.src_uri.startswith("reference/"):
         return markdown
@@ -72,7 +71,7 @@ def _link(match: re.Match[str], source: str, page: str, config: Any) -> str:
     if in_site is not None and not in_site.endswith((".ipynb", ".csv")):
         return f"{mark}[{words}]({_relative(in_site, page)}{sign}{anchor})"
     if not (ROOT / file).exists():
-        return match[0]  # mkdocs names it as a link that leads nowhere
+        return match[0]  # mkdocs then reports it as a broken link
     return f"[{words}]({config.repo_url.rstrip('/')}/blob/main/{file})" if config.repo_url else words
 
 
@@ -91,5 +90,5 @@ def _normal(path: str) -> str:
 
 
 def _relative(target: str, page: str) -> str:
-    """From one page to another, as mkdocs wants it."""
+    """The relative link from one page to another in the form that mkdocs expects."""
     return "../" * page.count("/") + target

@@ -1,8 +1,8 @@
-"""Every method with its published numbers beside ours, and the tables as far as they have been run.
+"""Pages of the site with every method's published and measured results, and with all tables that have results.
 
-Published numbers are those of experiments/*.yaml and of the headers of conf/method; ours are the records of
-experiments/records that belong to a scale, found by the hash of their configuration as python -m analysis.table finds
-them.
+Published results come from experiments/*.yaml and the file headers of conf/method. Our results come from the records of
+each scale in experiments/records; as in python -m analysis.table, the hash of the configuration decides which belong to
+a row.
 """
 
 import functools
@@ -26,7 +26,7 @@ def pages() -> dict[str, str]:
 
 @functools.cache
 def measured() -> list[tuple[Table, Scale, Sequence[Found]]]:
-    """The tables and scales of which some run is recorded."""
+    """(table, scale, results of its rows) for every table and scale with a recorded run."""
     found: list[tuple[Table, Scale, Sequence[Found]]] = []
     for name in scales():
         if not (RECORDS / f"{name}.json").is_file():
@@ -47,7 +47,7 @@ def rows_of(method: str) -> Iterator[tuple[Table, Row]]:
 
 
 def _published(method: str) -> list[str]:
-    """A line for each row of a table that has a number of it."""
+    """A line for each table row of this method that has a published number or a note."""
     lines = []
     for of, row in rows_of(method):
         sizes = [f"{value:,} {name}" for name, value in _sizes(row) if value is not None]
@@ -84,11 +84,11 @@ def _ours(method: str) -> list[str]:
 def _methods() -> str:
     parts = [
         "# Methods, published and ours",
-        "Of each method: what its file in `conf/method` says of it, the numbers that were published, and what has been"
-        " measured with caco so far. Ours were measured at small scales"
-        " ([what these are](../experiments.md)) on other data with other networks: compare ours with ours, and the"
-        " published ones with the published ones. Where ours are missing, nobody has run it. The records themselves,"
-        " with all that was said about them, are [here](../records/real_runs.md), and whole tables [here](tables.md).",
+        "For each method, this page shows the description in its file of `conf/method`, published results, and results"
+        " measured with caco so far. Our results were measured at small scales"
+        " ([what these are](../experiments.md)) on other data and with other networks, so they must not be compared"
+        " with the published ones. A method without results of ours has not been run. The records are described"
+        " [here](../records/real_runs.md), and whole tables are [here](tables.md).",
     ]
     for method in groups()["method"]:
         lines = (CONF / "method" / f"{method}.yaml").read_text(encoding="utf-8").splitlines()
@@ -103,20 +103,20 @@ def _methods() -> str:
             f"Settings and their defaults: [method={method}](configuration/method.md#{method}).",
         ]
         if published := _published(method):
-            head = "| table | row | recipe | published, percent unless said |\n|---|---|---|---|"
+            head = "| table | row | recipe | published result (in percent unless noted) |\n|---|---|---|---|"
             parts.append("\n".join([head, *published]))
         if ours := _ours(method):
-            parts.append("\n".join(["| our scale | row | seeds | ours, percent |\n|---|---|---|---|", *ours]))
+            parts.append("\n".join(["| our scale | row | seeds | our result, percent |\n|---|---|---|---|", *ours]))
         else:
-            parts.append("Ours: not measured yet.")
+            parts.append("This method has not been measured with caco yet.")
     return "\n\n".join(parts)
 
 
 def _tables() -> str:
     parts = [
         "# Tables so far",
-        "What `python -m analysis.table TABLE --scale SCALE --format markdown` shows of the records in this repository."
-        " [How to read them](../experiments.md#tables-figures-a-page).",
+        "These are the outputs of `python -m analysis.table TABLE --scale SCALE --format markdown` for the records in"
+        " this repository. [How to read them](../experiments.md#tables-figures-a-page).",
     ]
     for of, scale, found in measured():
         sheet = table.sheet(of, scale, found)
@@ -126,7 +126,7 @@ def _tables() -> str:
 
 
 def _safe(text: str) -> str:
-    """With the commands of its notes as code."""
+    """The table's text with the commands in its notes formatted as code."""
     lines = []
     for line in text.splitlines():
         before, sign, command = line.partition("python -m ")

@@ -1,4 +1,4 @@
-"""Comments of YAML files as text of a page."""
+"""Turn comments of YAML files into the text of a page."""
 
 import html
 import re
@@ -10,13 +10,13 @@ SPECIAL = {"*": "&#42;", "_": "&#95;", "|": "&#124;", "[": "&#91;", "]": "&#93;"
 
 
 def code(text: str) -> str:
-    """In a cell of a table, too."""
+    """Text as inline code that also works in the cell of a Markdown table."""
     return f"<code>{_plain(text)}</code>"
 
 
 def prose(text: str) -> str:
-    """A sentence as it is typed, nothing in it taken for markup but `code`; settings (key=value) are shown as code, and
-    papers are linked.
+    """Plain text as HTML. Only `code` is taken as markup; settings (key=value) become code, and arXiv numbers become
+    links.
     """
     parts = re.split(r"`([^`]+)`", text)
     for number, part in enumerate(parts):
@@ -36,7 +36,10 @@ def _plain(text: str) -> str:
 
 
 def comment(lines: Iterable[str]) -> str:
-    """A comment of several lines, each with its `#`: paragraphs, and what is typed as blocks of code."""
+    """A comment of several lines, each with its `#`, as paragraphs and blocks of code.
+
+    Indented lines and commands (python -m ...) become code.
+    """
     blocks: list[tuple[bool, list[str]]] = []
 
     def add(is_code: bool, line: str) -> None:

@@ -1,4 +1,4 @@
-"""Results to analyse: made by hand at the smoke scale, and one real run, tracked by MLflow too."""
+"""Results to analyse: made by hand at the smoke scale, and one real run that is also tracked by MLflow."""
 
 import sys
 
@@ -20,13 +20,13 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="session")
 def table7():
-    """Table VII's rows at the smoke scale, by id; composed once."""
+    """The rows of Table VII at the smoke scale, by id."""
     return {one.row_id: one for one in experiments(load_table("7"), load_scale("smoke"))}
 
 
 @pytest.fixture(scope="session")
 def result(table7):
-    """`result("both", 0, knn=50.0)`: a finished run of that row and seed; three evaluations, from 30 to its k-NN."""
+    """`result("both", 0, knn=50.0)` makes a finished run of that row and seed, with three evaluations from 30 to 50."""
 
     def make(row, seed, *, knn, digest="d1", rate=3600.0, **changed):
         one = table7[row]
@@ -60,7 +60,7 @@ def result(table7):
 
 @pytest.fixture(scope="session")
 def record_of():
-    """Results as a record's file has them."""
+    """Turn results into a record, as its file has it."""
     from experiments.record import pack
 
     def make(results):
@@ -77,7 +77,7 @@ def record_of():
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """(run directory, MLflow URI) of a finished run of CaCo on digits, some steps long."""
+    """(run directory, MLflow URI) of a short finished run of CaCo on digits."""
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     from tiny import BANK, TINY, train
 

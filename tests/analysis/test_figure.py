@@ -1,4 +1,4 @@
-"""`python -m analysis.figure`: what is drawn is what the results say, and the data behind are kept beside it."""
+"""`python -m analysis.figure`: figures show what the results say, and their data are written beside them."""
 
 import csv
 import re
@@ -29,7 +29,7 @@ def found(result):
 
 
 def kept(folder, name):
-    """The data behind, and the picture's number of colours: a blank one has one."""
+    """The rows of a figure's CSV, after a check that its picture is not blank."""
     assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     with Image.open(folder / f"{name}.png") as image:
         assert len(image.convert("RGB").getcolors(2**24)) > 50
@@ -41,7 +41,7 @@ def test_figure_4_shows_the_rows_whose_positives_are_learned(found, tmp_path):
     figure.draw("4", found, tmp_path)
     figure.draw("4", found, tmp_path / "again")
     for again in (tmp_path / "again").iterdir():
-        assert again.read_bytes() == (tmp_path / again.name).read_bytes(), "the same results are the same files"
+        assert again.read_bytes() == (tmp_path / again.name).read_bytes(), "the same results must give the same bytes"
     data = kept(tmp_path, "smoke-table7-figure-4")
     assert {row["row"] for row in data} == {"both"}
     values = {(row["metric"], row["epochs"], row["seed"]): float(row["value"]) for row in data}
@@ -75,7 +75,7 @@ def test_the_banks_figure_shows_the_rows_that_have_one_and_what_all_learn(found,
 
 
 def test_compute_is_steps_times_what_a_step_costs(found):
-    """At 3,600 images a second a step of 64 takes 64 / 3600 s; the warm start is compute too."""
+    """At 3,600 images per second a step of 64 images takes 64 / 3600 s; the warm start counts as compute, too."""
     for x, step in (("hours", 64 / 3600 / 3600), ("images", 64e-6)):
         drawn, _ = curves.compute(load_table("7"), SMOKE, found, chosen=False, x=x)
         lines = {line.get_label(): line.get_xdata() for line in drawn.axes[0].lines}
@@ -84,7 +84,7 @@ def test_compute_is_steps_times_what_a_step_costs(found):
 
 
 def test_the_size_figure_sets_the_papers_numbers_apart_from_ours(result, tmp_path):
-    """At this scale Table VI's CaCo 8M is Table VII's Positive+Negative."""
+    """At this scale CaCo 8M of Table VI is the same run as Positive+Negative of Table VII."""
     results, rows = (
         [result("both", seed, knn=43.0 + seed) for seed in (0, 1)],
         ["adco_8m", "adco_1m", "caco_8m", "caco_12m"],
@@ -144,11 +144,11 @@ def test_a_mistake_is_refused(here, arguments, words):
     assert code == 2 and words in errors
 
 
-# Of a trained model.
+# Figures of a trained model.
 
 
 def test_figure_3_shows_the_images_nearest_to_the_rows_that_the_key_finds(trained, here, tmp_path):
-    """Against an independent computation: dense, in float64."""
+    """Compared with an independent dense computation in float64."""
     from omegaconf import OmegaConf
 
     from caco.config.composition import instantiate
@@ -194,11 +194,11 @@ def test_figure_3_shows_the_images_nearest_to_the_rows_that_the_key_finds(traine
     share = (label[picked.numpy()] == splits.test.labels).mean()
     chance = (label[None] == splits.test.labels[:, None]).mean()
     told = re.search(
-        r"Of all (\d+) test images, (\d+)% have a positive of their class .*at random: (\d+)%\); they share (\d+) rows",
+        r"Of all (\d+) test images, (\d+)% have a positive of their class .*at random: (\d+)%\)\. .* choose (\d+) diff",
         said,
     )
     images, right, by_chance, shared = map(int, told.groups())
-    # Of cosines that differ by less than a network of float32 rounds, either may be the larger one there.
+    # If two cosines differ by less than the rounding of a float32 network, either may come out as the larger one.
     unsure_B, unsure_K = ((cosine.topk(2).values.diff() > -1e-5)[:, 0] for cosine in (to_rows, to_images))
     doubtful = (unsure_B | unsure_K[picked]).sum().item()
     assert images == len(splits.test) and doubtful < images / 10

@@ -1,4 +1,4 @@
-"""`python -m analysis.picture`: what is drawn is what the run's ledger, its bank and its images say."""
+"""`python -m analysis.picture`: the picture shows what the run's ledger, bank and images say."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def made(run_dir: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Two steps of warm start, and one epoch."""
+    """A run of two warm-start steps and one epoch."""
     return made(tmp_path_factory.mktemp("runs") / "one", f"data.limit={LIMIT}", "max_steps=null", "epochs=1")
 
 
@@ -39,11 +39,11 @@ def here(command):
 
 
 def colours(path: Path) -> int:
-    """How many a picture has: a blank one has one."""
+    """The number of colours in a picture; a blank picture has one."""
     with Image.open(path) as image:
         assert image.format == "PNG"
         counted = image.convert("RGB").getcolors(2**24)
-        assert counted is not None, "no picture has more colours"
+        assert counted is not None, "the picture has more colours than getcolors can count"
         return len(counted)
 
 
@@ -80,7 +80,7 @@ def test_a_run_is_drawn_into_its_directory_the_same_each_time_and_the_path_is_pr
 
 
 def test_the_overrides_that_trained_a_run_name_its_directory(monkeypatch, tmp_path):
-    """As `make demo` does it: the same words after caco.train and after analysis.picture."""
+    """`make demo` gives the same overrides to caco.train and to analysis.picture."""
     from caco import train as command
 
     monkeypatch.chdir(tmp_path)
@@ -132,7 +132,7 @@ def test_a_refusal_imports_neither_torch_nor_matplotlib(tmp_path):
 
 
 def test_the_rows_shown_are_those_that_the_keys_choose_and_the_images_those_nearest_to_them(run):
-    """Against an independent computation: dense, in float64, image by image."""
+    """Compared with an independent dense computation in float64, image by image."""
     from caco.engine.assembly import build_method
     from caco.runs.checkpoint import Checkpoints
 
@@ -156,8 +156,8 @@ def test_the_rows_shown_are_those_that_the_keys_choose_and_the_images_those_near
         assert shown.cosine_RN[r].tolist() == pytest.approx(cosine_KN[row, shown.image_RN[r]].tolist(), abs=1e-5)
         assert shown.label_RN[r].tolist() == images.labels[shown.image_RN[r].numpy()].tolist()
 
-    # Picked: of the most chosen rows, which take half of the images, the first, then the farthest from the ones before
-    # it.
+    # The rows shown are picked from the most chosen rows, which take half of the images: first the most chosen one,
+    # then in turn the one farthest from those picked.
     used = [row for row in range(len(m_KD)) if uses_K[row]]
     ordered = sorted(used, key=lambda row: (-uses_K[row], row))
     half = next(n for n in range(1, len(used)) if 2 * uses_K[ordered[:n]].sum() >= len(images))
@@ -173,8 +173,9 @@ def test_the_rows_shown_are_those_that_the_keys_choose_and_the_images_those_near
     assert sorted(shown.row_R.tolist()) == sorted(picked)
 
     shares = [np.bincount(images.labels[cosine_KN[row].topk(6).indices.numpy()]).max() / 6 for row in used]
-    assert shown.agreement == pytest.approx(np.mean(shares), abs=0.02)  # float32 may order two images the other way
-    assert shown.chance == pytest.approx(0.36, abs=0.03)  # the fullest of ten boxes that six balls fall into, of six
+    assert shown.agreement == pytest.approx(np.mean(shares), abs=0.02)  # float32 may swap two images
+    # The expected largest share of one class among 6 images that are drawn from ten classes.
+    assert shown.chance == pytest.approx(0.36, abs=0.03)
 
 
 def test_each_line_says_what_its_images_have_in_common_and_frames_those_of_another_label(run, monkeypatch):
@@ -195,7 +196,9 @@ def test_each_line_says_what_its_images_have_in_common_and_frames_those_of_anoth
 def test_the_most_chosen_rows_take_half_of_the_images_or_are_as_many_as_asked_for():
     uses_K = torch.tensor([0, 3, 10, 3, 0, 2, 2])
     assert model.most_chosen(uses_K, least=1).tolist() == [2]
-    assert model.most_chosen(uses_K + 1, least=1).tolist() == [2, 1], "11 of 27 are not half"
+    assert model.most_chosen(uses_K + 1, least=1).tolist() == [2, 1], (
+        "11 of 27 uses are less than half, so a second row is needed"
+    )
     assert model.most_chosen(uses_K, least=3).tolist() == [2, 1, 3]
     assert model.most_chosen(uses_K, least=9).tolist() == [2, 1, 3, 5, 6], "a row that no image chooses is never shown"
 
@@ -206,7 +209,7 @@ def test_near_duplicates_are_shown_once():
     )
     assert model.far_apart(m_RD, 8).tolist() == [0, 2, 3]
     assert model.far_apart(m_RD, 2).tolist() == [0, 2]
-    assert model.far_apart(m_RD[:2], 8).tolist() == [0], "a bank that has collapsed is one line"
+    assert model.far_apart(m_RD[:2], 8).tolist() == [0], "a collapsed bank is shown as one row"
 
 
 def test_a_large_set_is_sampled_and_the_picture_says_so(run, monkeypatch):
@@ -261,7 +264,7 @@ def test_what_came_before_epoch_0_is_left_of_it():
         row(40, 0.0, 60.0, phase="warm start"),
         row(60, 1.0, 70.0),
         row(80, 2.0, 80.0, probe_top1=90.0),
-        {"kind": "eval", "step": 80, "time": 0.0, "knn20_top1": 81.0},  # by caco.evaluate, afterwards
+        {"kind": "eval", "step": 80, "time": 0.0, "knn20_top1": 81.0},  # added by caco.evaluate after the training
     ]
     curve = picture.curve_of(ledger, "knn20_top1", 20)
     assert curve == picture.Curve(
@@ -273,7 +276,7 @@ def test_what_came_before_epoch_0_is_left_of_it():
     )
     assert picture.curve_of(ledger[:3], "knn20_top1", 20) == picture.Curve(
         "knn20_top1", [-2.0, 0.0], [50.0, 60.0], 40, True
-    ), "killed after its warm start"
+    ), "a run that was killed after its warm start"
     assert picture.curve_of(ledger[:1], "knn20_top1", 20) == picture.Curve("knn20_top1", [0.0], [50.0], 0, True)
     assert picture.curve_of(ledger[1:2], "knn20_top1", 20) is None
 
@@ -313,7 +316,7 @@ def test_a_run_without_a_bank_is_its_curve_beside_untrained_and_raw_pixels(tmp_p
     raw = 100 * knn.score(pixels(splits.test, range(len(splits.test))), splits.test.labels)
     levels = {text: float(value) for value, text in zip(texts(axes)[::2], texts(axes)[1::2], strict=True)}
     assert levels == {
-        "raw pixels": pytest.approx(raw, abs=0.3),  # one of 397 images, where two classes have as many votes
+        "raw pixels": pytest.approx(raw, abs=0.3),  # 0.25 is one of 397 images, with a tie between two classes
         "untrained": pytest.approx(evaluated[0]["knn20_20pct_top1"], abs=0.05),
         "trained": pytest.approx(evaluated[-1]["knn20_20pct_top1"], abs=0.05),
     }

@@ -1,4 +1,4 @@
-"""`python -m analysis.report`: one page that needs nothing else."""
+"""`python -m analysis.report`: one self-contained page."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from analysis import report
 
 
 class Page(HTMLParser):
-    """Texts of the cells, addresses that a browser would fetch, tags left open, identifiers and links."""
+    """The page's cell texts, addresses that a browser would fetch, unclosed tags, identifiers and links."""
 
     def __init__(self, text):
         super().__init__()
@@ -55,7 +55,7 @@ def whole(path):
     page = Page(path.read_text(encoding="utf-8"))
     assert page.open == []
     assert all(address.startswith("data:image/png;base64,") for address in page.fetched)
-    assert page.links <= {f"#{id}" for id in page.ids}, "a link that leads nowhere, or out of the page"
+    assert page.links <= {f"#{id}" for id in page.ids}, "every link must lead to a place in the page"
     return page
 
 
@@ -73,7 +73,9 @@ def test_a_scales_page_holds_tables_figures_records_and_configurations(here, res
     assert len(page.fetched) == 3  # figure 4, bank, compute
     assert {run.hash for run in runs} <= set(page.cells) and "bank.size" in page.cells
     assert {"table7", "rivals", "figures", "records", "configurations"} <= page.ids
-    assert "Barlow Twins" in page.cells and "Table R" in text, "whose CaCo is the row of Table VII"
+    assert "Barlow Twins" in page.cells and "Table R" in text, (
+        "table rivals must be shown, because its CaCo is a row of Table VII"
+    )
 
 
 def test_a_sweeps_page_holds_each_finished_run_and_the_figures_of_one(here, trained, tmp_path, monkeypatch):
@@ -81,7 +83,7 @@ def test_a_sweeps_page_holds_each_finished_run_and_the_figures_of_one(here, trai
 
     run_dir, _ = trained
 
-    def of_a_run(arguments):  # what these figures show has tests of its own
+    def of_a_run(arguments):  # other tests check these figures
         assert arguments.run == run_dir
         Image.new("RGB", (4, 4)).save(arguments.out / f"{arguments.figure}.png")
         return [arguments.out / f"{arguments.figure}.png"], []
@@ -101,7 +103,8 @@ def test_a_sweeps_page_holds_each_finished_run_and_the_figures_of_one(here, trai
         (["--scale", "smok"], "smok: no such scale; did you mean smoke?"),
         (
             ["--scale", "imagenet100"],
-            "no results among 0; this makes some: python -m experiments.run table7 scale=imagenet100",
+            "no results for its tables among 0 runs; this command makes some: python -m experiments.run table7"
+            " scale=imagenet100",
         ),
         (["--sweep", "nowhere"], "nowhere: expected a sweep's folder"),
     ],

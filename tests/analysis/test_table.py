@@ -1,4 +1,4 @@
-"""`python -m analysis.table`: the statistics by hand, what is missing by name, and nothing that only looks like a
+"""`python -m analysis.table`: statistics are checked by hand, missing results are named, and nothing else is shown as a
 result.
 """
 
@@ -29,7 +29,7 @@ def here(command):
 
 
 def cells(sheet, label):
-    """header (with its group) -> text, of a row."""
+    """{(group, header): text} of a row."""
     groups = [name for name, size in sheet.groups for _ in range(size)]
     row = next(row for row in sheet.rows if row[0] == label)
     named = {}
@@ -53,7 +53,7 @@ def test_mean_and_sample_standard_deviation():
 
 
 def test_a_gain_is_taken_seed_by_seed():
-    """Differences 1, 2, 3: t = 2 / (1 / sqrt 3), two degrees of freedom."""
+    """The differences 1, 2, 3 give t = 2 / (1 / sqrt(3)) with two degrees of freedom."""
     ours, reference = {0: 11.0, 1: 22.0, 2: 33.0, 5: 99.0}, {2: 30.0, 1: 20.0, 0: 10.0, 7: 0.0}
     gain = Gain.of(ours, reference)
     assert gain.spread == Spread(2.0, 1.0, 3)
@@ -69,7 +69,7 @@ def test_without_common_seeds_there_is_no_gain_and_without_spread_no_test():
 
 
 def test_hours_are_images_over_the_rate_and_the_warm_start_is_no_part_of_an_epoch(result):
-    """50 steps of 64 images at 3,600 a second; 8 of them fill 512 rows; two processes share the rest."""
+    """50 steps of 64 images at 3,600 images per second; 8 of them fill 512 rows, and two processes train together."""
     one = result("both", 0, knn=50.0)
     assert one.config["bank.size"] == 512 and one.summary["steps"] == 50
     assert train_hours(one) == pytest.approx(50 * 64 / 3600 / 3600, rel=1e-12)
@@ -80,7 +80,7 @@ def test_hours_are_images_over_the_rate_and_the_warm_start_is_no_part_of_an_epoc
 
 @pytest.mark.parametrize("rate", [0.0, None])
 def test_of_a_run_whose_rate_is_unknown_so_are_the_hours(result, rate):
-    """A run that was killed between its last save and its summary was once recorded with a rate of 0."""
+    """An older version recorded a rate of 0 for a run that was killed between its last save and its summary."""
     one = result("both", 0, knn=50.0, rate=rate)
     if rate is None:
         del one.summary["images_per_second"]
@@ -98,23 +98,27 @@ def test_the_papers_numbers_and_ours_stand_side_by_side(result):
         [result(row, seed, knn=knn + seed) for row, knn in (("none", 40.0), ("both", 42.5)) for seed in (0, 1)]
     )
     none, both = cells(sheet, "None"), cells(sheet, "Positive+Negative")
-    assert (none["the paper's", "Top-1"], both["the paper's", "Top-1"], both["the paper's", "gain"]) == (
+    assert (none["paper's results", "Top-1"], both["paper's results", "Top-1"], both["paper's results", "gain"]) == (
         "70.2",
         "71.3",
         "+1.1",
     )
-    assert none["ours, scale smoke", "k-NN (20)"] == "40.50 ± 0.71" and none["ours, scale smoke", "gain"] == "ref."
     assert (
-        both["ours, scale smoke", "k-NN (20)"] == "43.00 ± 0.71" and both["ours, scale smoke", "gain"] == "+2.50 ± 0.00"
+        none["our results, scale smoke", "k-NN (20)"] == "40.50 ± 0.71"
+        and none["our results, scale smoke", "gain"] == "ref."
     )
-    assert both["ours, scale smoke", "n"] == "2"
+    assert (
+        both["our results, scale smoke", "k-NN (20)"] == "43.00 ± 0.71"
+        and both["our results, scale smoke", "gain"] == "+2.50 ± 0.00"
+    )
+    assert both["our results, scale smoke", "n"] == "2"
     assert not any("paper's" in header for header in sheet.headers)
     assert any("not the paper's" in note for note in sheet.notes)
 
 
 def test_what_is_missing_is_called_so_and_comes_with_its_command(result):
     sheet = made([result("none", 0, knn=40.0)])
-    assert cells(sheet, "Positive+Negative")["ours, scale smoke", "k-NN (20)"] == "missing"
+    assert cells(sheet, "Positive+Negative")["our results, scale smoke", "k-NN (20)"] == "missing"
     assert "both, seeds 0, 1: python -m experiments.run table7 scale=smoke rows=both seed=0,1" in sheet.missing
     assert "none, seed 1: python -m experiments.run table7 scale=smoke rows=none seed=1" in sheet.missing
 
@@ -126,25 +130,26 @@ def test_no_cell_of_ours_is_ever_empty(result):
 
 def test_a_gain_without_the_reference_is_none(result):
     assert (
-        cells(made([result("both", 0, knn=41.0)]), "Positive+Negative")["ours, scale smoke", "gain"] == "no reference"
+        cells(made([result("both", 0, knn=41.0)]), "Positive+Negative")["our results, scale smoke", "gain"]
+        == "no reference"
     )
 
 
 def test_seeds_beyond_those_asked_for_count(result):
     sheet = made([result("both", seed, knn=40.0 + seed) for seed in (0, 1, 7)])
-    assert cells(sheet, "Positive+Negative")["ours, scale smoke", "n"] == "3"
+    assert cells(sheet, "Positive+Negative")["our results, scale smoke", "n"] == "3"
 
 
 def test_a_run_that_was_made_for_another_table_counts_by_its_hash(result):
     other = result("both", 0, knn=40.0, label={"table": "table1", "row": "caco_1024", "scale": "smoke"})
-    assert cells(made([other]), "Positive+Negative")["ours, scale smoke", "k-NN (20)"] == "40.00"
+    assert cells(made([other]), "Positive+Negative")["our results, scale smoke", "k-NN (20)"] == "40.00"
 
 
 def test_a_run_of_another_configuration_is_refused_with_what_differs(result):
     one = result("both", 0, knn=99.0)
     old = dataclasses.replace(one, hash="0000000000", config={**one.config, "batch": 32})
     sheet = made([old])
-    assert cells(sheet, "Positive+Negative")["ours, scale smoke", "k-NN (20)"] == "missing"
+    assert cells(sheet, "Positive+Negative")["our results, scale smoke", "k-NN (20)"] == "missing"
     (line,) = [line for line in sheet.missing if "another configuration" in line]
     assert "ours.json" in line and "0000000000" in line and "batch: there 32, here 64" in line
 
@@ -157,7 +162,7 @@ def test_rows_on_different_images_are_shouted_about(result):
 def test_what_was_not_measured_is_no_zero(result):
     one = result("both", 0, knn=41.0)
     sheet = made([dataclasses.replace(one, summary={k: v for k, v in one.summary.items() if k != "probe_top1"})])
-    assert cells(sheet, "Positive+Negative")["ours, scale smoke", "probe"] == "not measured"
+    assert cells(sheet, "Positive+Negative")["our results, scale smoke", "probe"] == "not measured"
     assert f"both, seed 0, probe_top1: python -m caco.evaluate run=runs/smoke/{one.name} eval=[probe]" in sheet.missing
 
 
@@ -165,7 +170,7 @@ def test_only_at_the_papers_own_scale_is_ours_subtracted_from_the_papers(table7,
     paper = dataclasses.replace(SMOKE, same_as_paper=True)
     about = load_table("7")
     sheet = table.sheet(about, paper, find(about, SMOKE, [result("none", 0, knn=70.0)]))
-    assert cells(sheet, "None")["ours, scale smoke", "ours - paper's"] == "-0.20"
+    assert cells(sheet, "None")["our results, scale smoke", "ours - paper's"] == "-0.20"
     assert [load_scale(name).same_as_paper for name in ("paper", "mini", "cifar10", "imagenet100")] == [
         True,
         False,
@@ -178,9 +183,11 @@ def test_methods_that_caco_lacks_are_cited():
     mini, about = load_scale("mini"), load_table("1")
     about.rows["instdisc"].run = None
     sheet = table.sheet(about, mini, find(about, mini, [], rows=["instdisc", "mocov2"]))
-    assert cells(sheet, "InstDisc")["ours, scale mini", "k-NN (20)"] == "cited"
+    assert cells(sheet, "InstDisc")["our results, scale mini", "k-NN (20)"] == "cited"
     sheet = table.sheet(load_table("3"), mini, find(load_table("3"), mini, []))
-    assert {cells(sheet, label)["ours, scale mini", "k-NN (20)"] for label in ("DINO", "CaCo")} == {"not at this scale"}
+    assert {cells(sheet, label)["our results, scale mini", "k-NN (20)"] for label in ("DINO", "CaCo")} == {
+        "not at this scale"
+    }
     assert any("no multi-crop" in note for note in sheet.notes)
 
 
@@ -188,17 +195,23 @@ def test_what_others_published_at_a_scale_stands_in_a_column_of_theirs():
     lightly, about = load_scale("cifar10_lightly"), load_table("1")
     found = find(about, lightly, [], rows=["simclr", "byol", "caco_256"])
     sheet = table.sheet(about, lightly, found)
-    assert [cells(sheet, label)["theirs", "lightly's k-NN, best epoch"] for label in ("SimCLR", "BYOL", "CaCo")] == [
+    assert [
+        cells(sheet, label)["published by others", "lightly's k-NN, best epoch"] for label in ("SimCLR", "BYOL", "CaCo")
+    ] == [
         "84.7",
         "86.9",
         "-",
     ]
-    assert "Theirs: lightly's k-NN, best epoch, as they published it for this recipe." in sheet.notes
-    assert "84.7" in table.as_text(sheet) and "theirs: lightly's k-NN, best epoch" in table.as_markdown(sheet)
+    assert "Published by others: lightly's k-NN, best epoch, for the same recipe as this scale's." in sheet.notes
+    assert "84.7" in table.as_text(sheet) and "published by others: lightly's k-NN, best epoch" in table.as_markdown(
+        sheet
+    )
     rows = csv.DictReader(io.StringIO(table.as_csv(about, lightly, found)))
     assert {(row["row"], row["theirs"]) for row in rows} == {("simclr", "84.7"), ("byol", "86.9"), ("caco_256", "")}
     times = table.sheet(load_table("4"), lightly, find(load_table("4"), lightly, [], rows=["mocov2"]))
-    assert not any("theirs" in group for group, size in times.groups if size), "of accuracies, not of hours"
+    assert not any("published by others" in group for group, size in times.groups if size), (
+        "others published accuracies, not hours"
+    )
 
 
 def test_a_table_of_which_the_paper_has_no_number_has_no_column_of_the_papers():
@@ -210,14 +223,14 @@ def test_a_table_of_which_the_paper_has_no_number_has_no_column_of_the_papers():
             "paper's" in words
             for words in (*sheet.headers, *(group for group, size in sheet.groups if size), *sheet.notes)
         )
-    assert cells(sheet, "Barlow Twins")["ours, scale smoke", "k-NN (20)"] == "missing"
+    assert cells(sheet, "Barlow Twins")["our results, scale smoke", "k-NN (20)"] == "missing"
     assert any(note.startswith("Barlow Twins: its authors report") for note in sheet.notes)
 
 
 def test_times_are_compared_as_ratios():
     about = load_table("4")
     sheet = table.sheet(about, load_scale("mini"), find(about, load_scale("mini"), [], rows=["mocov2", "swav"]))
-    assert cells(sheet, "SwAV")["the paper's", "ratio"] == "0.94"  # 50 / 53
+    assert cells(sheet, "SwAV")["paper's results", "ratio"] == "0.94"  # 50 / 53
 
 
 # The formats.

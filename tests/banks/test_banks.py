@@ -1,4 +1,6 @@
-"""The banks move their rows as the equations say, start alike everywhere, and count how they are used."""
+"""The banks move their rows as the equations say, start with the same rows on every machine, and count how rows are
+used.
+"""
 
 import math
 
@@ -77,7 +79,7 @@ def test_random_rows_are_unit_and_do_not_depend_on_how_they_are_shared_out():
     assert torch.equal(whole[4_000:9_000], random_rows(4_000, 9_000, 3, seed=5))
     assert not torch.equal(whole, random_rows(0, 10_000, 3, seed=6))
     assert len(torch.unique(whole, dim=0)) == 10_000
-    assert whole.mean(0).abs().max() < 0.03  # spread over the whole sphere
+    assert whole.mean(0).abs().max() < 0.03  # the rows are spread over the whole sphere
 
 
 @pytest.mark.parametrize(("reading", "initialisation", "norms"), [
@@ -95,7 +97,7 @@ def test_random_rows_of_the_code_reading_have_the_norms_of_a_plain_normal_law(re
         "the directions are the same"
     )
     norm = bank.rows.weight.detach().norm(dim=1)
-    # Of D normal numbers the norm is about sqrt(D), spread by 1 / sqrt(2).
+    # The norm of D normal numbers is about sqrt(D), with a standard deviation of 1 / sqrt(2).
     assert norm.mean() == pytest.approx(16.0 if norms == "normal" else 1.0, abs=0.05)
     assert norm.std() == pytest.approx(0.5**0.5 if norms == "normal" else 0.0, abs=0.03)
 
@@ -114,11 +116,11 @@ def test_the_queue_keeps_the_last_keys_in_order_and_gives_no_key_to_its_own_step
         part = keys[start : start + 2]
         assert not any(torch.equal(row, key) for row in bank.rows.weight for key in part)
         bank.update(lr=0.0, keys_GD=part)
-    expected = keys[[5, 1, 2, 3, 4]]  # the sixth key wrapped round onto the first
+    expected = keys[[5, 1, 2, 3, 4]]  # the sixth key replaced the first
     assert torch.equal(bank.rows.weight, expected)
-    bank.update(lr=0.0, keys_GD=keys)  # more keys than rows: the last five stay
+    bank.update(lr=0.0, keys_GD=keys)  # there are more keys than rows, so the last five stay
     assert sorted(bank.rows.weight.tolist()) == sorted(keys[2:].tolist())
-    bank.update(lr=0.0, keys_GD=-keys[:1])  # and the next one replaces the oldest of them
+    bank.update(lr=0.0, keys_GD=-keys[:1])  # the next key replaces the oldest of them
     assert sorted(bank.rows.weight.tolist()) == sorted(torch.cat([keys[3:], -keys[:1]]).tolist())
 
 
@@ -134,7 +136,7 @@ def test_statistics_by_hand():
     assert values["near_duplicates"] == 50.0  # the first two rows point the same way
     assert values["row_norm_mean"] == pytest.approx(2.0, abs=1e-4)
     assert values["row_norm_std"] == pytest.approx(0.5**0.5, abs=1e-4)
-    assert "rows_used" not in rows.statistics(), "use is counted anew after each report"
+    assert "rows_used" not in rows.statistics(), "counts of use start again after each report"
 
 
 def test_use_is_not_counted_in_evaluation():

@@ -1,5 +1,5 @@
-"""The fused kernel, and the streamed path where it is not there, are the dense equations in float64, to the stated
-precision.
+"""The fused kernel, and the streamed PyTorch code that replaces it where it was not built, agree with the dense
+equations in float64 to the precision stated below.
 """
 
 import math
@@ -15,14 +15,14 @@ from caco.banks.kernels import fused
 from caco.banks.learnable import LearnableBank
 
 PATHS = ["streamed", "plain", "avx2", "wide", "avx512", "amx", "amx bfloat16"]
-LOSS = {"amx": 1.2e-5, "amx bfloat16": 5e-3}  # error of a cosine, and so of a loss times tau; else a float32's
-GRADIENT = {"amx": 1e-5, "amx bfloat16": 2e-3}  # of a query, times tau^2
-ROWS = {"amx": 2e-5, "amx bfloat16": 5e-3}  # of rows and velocity after five steps, times tau
+LOSS = {"amx": 1.2e-5, "amx bfloat16": 5e-3}  # error of a cosine, and so of loss times tau; other paths: float32
+GRADIENT = {"amx": 1e-5, "amx bfloat16": 2e-3}  # error of a query's gradient times tau^2
+ROWS = {"amx": 2e-5, "amx bfloat16": 5e-3}  # error of rows and velocity after five steps, times tau
 
 
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
-    """Every path, whatever this processor would choose: wide is the tile of AVX-512 in AVX2's instructions."""
+    """Every code path that this processor can run; "wide" is the tile shape of AVX-512 with AVX2 instructions."""
     if request.param == "streamed":
         monkeypatch.setattr(instructions, "LEVEL", "torch")
         assert not fused.supports(torch.ones(1))
@@ -41,11 +41,11 @@ def unit(*shape, seed):
 
 
 def stored(K, D, seed):
-    """Rows of every norm between a half and three."""
+    """Rows with norms between 0.5 and 3."""
     return unit(K, D, seed=seed) * torch.linspace(0.5, 3, K, dtype=torch.float64)[:, None]
 
 
-# B, K, D: one of each, nothing a multiple of a tile; several tiles of queries; several blocks of rows, wide and narrow.
+# (B, K, D): all 1; no multiple of a tile; several tiles of queries; several blocks of rows, for wide and narrow rows.
 SHAPES = [(1, 2, 1), (5, 7, 3), (12, 16, 16), (97, 193, 20), (130, 777, 128), (31, 500, 200), (200, 97, 256)]
 
 
@@ -80,7 +80,7 @@ def test_rows_and_velocity_after_five_steps_of_two_terms(path, reading, pull, pu
     settings = {"pull": pull, "push": push, "temperature": bank_tau, "reading": reading, "weight_decay": 1e-2}
     bank = LearnableBank(size=K, dim=D, seed=0, lr=0.7, **settings)
     with torch.no_grad():
-        bank.rows.weight[40] = bank.rows.weight[3]  # duplicates
+        bank.rows.weight[40] = bank.rows.weight[3]  # two equal rows
         bank.rows.weight[200] = bank.rows.weight[3]
     w, v = bank.rows.weight.detach().double(), torch.zeros(K, D, dtype=torch.float64)
     for step in range(5):
@@ -99,13 +99,15 @@ def test_rows_and_velocity_after_five_steps_of_two_terms(path, reading, pull, pu
     atol = ROWS[path] / (bank_tau or tau) if path in ROWS else 1e-4
     assert torch.allclose(bank.rows.weight.double(), w, atol=atol)
     assert torch.allclose(bank.rows.velocity.double(), v, atol=atol)
-    assert (w - bank.rows.weight[0].double()).abs().max() > 0.1, "rows that all agree would prove nothing"
+    assert (w - bank.rows.weight[0].double()).abs().max() > 0.1, (
+        "the rows must differ from one another, or the test would prove nothing"
+    )
 
 
 def test_equal_rows_go_to_the_lowest_index_however_many_there_are(path):
     rows = stored(1000, 32, seed=0).float()
-    rows[[30, 31, 900]] = rows[7].clone()  # fewer than the candidates that are kept
-    rows[100:140] = rows[12] * 2.0 ** torch.arange(-20, 20)[:, None]  # more
+    rows[[30, 31, 900]] = rows[7].clone()  # fewer equal rows than the search keeps candidates
+    rows[100:140] = rows[12] * 2.0 ** torch.arange(-20, 20)[:, None]  # more equal directions than that
     keys = torch.cat([F.normalize(rows[[7, 12]], dim=1), unit(50, 32, seed=1).float()])
     label = scoring.most_probable_row(keys, rows, 0)
     assert label[:2].tolist() == [7, 12]
@@ -115,8 +117,8 @@ def test_equal_rows_go_to_the_lowest_index_however_many_there_are(path):
 
 @pytest.mark.parametrize("path", PATHS[1:], indirect=True)
 def test_the_nearest_rows_cosines_are_within_the_bound_that_comes_with_them(path):
-    """Scattered keys have few rows in reach, a key amid a crowd of rows more than one bfloat16 or even float32 can tell
-    apart.
+    """Only few rows can be the nearest to a scattered key. For a key amid a crowd of rows there are many, which a
+    bfloat16 or even a float32 cannot tell apart.
     """
     rows = stored(3000, 40, seed=0).float()
     noise = torch.randn(200, 40, generator=torch.Generator().manual_seed(1))
@@ -124,33 +126,37 @@ def test_the_nearest_rows_cosines_are_within_the_bound_that_comes_with_them(path
     rows[700:800] = rows[13] + 3e-3 * noise[100:]
     keys = torch.cat([F.normalize(rows[[12, 13]], dim=1), unit(60, 40, seed=2).float()])
     value, row, error = fused.nearest(keys, rows)
-    assert value.shape[1] == (16 if path.startswith("amx") else 4), "more cost time where a float32 tells rows apart"
+    assert value.shape[1] == (16 if path.startswith("amx") else 4), (
+        "more candidates would only cost time where float32 can tell rows apart"
+    )
     exact = keys.double() @ F.normalize(rows.double(), dim=1).T
     named = row >= 0
     off = (value.double() - exact.gather(1, row.clamp(min=0))).abs()
     assert named[:, 0].all() and (off <= error[:, None])[named].all()
-    assert 1e-3 * error.max() < off[named].max() and error.max() < 0.01, "a bound that far off would tell nothing"
-    # Whatever is not named is too far to be the nearest, unless all that are named are in reach.
+    assert 1e-3 * error.max() < off[named].max() and error.max() < 0.01, (
+        "the bound must be near the real errors, or it would be useless"
+    )
+    # A row that is not among the candidates is too far to be the nearest, unless all candidates may be the nearest.
     crowded = value[:, -1] >= value[:, 0] - 2 * error
     assert crowded.nonzero().tolist() == [[0]]
     assert (row == exact.argmax(1, keepdim=True)).any(1)[~crowded].all()
 
 
 def test_a_row_that_is_nearer_by_less_than_float32_can_tell_is_found(path):
-    """Rows within 1e-9 of one another in cosine: only float64 orders them."""
+    """The cosines of the rows differ by 1e-9, so only float64 can order them."""
     key = torch.zeros(1, 64)
     key[0, 0] = 1.0
     rows = torch.zeros(500, 64)
     rows[:, 0] = 1.0
     rows[torch.arange(500), 1 + torch.arange(500) % 63] = torch.linspace(2e-4, 3e-4, 500).flip(
         0
-    )  # falling: the last is nearest
+    )  # the offset falls, so the last row is the nearest
     assert scoring.most_probable_row(key, rows, 0).tolist() == [499]
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.002])
 def test_temperatures_whose_logits_leave_float32_s_range(path, tau):
-    q, w = unit(6, 8, seed=0), -unit(6, 8, seed=0).repeat(5, 1)  # every cosine of a query with its own row is -1
+    q, w = unit(6, 8, seed=0), -unit(6, 8, seed=0).repeat(5, 1)  # the cosine of each query with its own row is -1
     positive = torch.arange(6)
     dense = eq.contrastive_loss(q, F.normalize(w, dim=1), positive, tau)
     fast = scoring.score(q.float(), w.float(), positive, first_row=0, size=30, tau=tau).loss_B
@@ -158,8 +164,8 @@ def test_temperatures_whose_logits_leave_float32_s_range(path, tau):
 
 
 def test_rows_move_right_where_probabilities_leave_a_bfloat16_s_exponents(path):
-    """At a temperature so low for the rows, one bfloat16 a number will not do whatever the run's precision: it is a
-    float32's motion.
+    """At this low a temperature for the rows, one bfloat16 per number is not enough at any precision of the run, so the
+    rows move as in float32.
     """
     B, K, D, bank_tau = 20, 97, 24, 0.004
     bank = LearnableBank(size=K, dim=D, seed=0, temperature=bank_tau)
@@ -201,7 +207,7 @@ def test_threads_do_not_change_what_is_chosen_and_nothing_by_more_than_rounding(
     assert torch.equal(one[0], three[0])
     for a, b in zip(one[1:], three[1:], strict=True):
         assert torch.allclose(a, b, atol=1e-5)
-    for _ in range(3):  # whichever thread was free for which rows
+    for _ in range(3):  # repeated, because the rows that a thread gets depend on timing
         assert all(torch.equal(a, b) for a, b in zip(three, outcome(3), strict=True))
 
 
@@ -224,14 +230,14 @@ def test_what_cannot_be_scored_is_refused_with_numbers(path, spoil, message):
     w = stored(300, 16, seed=0).float()
     q = F.normalize(w[:20], dim=1)
     spoil(q, w)
-    scoring.most_probable_row(q, w, 0)  # any answer, but an answer
+    scoring.most_probable_row(q, w, 0)  # any row is allowed, but the search must end
     with pytest.raises(scoring.UnusableError, match=message):
         scoring.score(q, w, torch.zeros(20, dtype=torch.int64), first_row=0, size=300, tau=0.1)
 
 
 def test_the_run_s_precision_decides_which_products_are_rounded(monkeypatch):
-    """precision=bf16 is autocast around the method's loss: it holds for the score and for the rows' motion that it asks
-    for.
+    """precision=bf16 means autocast around the method's loss; it applies to the score and to the motion of the rows
+    that follows from it.
     """
     told = []
     monkeypatch.setattr(scoring.fused, "supports", lambda *tensors: True)

@@ -1,7 +1,8 @@
-"""The nearest row is float64's, ties by row, on every instruction set, whatever rounding does to rows and keys.
+"""Every instruction set finds the same nearest row as float64, and the lowest index among equal rows, however rounding
+changes rows and keys.
 
-AVX2 and AVX-512 look for it in whole numbers (caco/banks/kernels/integers.h has the bound that proves which rows can be
-the nearest), AMX in bfloat16, plain in float32.
+AVX2 and AVX-512 search in integers (caco/banks/kernels/integers.h has the bound that proves which rows can be the
+nearest), AMX in bfloat16, plain in float32.
 """
 
 import pytest
@@ -26,34 +27,37 @@ def normal(*shape, seed):
 
 
 def oracle(k, w):
-    """Of rows that have a direction, the first of those that float64 does not tell apart."""
+    """The expected row: among the rows other than zero, the first of those whose cosine is largest in float64."""
     cosine = k.double() @ F.normalize(w.double(), dim=1).T
     cosine[:, ~(w.norm(dim=1) > 0)] = -2
     return (cosine > cosine.amax(1, keepdim=True) - 1e-12).to(torch.uint8).argmax(1)
 
 
 def spread(x, seed):
-    """Rows of norms from 2^-12 to 2^12."""
+    """Scale rows to norms from 2^-12 to 2^12."""
     return x * 2.0 ** torch.randint(-12, 13, (len(x), 1), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("D", [1, 2, 3, 5, 7, 13, 16, 31, 33, 65, 130, 257])  # most are no multiple of a vector
+# most are not a multiple of a vector register
+@pytest.mark.parametrize("D", [1, 2, 3, 5, 7, 13, 16, 31, 33, 65, 130, 257])
 def test_random_and_crowded_banks(D):
-    """Rows on all sides, crowds about the keys, and rows of one large number, which rounds all others coarsely."""
+    """Random rows, crowds of rows around the keys, and rows with one large number, next to which all others are rounded
+    coarsely.
+    """
     G, K = 61, 1501
     k = F.normalize(normal(G, D, seed=D), dim=1)
     w = normal(K, D, seed=D + 1)
     crowd = torch.arange(700) % G
     w[300:1000] = k[crowd] + 10.0 ** -(torch.arange(700) % 7)[:, None] * normal(700, D, seed=D + 2) / D**0.5
     w[1000:1200, 0] = 40.0
-    w[1200:1300] = w[torch.arange(100) * 3]  # equal, far from one another
+    w[1200:1300] = w[torch.arange(100) * 3]  # equal rows at distant indices
     w = spread(F.normalize(w, dim=1), D)
     k = torch.cat([k, F.normalize(w[1000:1010], dim=1)])
     assert torch.equal(scoring.most_probable_row(k, w, 0), oracle(k, w))
 
 
 def rounding(k, *, bits):
-    """What is lost where a key's numbers become whole ones."""
+    """The rounding error of a key when its numbers become integers."""
     scale = 127 / k.abs().amax(1, keepdim=True) if bits == 8 else 32700 / k.norm(dim=1, keepdim=True)
     return k - (k * scale).round() / scale
 
@@ -61,8 +65,8 @@ def rounding(k, *, bits):
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("D", [24, 67, 128])
 def test_rows_that_rounding_puts_in_the_wrong_order(bits, D):
-    """Of each key's two rows one lies towards what rounding took from it, the other as far the other way: the exact
-    cosines are nearly equal, and the rounded key is nearer to the wrong one by about the whole of what it lost.
+    """For each key there are two rows, one shifted along the key's rounding error and one as far against it. Their
+    exact cosines are nearly equal, but the rounded key is nearer to the wrong row, by about the whole rounding error.
     """
     k = F.normalize(normal(24, D, seed=D).double(), dim=1).float()
     lost = rounding(k.double(), bits=bits)
@@ -73,12 +77,14 @@ def test_rows_that_rounding_puts_in_the_wrong_order(bits, D):
     behind = ((k - lost) * F.normalize(w[:24].double(), dim=1)).sum(1) - (
         (k - lost) * F.normalize(w[24:48].double(), dim=1)
     ).sum(1)
-    assert (behind > 0.9 * lost.norm(dim=1)).all(), "keys whose order rounding keeps prove nothing"
+    assert (behind > 0.9 * lost.norm(dim=1)).all(), (
+        "rounding must change the order of each key's rows, or the test would prove nothing"
+    )
     assert torch.equal(scoring.most_probable_row(k, w, 0), right)
 
 
 def test_shards_choose_as_the_whole_bank_does():
-    """`most_probable_row` of each rank's rows; the best of these, the first of equals, is that of all rows."""
+    """The best of the ranks' most probable rows (the first among equals) is the most probable of all rows."""
     k, w = F.normalize(normal(40, 37, seed=1), dim=1), normal(1000, 37, seed=2)
     w[[333, 334, 700]] = w[20].clone()
     k[:3] = F.normalize(w[[20, 20, 333]], dim=1)
@@ -92,7 +98,7 @@ def test_shards_choose_as_the_whole_bank_does():
 def test_degenerate_banks():
     k = F.normalize(normal(20, 19, seed=1), dim=1)
     w = normal(700, 19, seed=2)
-    w[::3] = 0.0  # without a direction: never chosen
+    w[::3] = 0.0  # zero rows have no direction and must never be chosen
     w[5], w[7] = float("inf"), float("nan")
     rows = w.clone()
     rows[[5, 7]] = 0.0
@@ -101,14 +107,17 @@ def test_degenerate_banks():
     assert torch.equal(
         scoring.most_probable_row(k, w[[5]].repeat(300, 1) * 0 + 1, 0), torch.zeros(20, dtype=torch.int64)
     )
-    opposite = torch.cat([torch.zeros(40, 19), -k[:1], torch.zeros(40, 19)])  # every cosine that there is lies below 0
+    opposite = torch.cat([torch.zeros(40, 19), -k[:1], torch.zeros(40, 19)])  # all cosines are below 0
     assert scoring.most_probable_row(k[:1], opposite, 0).tolist() == [40]
-    for spoilt in (torch.zeros(2, 19), torch.full((2, 19), float("nan"))):  # any answer, but an answer
+    # any row is allowed, but the search must end
+    for spoilt in (torch.zeros(2, 19), torch.full((2, 19), float("nan"))):
         assert scoring.most_probable_row(spoilt, w, 0).lt(700).all()
 
 
 def test_few_rows_are_left_to_float64(monkeypatch):
-    """The search that proves little would be slow, not wrong: of keys amid random rows none is searched for again."""
+    """A search with a weak bound would be slow and not wrong, so this checks that no key amid random rows is searched
+    for again.
+    """
     monkeypatch.setattr(scoring, "_search_exactly", None)
     k, w = F.normalize(normal(50, 128, seed=1), dim=1), normal(20000, 128, seed=2)
     assert torch.equal(scoring.most_probable_row(k, w, 0), oracle(k, w))

@@ -1,5 +1,5 @@
-"""A bank in anyone's own loop: its loss and motion are the equations', the methods', and the same on any number of
-ranks.
+"""A bank in a training loop outside caco: its loss and the motion of its rows agree with the equations and with caco's
+methods, on any number of ranks.
 """
 
 import copy
@@ -26,13 +26,13 @@ B, D, K, E = 8, 6, 13, 3
 
 
 def embeddings(step, number=B, dtype=torch.float64):
-    """Of any length, as a projector gives them."""
+    """Embeddings that are not normalised, as a projector gives them."""
     generator = torch.Generator().manual_seed(step)
     return torch.randn(2, number, D, generator=generator, dtype=torch.float64).mul_(3).to(dtype).unbind()
 
 
 def dense(q, k, w, positive, tau, extra=None):
-    """What `loss` says it is, each query's, by PyTorch alone; and the column that is its positive."""
+    """The loss of each query as documented for `loss`, computed with plain PyTorch, and the column of its positive."""
     q, k, m = (F.normalize(x, dim=1) for x in (q, k, w))
     columns = (
         [q @ m.T] + ([(q * k).sum(1, keepdim=True)] if positive == "key" else []) + ([] if extra is None else [extra])
@@ -66,12 +66,12 @@ def test_the_loss_and_the_gradients_of_queries_keys_and_extra_columns_are_those_
 @pytest.mark.parametrize("positive", ["row", "key"])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_rows_descend_the_loss_as_positives_and_climb_it_as_negatives(positive, parts):
-    """The motion of the rows (Eqs. 6 to 10) from autograd of each query's loss by the rows alone."""
+    """The motion of the rows (Eqs. 6 to 10) follows from the gradient of each query's loss with respect to the rows."""
     (q, k), bank = embeddings(1), LearnableBank(size=K, dim=D, lr=0.5, momentum=0.0).double()
     before = bank.rows.weight.detach().clone()
     for qs, ks in zip(q.chunk(parts), k.chunk(parts), strict=True):
         (bank.loss(qs.requires_grad_(), ks, temperature=0.1, positive=positive) / parts).backward()
-    assert torch.equal(bank.rows.weight, before)  # until the update
+    assert torch.equal(bank.rows.weight, before)  # rows do not move before the update
     bank.update()
     w = before.clone().requires_grad_()
     loss_B, at_B = dense(q.detach(), k, w, positive, 0.1)
@@ -120,8 +120,8 @@ def encoder():
 
 @pytest.mark.parametrize("kind", ["caco", "moco"])
 def test_a_loop_of_ones_own_makes_the_methods_steps(kind):
-    """Five steps, to the bits of the rows and weights: both halves of the batch in one direction, as the published
-    loops have it.
+    """After five steps, rows and weights are equal to the bit. Each direction is computed for the whole batch, as in
+    the published loops.
     """
     bank = LearnableBank(size=K, dim=D, lr=0.5) if kind == "caco" else FifoBank(size=4 * B, dim=D)
     method = Contrastive(
@@ -206,7 +206,7 @@ def test_what_does_not_fit_is_refused_and_all_of_it_at_once(monkeypatch):
     bank, (q, k) = LearnableBank(size=K, dim=D), embeddings(8, dtype=torch.float32)
     with pytest.raises(UserError) as refusal:
         bank.loss(q[:, :4], k, temperature=0.0, positive="view")
-    expected = [f"expected [B, {D}] both, as wide as the bank's rows; got [8, 4] and [8, 6]",
+    expected = [f"expected shape [B, {D}] for both, as wide as the bank's rows; got [8, 4] and [8, 6]",
     "temperature: expected a number above 0; got 0.0",
                 "positive: expected row or key; got 'view'"]  # fmt: skip
     assert [wanted in line for wanted, line in zip(expected, str(refusal.value).splitlines(), strict=True)] == [
@@ -229,8 +229,8 @@ def test_what_does_not_fit_is_refused_and_all_of_it_at_once(monkeypatch):
 
 
 def a_loop(kind, file):
-    """Some steps on this rank's part of each batch, with DistributedDataParallel where there are several; rank 0 writes
-    what came of it.
+    """Train some steps on this rank's part of each batch, with DistributedDataParallel if there are several ranks; rank
+    0 writes the result.
     """
     distributed.start(torch.device("cpu"), timeout_s=120)
     torch.manual_seed(1)
@@ -247,7 +247,7 @@ def a_loop(kind, file):
         wrapped(q, k).backward()
         optimizer.step()
         bank.update()
-    state = module.state_dict()  # a collective
+    state = module.state_dict()  # every rank must call this, because it is a collective
     if distributed.is_main():
         torch.save(state, file)
     distributed.stop()
@@ -265,7 +265,7 @@ def test_two_ranks_share_the_rows_and_end_as_one_does(tmp_path, kind):
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore")  # Lightning's own
+@pytest.mark.filterwarnings("ignore")  # warnings of Lightning itself
 def test_in_a_lightning_module(tmp_path):
     lightning = pytest.importorskip("pytorch_lightning")
 

@@ -1,12 +1,12 @@
-"""Losses that count negatives otherwise, over a streamed bank, are the dense equations: values, and by autograd every
-gradient.
+"""Losses that weight negatives differently, computed with a streamed bank, agree with the dense equations in values and
+in all gradients (by autograd).
 """
 
 import functools
 
 import pytest
 import torch
-from test_fused import path, stored, unit  # noqa: F401 - path: every kernel, and none
+from test_fused import path, stored, unit  # noqa: F401 - path: with every kernel, and without
 from torch.nn import functional as F
 
 from caco import equations as eq
@@ -32,8 +32,8 @@ OBJECTIVES = {
     "margin alone": (Margin(epsilon=0.2, alpha=None), functools.partial(eq.margin_loss, epsilon=0.2, alpha=None)),
 }
 near = functools.partial(torch.allclose, rtol=0, atol=1e-11)
-# Where positives come from: rows of the bank (CaCo), a first extra column (MoCo), the same with one masked and more
-# besides (AdCo), rows with extra columns.
+# Where the positive comes from: a row of the bank (CaCo); the first extra column (MoCo); the same with a masked column
+# and more extra columns (AdCo); a row, with extra columns besides.
 KINDS = ["rows", "extra", "extra and batch", "rows and batch"]
 
 
@@ -47,8 +47,8 @@ def problem(kind, B=6, K=11, D=5):
 
 
 def expected_rows(dense, q, w, positive, tau, extra, weight, *, pull, push):
-    """What the bank descends: by autograd the gradient at each query's own positive, pull of it, less push of that at
-    its negatives.
+    """The gradient that the bank descends, by autograd: `pull` times the gradient at each query's positive row, minus
+    `push` times that at its negative rows.
     """
 
     def loss(w, q, positive, extra):
@@ -65,7 +65,7 @@ def expected_rows(dense, q, w, positive, tau, extra, weight, *, pull, push):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("tau", "bank_tau"), [(0.5, None), (0.1, None), (0.5, 0.1)])
 def test_loss_and_all_gradients_are_autograd_s_of_the_dense_equation(monkeypatch, name, kind, tau, bank_tau):
-    monkeypatch.setattr(scoring, "BLOCK_ELEMENTS", 18)  # blocks of 3 of the 11 rows
+    monkeypatch.setattr(scoring, "BLOCK_ELEMENTS", 18)  # so the 11 rows are read in blocks of 3
     objective, dense = OBJECTIVES[name]
     q, w, extra, positive = problem(kind)
     weight = torch.linspace(0.1, 1, len(q), dtype=torch.float64)
@@ -125,7 +125,7 @@ def test_both_branches_of_the_clamp_are_among_these_problems():
 
 
 def test_of_infonce_it_is_the_plain_score():
-    """A margin of 0, and no false negatives of equal weight, change nothing."""
+    """With a margin of 0, or with no false negatives and equal weights, the loss is plain InfoNCE."""
     q, w, extra, positive = problem("rows and batch")
     plain = scoring.score(q, w, positive, first_row=0, size=len(w), tau=0.1, extra_BE=extra, anchors=(asked := []))
     for objective in (Margin(epsilon=0.0), Reweighted(positive_share=0.0, concentration=0.0)):
@@ -151,7 +151,9 @@ def test_of_infonce_it_is_the_plain_score():
 
 
 def test_hand_arithmetic_of_two_negatives():
-    """One query, cosines 1/2 with its positive, 1/2 and 0 with its negatives, tau 1/2: pos = e, neg = e and 1."""
+    """One query has cosine 1/2 with its positive, and 1/2 and 0 with its negatives; with tau 1/2, pos = e and neg = e,
+    1.
+    """
     q, m = (
         torch.tensor([[1.0, 0.0]], dtype=torch.float64),
         torch.tensor([[0.5, 0.75**0.5], [0.5, -(0.75**0.5)], [0.0, 1.0]], dtype=torch.float64),
@@ -161,7 +163,7 @@ def test_hand_arithmetic_of_two_negatives():
     hard = (weights * torch.stack([e, e / e])).sum()
     lowest = 2 * (-2 * e / e).exp()
     assert 0 < (e + 1 - 1.34 * e) / 0.33 < lowest and e + 1 - 1.8 * e < 0, (
-        "of the last two shares, what is left and what is too much"
+        "the last two shares must leave something below the clamp, and nothing at all"
     )
     cases = [
         (0.0, 1.0, hard),
@@ -204,8 +206,8 @@ def test_float32_in_pytorch_s_blocks_stays_close_to_float64_where_rows_are_posit
 
 
 def stays_close(name, kind, bank_tau, tolerance):
-    """Loss, queries' gradient, and rows and velocity after two steps of two terms each, decay and normalised rows
-    included.
+    """Compare loss, the queries' gradient, and rows and velocity after two steps of two terms each, with weight decay
+    and normalised rows.
     """
     B, K, D, tau = 37, 211, 24, 0.1
     objective, dense = OBJECTIVES[name]
@@ -239,7 +241,7 @@ def stays_close(name, kind, bank_tau, tolerance):
         bank.update(lr=0.7, keys_GD=q)
     assert torch.allclose(bank.rows.velocity.double(), v, atol=tolerance / (bank_tau or tau))
     assert torch.allclose(bank.rows.weight.double(), w, atol=tolerance / (bank_tau or tau))
-    assert v.abs().max() > 0.05, "rows at rest would prove nothing"
+    assert v.abs().max() > 0.05, "the rows must have moved, or the test would prove nothing"
 
 
 def test_kernels_serve_where_no_positive_is_a_row_and_pytorch_where_one_is(monkeypatch):
@@ -267,13 +269,13 @@ def test_kernels_serve_where_no_positive_is_a_row_and_pytorch_where_one_is(monke
                 (0.2, 0.5),
                 (0.25, 0.0),
                 (0.5, 1.0),
-            ], "two passes; two temperatures each, and the rows move with the last"
+            ], "expected two passes with two temperatures each, and the rows to move with the last"
         served.clear()
     assert served == []
 
 
 def test_a_low_temperature_that_leaves_float32_s_range():
-    """Every negative a whole diameter away from its query, at a temperature where exp of its logit is no float32."""
+    """Every negative is opposite to its query, at a temperature where exp of the logit leaves the range of float32."""
     q = unit(6, 8, seed=0)
     w = torch.cat([q, -q.repeat(4, 1)])
     positive = torch.arange(6)

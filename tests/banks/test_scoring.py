@@ -1,4 +1,4 @@
-"""The streamed score equals the dense equations: loss, labels, every gradient, for any block size."""
+"""The streamed score equals the dense equations in loss, labels and all gradients, for any block size."""
 
 import pytest
 import torch
@@ -53,11 +53,12 @@ def test_loss_and_all_gradients(monkeypatch, block_elements, E, pull, push, bank
 
 
 def test_float32_stays_close_to_the_float64_equations_at_a_low_temperature(monkeypatch):
-    monkeypatch.setattr(scoring.fused, "supports", lambda *tensors: False)  # the kernels: test_fused.py
+    # the kernels have their tests in test_fused.py
+    monkeypatch.setattr(scoring.fused, "supports", lambda *tensors: False)
     q, w, _, positive = problem(B=64, K=1000, D=32)
     dense = eq.contrastive_loss(q, F.normalize(w, dim=1), positive, 0.02)
     fast = scoring.score(q.float(), w.float(), positive, first_row=0, size=1000, tau=0.02)
-    assert (fast.loss_B - dense).abs().max() < 1e-4  # losses here are around 25
+    assert (fast.loss_B - dense).abs().max() < 1e-4  # the losses are around 25
 
 
 def test_a_masked_column_takes_no_part():
@@ -84,8 +85,8 @@ def test_the_most_probable_row_is_that_of_equation_11_and_the_lowest_of_equals(m
     monkeypatch.setattr(scoring, "BLOCK_ELEMENTS", block_elements)
     _, w, _, _ = problem()
     k = F.normalize(torch.randn(40, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64), dim=1)
-    w[9] = w[2]  # a duplicate row must never be chosen over the first
-    w[10] = w[0] * 3  # nor one that differs by its norm alone
+    w[9] = w[2]  # of equal rows, the first must be chosen
+    w[10] = w[0] * 3  # also if they differ only in their norm
     row = scoring.most_probable_row(k, w, 0)
     cosine = (k[:, None] * F.normalize(w, dim=1)).sum(2)  # a matrix product may round equal rows differently
     assert torch.equal(row, (cosine > cosine.amax(1, keepdim=True) - 1e-12).to(torch.uint8).argmax(1))

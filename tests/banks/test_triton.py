@@ -1,4 +1,4 @@
-"""The bank's Triton kernels: right in the interpreter, compiled without a GPU, and left where they do not work."""
+"""The bank's Triton kernels: correct in Triton's interpreter, compiled without a GPU, and not used where they fail."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from caco.banks.kernels import cards, fused, triton_kernels
 
 @pytest.mark.long
 def test_what_is_promised_of_every_path_holds_in_the_interpreter(repo_root):
-    """In a process of its own: Triton asks when it is imported whether to interpret."""
+    """This needs a new process, because Triton decides at its import whether to use the interpreter."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/banks/triton_interpreted.py"]
     done = subprocess.run(
         command, cwd=repo_root, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
@@ -26,7 +26,7 @@ def test_what_is_promised_of_every_path_holds_in_the_interpreter(repo_root):
 @pytest.mark.parametrize("name", triton_kernels.KERNELS)
 @pytest.mark.parametrize(("arch", "bf16", "D"), [(80, False, 64), (90, True, 128)])
 def test_kernels_compile_without_a_gpu_and_fit_the_card(name, arch, bf16, D):
-    """benchmarks/kernels.py has the other widths and factors."""
+    """benchmarks/kernels.py compiles for other widths and factors, too."""
     used = kernels.used(name, D, bf16=bf16, arch=arch)
     assert used.spilled == 0
     entry = kernels.entry(arch)
@@ -49,8 +49,8 @@ def test_where_the_kernels_do_not_work_one_line_says_why_and_pytorch_streams(mon
         fused.on_cuda.cache_clear()
     assert (
         capsys.readouterr().err
-        == "caco: the bank's Triton kernels do not serve here (RuntimeError: no kernel image is available); "
-        "PyTorch streams the bank instead, slower\n"
+        == "caco: the bank's Triton kernels cannot be used here (RuntimeError: no kernel image is available); "
+        "PyTorch streams the bank instead, which is slower\n"
     )
 
 

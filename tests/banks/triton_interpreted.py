@@ -1,7 +1,7 @@
-"""The Triton kernels in Triton's interpreter, on a CPU: run by test_triton.py in a process of its own, with
+"""The Triton kernels in Triton's interpreter, on a CPU. test_triton.py runs this file in a new process with
 TRITON_INTERPRET=1.
 
-What tests/banks/test_fused.py promises of every path is promised of this one.
+The kernels must pass what tests/banks/test_fused.py demands of every code path.
 """
 
 import numpy as np
@@ -20,12 +20,12 @@ from caco.banks import motion, scoring
 from caco.banks.kernels import cards, fused, triton_kernels
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # of queries that are refused
+pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # from queries that are refused
 
 
 @pytest.fixture(autouse=True)
 def serves(monkeypatch):
-    """Scoring uses the kernels for CPU tensors too, in large blocks: each costs the interpreter the same."""
+    """Use the kernels for CPU tensors, with large blocks, because the interpreter's time depends on their number."""
     monkeypatch.setattr(fused, "supports", lambda *tensors: True)
     monkeypatch.setattr(instructions, "LEVEL", None)
     for name in ("forward", "nearest_row", "update"):
@@ -34,8 +34,8 @@ def serves(monkeypatch):
     monkeypatch.setattr(triton_kernels, "_card", lambda device: large)
     monkeypatch.setattr(triton_kernels, "CHUNK", 128)
     monkeypatch.setattr(triton_kernels, "EXACT_ROWS", 256)
-    # The interpreter holds bfloat16 as the integers of its bits: it multiplies those, and cuts float32 off where cards
-    # round.
+    # The interpreter stores a bfloat16 as the integer of its bits and would multiply these integers, and it truncates a
+    # float32 to bfloat16 where GPUs round. `widened` and `rounded` correct both.
     builder, held = interpreter.InterpreterBuilder, interpreter.TensorHandle
     dot, cast = builder.create_dot, builder.cast_impl
 
@@ -51,7 +51,7 @@ def serves(monkeypatch):
 
     monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest))
     monkeypatch.setattr(builder, "cast_impl", rounded)
-    with np.errstate(all="ignore"):  # rows beyond the last divide by zero, and are masked
+    with np.errstate(all="ignore"):  # masked rows after the last one divide by zero
         yield
 
 
@@ -140,13 +140,16 @@ def test_products_of_bfloat16_change_sums_and_motion_by_less_than_a_hundredth():
         (0.9 * v - velocity, -gradient),
         (w - moved, 0.9 * v + gradient),
     ]:
-        assert 1e-6 < (got - exact).norm() / exact.norm() < 1e-2, "bfloat16 rounds to 2^-9; exact would not be bfloat16"
+        assert 1e-6 < (got - exact).norm() / exact.norm() < 1e-2, (
+            "bfloat16 rounds to 2^-9; an exact result would not be bfloat16"
+        )
 
 
 @pytest.mark.parametrize("crowded", ["everywhere", "one place"])
 def test_the_bound_of_nearest_holds_for_every_row_not_named(crowded):
-    """Rows that lie so close together that neither bfloat16 nor a few candidates settle which is nearest, and rows that
-    a program would all keep in one place."""
+    """Some rows are so close together that neither bfloat16 nor a few candidates decide which is nearest; others would
+    all be kept in the same place of a program.
+    """
     near = F.normalize(unit(1, 64, seed=0) + 0.02 * unit(1500, 64, seed=1), dim=1)
     rows = near if crowded == "everywhere" else unit(1500, 64, seed=3)
     rows[3::256] = near[3::256]
@@ -169,8 +172,8 @@ def nearest_in_float64(keys, rows):
 
 @pytest.mark.parametrize("doubtful", [0, 5, 64, 65, 130])
 def test_keys_of_which_rounding_leaves_several_rows_are_searched_for_again_however_many_they_are(doubtful):
-    """Of some keys there are twelve rows that float32 cannot tell apart, of some of these only ones that are equal;
-    the others' row is alone.
+    """Some keys have twelve nearest rows that float32 cannot tell apart, and some have nearest rows that are equal;
+    each of the other keys has one nearest row.
     """
     rows, keys = unit(900, 24, seed=1), unit(130, 24, seed=2)
     rows[::9] = rows[0]
@@ -184,7 +187,7 @@ def test_keys_of_which_rounding_leaves_several_rows_are_searched_for_again_howev
 @pytest.mark.parametrize("D", [40, 200])
 @pytest.mark.parametrize("entry", cards.TABLE, ids=lambda entry: entry.name)
 def test_every_entry_of_the_table_of_cards_gives_the_equations(monkeypatch, entry, D):
-    """The trial compares every kernel with caco/equations.py, in the blocks of the entry."""
+    """The trial compares every kernel, with the block sizes of the entry, with caco/equations.py."""
     monkeypatch.setattr(triton_kernels, "_card", lambda device: entry)
     monkeypatch.setattr(triton_kernels, "CHUNK", cards.CHUNK)
     triton_kernels.trial(CPU, D)

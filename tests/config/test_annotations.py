@@ -1,4 +1,4 @@
-"""Which plain values fit which annotation, and what is said when one does not."""
+"""Which plain values fit which type annotation, and the message for a value that does not."""
 
 import ast
 
@@ -127,7 +127,9 @@ def test_the_program_supplies_what_yaml_cannot_hold(module):
 
     taken = signature(module, module.nodes["f"])
     supplied = [name for name, item in taken.parameters.items() if not is_plain(item.annotation, module)]
-    assert supplied == ["parameters", "device", "backbone", "extra"], "views is a group of settings"
+    assert supplied == ["parameters", "device", "backbone", "extra"], (
+        "views is a group of settings, so it is not supplied by the program"
+    )
     missing = [
         "optimizer.rate: f needs it, expected float, got nothing",
         "optimizer.views: f needs it, expected list of View, got nothing",
@@ -135,7 +137,7 @@ def test_the_program_supplies_what_yaml_cannot_hold(module):
     assert argument_mismatches({}, taken, "optimizer", "f") == missing
     assert argument_mismatches({}, taken, "optimizer", "f", supplied=["rate", "views"]) == []
     assert argument_mismatches({"rate": 1}, taken, "optimizer", "f", supplied=["rate", "views"]) == [
-        "optimizer.rate: the program sets it, it cannot be chosen"
+        "optimizer.rate: the program sets this argument itself; leave it out"
     ]
 
 
@@ -150,7 +152,7 @@ def test_annotations_of_libraries_are_understood():
 
 
 def test_numbers_are_held_to_their_declared_range_and_lists_to_their_length(tmp_path, monkeypatch):
-    """Read from the source, through an alias and in a list; what is expected is said in words."""
+    """Ranges are read from the source, also through an alias and in a list; the message states them in words."""
     from caco.config import signatures
 
     source = """
@@ -175,8 +177,8 @@ def f(
     ]
     assert argument_mismatches({"k": 1, "m": "0.5", "x": [0, 1]}, taken, "o", "f") == [
         (
-            "o.m: expected float from 0 below 1 or None, got the text '0.5'; a variable is read as a number by"
-            " '${oc.decode:${oc.env:NAME}}'"
+            "o.m: expected float from 0 below 1 or None, got the text '0.5'; to use an environment variable as a"
+            " number, write '${oc.decode:${oc.env:NAME}}'"
         ),
         "o.x.1: expected float from 0 below 1, got 1 (int)",
     ]

@@ -1,4 +1,4 @@
-"""What a command line composes to, and what is refused before torch is imported."""
+"""The configuration that a command line composes to, and refusals that come before torch is imported."""
 
 import copy
 import subprocess
@@ -35,7 +35,7 @@ def whole():
 
 
 def refusal_of_value(whole, override: str) -> str:
-    """As refusal, without composing the rest again, which takes most of the time."""
+    """Like `refusal`, but without composing the rest of the configuration again, which takes most of the time."""
     cfg = copy.deepcopy(whole)
     key, _, value = override.partition("=")
     try:
@@ -52,8 +52,7 @@ def accept(*overrides: str) -> None:
     check_command(list(overrides), multirun=False)
 
 
-# Views that are cut into patches go with a method that takes them, and networks for lightness and colours with one that
-# has both.
+# Views that are cut into patches need a method that takes patches, and networks for lightness and colours need CMC.
 WITH_METHOD = {f"augmentation={name}{size}": name for name in ("infomin", "pirl", "cpcv2") for size in ("", "_cifar")}
 WITH_METHOD |= {"projector=cmc": "cmc"}
 
@@ -72,15 +71,15 @@ def test_every_folder_of_conf_is_a_group_of_the_root():
 
 
 @pytest.mark.parametrize("preset", refusals.groups()["preset"])
-@pytest.mark.parametrize("pn", ["none", "positive"])  # no bank, and one that learns nothing: the ones that differ most
+@pytest.mark.parametrize("pn", ["none", "positive"])  # no bank, and a bank that does not learn: these differ most
 def test_every_preset_goes_with_every_setting(preset, pn):
     accept(f"preset={preset}", f"pn={pn}", "eval=[]")
 
 
 @pytest.mark.parametrize("method", refusals.groups()["method"])
 def test_the_demo_goes_with_every_method(method):
-    """Digits are too small for patches, and grey: methods of patches and of colours take its other settings to
-    CIFAR.
+    """Digits are grey and too small for patches, so methods that need colours or patches use CIFAR with the demo's
+    other settings.
     """
     cifar = ["data=cifar10", f"augmentation={method}_cifar"] if method in WITH_METHOD.values() else []
     heads = ["backbone=cmc_small", "projector=cmc"] if method == "cmc" else []
@@ -218,10 +217,10 @@ def test_a_wrong_type_anywhere_is_refused_with_expected_and_got(override, where,
         ("epochs=0", "at least 1"),
         ("max_steps=0", "null or at least 1"),
         *(
-            (f"norm_groups={wrong}", "1, rank, or a divisor of batch, 1024")
+            (f"norm_groups={wrong}", "1, rank, or a divisor of batch=1024")
             for wrong in ("3", "0", "1024", "ranks", "true", "1.0")
         ),
-        ("shuffle_keys=true", "false with norm_groups=1"),
+        ("shuffle_keys=true", "false, because norm_groups=1"),
         ("seed=-1", "0 to 2**32 - 1"),
         ("name=a/b", "letters, digits"),
         ("name=..", "letters, digits"),
@@ -247,7 +246,7 @@ def test_senseless_values_of_the_root_are_refused(override, expected, whole):
 
 def test_a_final_rate_and_a_final_fraction_at_once_are_refused():
     expected = (
-        "schedule: expected one of final_fraction, final_lr and drops, and the others null (of drops []); got 0.01, 0.1"
+        "schedule: set one of final_fraction, final_lr and drops, and the others to null (drops to []); got 0.01, 0.1"
         " and []"
     )
     assert expected in refusal("schedule.final_lr=0.1")
@@ -262,8 +261,8 @@ def test_all_problems_of_the_tree_are_told_at_once():
     "overrides, expected",
     [
         (["pn=none", "bank=12M"], "bank=12M: pn=none has no bank"),
-        (["pn=none", "bank.size=100"], "bank.size: this setting has no bank"),
-        (["pn=none", "+bank.size=100"], "bank: this setting has none"),
+        (["pn=none", "bank.size=100"], "bank.size: this configuration has no bank"),
+        (["pn=none", "+bank.size=100"], "bank: expected a component with a _target_, or null"),
     ],
 )
 def test_a_bank_for_a_setting_without_one_is_refused_not_ignored(overrides, expected):
@@ -272,7 +271,7 @@ def test_a_bank_for_a_setting_without_one_is_refused_not_ignored(overrides, expe
 
 @pytest.fixture
 def own_conf(tmp_path):
-    """A folder of options that are added to those of conf/."""
+    """A folder with options that are added to those of conf/ by --config-dir."""
     for group in ("method", "preset"):
         (tmp_path / group).mkdir()
     folders.use(tmp_path)
@@ -302,8 +301,8 @@ def test_pn_belongs_to_caco(own_conf):
     other = {"method": recipe["method"], "bank": recipe["bank"]}
     (own_conf / "method" / "other.yaml").write_text("# @package _global_\n" + yaml.safe_dump(other))
     accept("method=other")
-    assert "pn belongs to method=caco" in refusal("method=other", "pn=positive")
-    assert "belongs to method=caco, and the method is other" in refusal("method=other", "+pn=positive")
+    assert "pn applies to method=caco only" in refusal("method=other", "pn=positive")
+    assert "applies to method=caco only, and the method is other" in refusal("method=other", "+pn=positive")
 
 
 def test_what_must_be_given_is_named(whole):
@@ -370,9 +369,8 @@ def test_a_warm_start_is_set_in_one_place():
 def test_two_evaluators_whose_results_have_one_name_are_refused_before_anything_starts(whole):
     cfg = copy.deepcopy(whole)
     OmegaConf.update(cfg, "eval.again", {**cfg.eval.knn, "block": 64}, force_add=True)
-    with pytest.raises(
-        UserError, match=r"eval\.again: its results would be called knn20_20pct, as those of eval\.knn are"
-    ):
+    said = r"eval\.again: its results would be called knn20_20pct, the same as those of eval\.knn: leave one"
+    with pytest.raises(UserError, match=said):
         validation.check(cfg)
     cfg.eval.again.k = 5
     validation.check(cfg)
@@ -387,17 +385,17 @@ def test_two_evaluators_whose_results_have_one_name_are_refused_before_anything_
         ),
         (
             ["pn=none", "warm_start.passes=2"],
-            "warm_start.passes: they go over the rows of a bank, and this setting has none, got 2",
+            "warm_start.passes: counts passes over the rows of a bank, and this configuration has no bank, got 2",
         ),
         (["warm_start.steps=-1"], "warm_start.steps: expected null, or 0 or more, got -1"),
-        (["method=byol", "warm_start.steps=5"], "warm_start: method=byol has none; leave it out"),
+        (["method=byol", "warm_start.steps=5"], "warm_start: method=byol has no warm start; leave it out"),
         (
             ["pn=positive", "bank_learning.final_lr=0"],
-            "bank_learning.final_lr: this setting's bank takes no final_lr: nothing learns in it",
+            "bank_learning.final_lr: the bank of this configuration takes no final_lr: none of its rows learn",
         ),
         (
             ["+bank_learning.wobble=1"],
-            "bank_learning.wobble: this setting's bank takes no wobble: there are lr, lr_reference_batch, ",
+            "bank_learning.wobble: the bank of this configuration takes no wobble: it takes lr, lr_reference_batch, ",
         ),
         (["pn=negative", "bank_learning.lr=fast"], "bank.lr: expected float from 0, got 'fast'"),
     ],

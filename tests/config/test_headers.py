@@ -1,5 +1,5 @@
-"""What the headers of conf/method print composes and passes every check that needs no data: commands, and overrides in
-sentences.
+"""Commands and overrides that the file headers in conf/method print compose, and pass every check that needs no
+data.
 """
 
 import re
@@ -16,7 +16,7 @@ OVERRIDES = re.compile(rf"(?<![^ (]){OVERRIDE}(?: {OVERRIDE})*")
 
 
 def header(file: Path) -> str:
-    """Its comment, without line breaks; each command begins after a mark."""
+    """The header comment of a file without line breaks; a mark precedes each command."""
     lines = [
         line.removeprefix("#")
         for line in file.read_text().splitlines()
@@ -26,7 +26,7 @@ def header(file: Path) -> str:
 
 
 def printed(file: Path) -> list[str]:
-    """Command lines; `...` stands for the whole command before it."""
+    """The command lines of a header; in them, `...` stands for the whole command before."""
     found, whole = [], ""
     for piece in re.split(r"\||\s{3,}", header(file)):
         if match := COMMAND.search(piece):

@@ -1,4 +1,4 @@
-"""A setting of the bank that learns has one home: an argument of its constructor, and a line of YAML."""
+"""A new setting of the learnable bank needs one argument of its constructor and one line of YAML, and nothing else."""
 
 import json
 import shutil
@@ -19,8 +19,8 @@ DO_NOT = (["pn=none"], ["pn=positive"])
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory, repo_root):
-    """A checkout in which somebody added `wobble`: one argument, one line. Called with command lines; their banks and
-    refusals.
+    """A checkout with a new setting `wobble`, which is one argument and one line of YAML. Call it with command lines to
+    get their banks or refusals.
     """
     folder = tmp_path_factory.mktemp("extended")
     for part in ("caco", "conf"):
@@ -78,7 +78,9 @@ def test_a_new_setting_is_one_argument_and_one_line_whatever_is_chosen(extended)
     assert not any("wobble" in (bank or {}) for bank in others)
     assert (by_block["wobble"], by_hand["wobble"]) == (2, 3)
     assert wrong == "bank.wobble: expected float, got 'much' (str)"
-    assert useless.startswith("bank_learning.wobble: this setting's bank takes no wobble: nothing learns in it")
+    assert useless.startswith(
+        "bank_learning.wobble: the bank of this configuration takes no wobble: none of its rows learn"
+    )
 
 
 @pytest.mark.parametrize("chosen", [["pn=both"], ["pn=negative"], ["method=adco"]])
@@ -98,10 +100,34 @@ def test_what_differs_between_settings_stays_different():
     [([], "360cfb256e"), (["pn=negative", "bank.lr=0.3"], "e247478005"), (["method=adco", "bank=12M"], "b6ed48d195")],
 )
 def test_runs_are_found_where_they_were_when_the_block_stood_three_times(overrides, expected):
-    """These hashes are names of directories: they change with a recipe, and with nothing else."""
+    """The hashes are part of directory names, so they may change only when a recipe changes."""
     assert run_hash(compose(overrides)) == expected
 
 
 def test_a_setting_that_no_bank_takes_is_refused():
-    with pytest.raises(UserError, match="bank_learning.wobble: this setting's bank takes no wobble: there are lr, "):
+    with pytest.raises(
+        UserError, match="bank_learning.wobble: the bank of this configuration takes no wobble: it takes lr, "
+    ):
         check(compose(["+bank_learning.wobble=1"]), overrides=["+bank_learning.wobble=1"])
+
+
+def test_one_word_makes_a_learned_bank_move_as_the_demo_s_does():
+    """bank_recipe=small gives any run the demo's motion of the bank; any of its values can still be changed."""
+    demo, published = compose(["preset=demo"]), compose([])
+    for chosen in ("pn=both", "pn=negative", "method=adco"):
+        assert compose([chosen, "bank_recipe=small"]).bank_learning == demo.bank_learning
+    changed = compose(["bank_recipe=small", "bank_learning.push=0.5"])
+    assert plain(changed)["bank"]["push"] == 0.5
+    assert plain(changed)["bank"]["final_lr"] == 0.0
+    assert compose(["preset=demo", "bank_recipe=published"]).bank_learning == published.bank_learning
+    assert run_hash(compose(["bank_recipe=published"])) == run_hash(published)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [(["pn=none"], "pn=none has no bank that learns"), (["method=mocov2"], "method=mocov2 has no bank that learns")],
+)
+def test_a_recipe_for_a_bank_that_does_not_learn_is_refused(chosen, said):
+    cfg = compose([*chosen, "bank_recipe=small"])
+    with pytest.raises(UserError, match=f"bank_recipe=small: {said}; expected pn=both, pn=negative or method=adco"):
+        check(cfg, overrides=[*chosen, "bank_recipe=small"], choices=dict(cfg.hydra.runtime.choices))

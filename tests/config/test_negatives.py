@@ -1,5 +1,5 @@
-"""What `negatives=` composes to, which method refuses it before anything is built, and the commands and the class that
-the docs print.
+"""What `negatives=` composes to, which methods refuse it before anything is built, and the commands and the class that
+the docs print for it.
 """
 
 import re
@@ -41,9 +41,10 @@ def test_a_method_that_takes_none_says_so_and_which_do(method):
     told = refusal(f"method={method}", "negatives=hard")
     assert (
         told.startswith("negatives=hard: ")
-        and f"the class of method={method}, takes no treatment of negatives: it has none, or a loss of its own" in told
+        and f"the class of method={method}, takes no treatment of negatives: it has no negatives, or its own loss"
+        in told
     )
-    assert told.endswith("expected negatives=plain, or as method one of adco, caco, mocov2, nnclr, simclr")
+    assert told.endswith("expected negatives=plain, or one of these methods: adco, caco, mocov2, nnclr, simclr")
 
 
 @pytest.mark.long
@@ -71,7 +72,7 @@ def test_slips_are_refused_with_what_comes_nearest(overrides, told):
     assert told in str(caught.value)
 
 
-RECIPES = {  # optimiser; schedule; method; bank; negatives; views; backbone; the layers of the projector
+RECIPES = {  # name -> optimiser; schedule; method; bank; negatives; views; backbone; the layers of the projector
     "mochi": (
         {"_target_": "caco.engine.optimizers.sgd", "lr": 0.03, "reference_batch": 256, "momentum": 0.9},
         {"warmup_epochs": 0, "final_fraction": 0.0},
@@ -122,7 +123,7 @@ def commands(text):
 
 @pytest.fixture
 def printed(repo_root, tmp_path, monkeypatch):
-    """The docs' own class under mine/, written here; and their commands."""
+    """Write the class that the docs print for mine/, and return the commands of the docs."""
     text = (repo_root / "docs/negatives.md").read_text(encoding="utf-8")
     for block in re.findall(r"```(?:python|yaml)\n(.*?)```", text, re.DOTALL):
         file = tmp_path / re.search(r"^# (mine/.*)$", block, re.MULTILINE)[1]
@@ -141,12 +142,13 @@ def test_the_docs_commands_are_accepted(printed):
             table, scale, *further = words
             assert list(experiments(load_table(table), load_scale(scale.removeprefix("scale=")), further=further))
             continue
-        overrides = [word for word in folders.take(words) if not word.startswith(("world=", "images="))]  # plan's own
+        # settings of caco.plan
+        overrides = [word for word in folders.take(words) if not word.startswith(("world=", "images="))]
         check_command([word for word in overrides if word != "-m"], multirun="-m" in overrides)
 
 
 def test_the_docs_own_treatment_trains_encoder_and_bank_by_its_gradient(printed):
-    """As autograd of the loss written out says, through the streamed bank."""
+    """Its gradients through the streamed bank equal autograd's for the same loss written out."""
     overrides = [*folders.take(printed[-1][1:]), "tracking=ledger", "batch=8"]
     cfg = composition.compose(overrides)
     validation.check(cfg, overrides=overrides, choices=dict(cfg.hydra.runtime.choices))

@@ -1,4 +1,4 @@
-"""Each number that a configuration gives a constructor has a range, or stands in a list of a declared length."""
+"""Each number that a configuration gives to a constructor has a declared range, or is in a list of declared length."""
 
 import ast
 import importlib
@@ -66,8 +66,8 @@ def test_no_argument_is_a_number_without_a_range(target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_constructor_holds_whoever_calls_it_to_what_it_declares(target):
-    """Ranges, lengths and words have one home, the declaration; a class that is built in Python, without a
-    configuration, refuses the same.
+    """Ranges, lengths and allowed words are declared once; a class built directly in Python refuses the same values as
+    one built from a configuration.
     """
     module, _, name = target.rpartition(".")
     made = getattr(importlib.import_module(module), name)

@@ -1,5 +1,5 @@
-"""The commands of conf/ that claim to be a published recipe compose it. That each can be typed is
-tests/test_printed_commands.py's.
+"""Commands in conf/ that claim to be a published recipe compose that recipe. tests/test_printed_commands.py tests that
+every command can be run.
 """
 
 import re
@@ -14,7 +14,7 @@ COMMAND = re.compile(r"python -m caco\.train((?: [^\s(]\S*)*)")
 
 
 def printed(file):
-    """The overrides of each command in a file of conf/, which ends with its line or at two spaces."""
+    """The overrides of each command in a file of conf/; a command ends with its line or at two spaces."""
     return [shlex.split(words) for words in COMMAND.findall((CONF / file).read_text())]
 
 
@@ -42,7 +42,7 @@ def test_adco_s_multi_crop_has_one_key_and_adds_five_losses_up():
     cfg = compose(words)
     assert instantiate(cfg.augmentation).sizes == [224, 224, 192, 160, 128, 96]
     assert terms(cfg) == [Term(query, 1, 1.0) for query in (0, 2, 3, 4, 5)]
-    assert cfg.method.warm_start_key == "last", "the warm start's key is of the crop of 96 px"
+    assert cfg.method.warm_start_key == "last", "the key of the warm start is the smallest crop, of 96 px"
     assert (cfg.batch, cfg.method.warm_start_temperature, cfg.bank.pull) == (256, 0.12, 0.0)
 
 

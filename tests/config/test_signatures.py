@@ -1,4 +1,4 @@
-"""What a `_target_` takes is read from its source, as importing it would say, without importing it."""
+"""The arguments of a `_target_` are read from its source, without importing it, and agree with what importing shows."""
 
 import inspect
 import sys
@@ -124,7 +124,7 @@ def test_libraries_are_read_as_python_would_see_them(target):
 
 
 def test_every_target_of_conf_is_read_as_python_sees_it():
-    """The reading is ours, so it is held to inspect on everything that is configured."""
+    """caco reads signatures with its own code, so the result is compared with `inspect` for every target in conf/."""
     import importlib
     import re
 
@@ -136,7 +136,7 @@ def test_every_target_of_conf_is_read_as_python_sees_it():
         module, _, name = target.rpartition(".")
         try:
             actual = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-        except ModuleNotFoundError as error:  # an extra that is not installed
+        except ModuleNotFoundError as error:  # an optional package that is not installed
             pytest.skip(f"{target}: {error}")
         named = {name: item for name, item in actual.items() if item.kind.name != "VAR_KEYWORD"}
         assert names(target) == {name: item.default is item.empty for name, item in named.items()}, target

@@ -1,4 +1,4 @@
-"""Damaged .beton files: our reader, both loaders over what it lets through, and every image of it."""
+"""Damaged .beton files: caco's reader, and, if it accepts the file, both loaders and every single image."""
 
 import io
 from pathlib import Path
@@ -86,12 +86,12 @@ def case(prepared: tuple[Path, bytes, bytes], rng: np.random.Generator) -> str:
             for _ in loader.epoch(0):
                 pass
         except UserError as error:
-            assert "damaged" in str(error)  # not one image can be read
+            assert "damaged" in str(error)  # no image can be read
         finally:
             loader.close()
     try:
         for _ in plain_batches(source, VIEWS, batch=5, corrupt="skip"):
             pass
     except UserError as error:
-        assert "damaged" in str(error)  # nor one of that class
+        assert "damaged" in str(error)  # no image of that class can be read
     return word

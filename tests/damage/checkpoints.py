@@ -1,5 +1,5 @@
-"""Damaged checkpoints of a run: what is loaded is to the bit what was saved, and where nothing is whole that is
-said.
+"""Damaged checkpoints of a run: what is loaded equals what was saved, to the bit, or a message says that no checkpoint
+is intact.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def prepare(folder: Path) -> tuple[Path, dict[int, bytes]]:
 
 
 def another(whole: bytes, rng: np.random.Generator) -> bytes:
-    """What is no checkpoint at all."""
+    """Content that is not a checkpoint at all."""
     out = io.BytesIO()
     match int(rng.integers(0, 6)):
         case 0:
@@ -67,7 +67,7 @@ def same(a, b) -> bool:
 
 def case(prepared: tuple[Path, dict[int, bytes]], rng: np.random.Generator) -> str:
     folder, whole = prepared
-    forged = False  # a file with right checksums that nobody's disk makes: it may hold anything
+    forged = False  # whether the file has correct checksums for other content, which no broken disk produces
     for step, content in whole.items():
         if step == 2 or rng.integers(0, 4) == 0:
             is_other = rng.integers(0, 3) == 0
@@ -76,7 +76,7 @@ def case(prepared: tuple[Path, dict[int, bytes]], rng: np.random.Generator) -> s
         (folder / f"step_{step:09d}.pt").write_bytes(content)
     with open(os.devnull, "w") as nobody, contextlib.redirect_stderr(nobody):
         newest = Checkpoints(folder).load_newest()
-    assert newest is not None, "there are files, and none was taken for a checkpoint"
+    assert newest is not None, "there are checkpoint files, so the run must not start from scratch"
     loaded, path = newest
     assert forged or same(loaded, state(int(path.stem[-9:]))), f"{path} is not what was saved"
     return f"step {int(path.stem[-9:])} read"

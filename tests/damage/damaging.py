@@ -1,8 +1,8 @@
-"""Files that are damaged on purpose, seeded, and what becomes of whoever reads them: refused in a sentence or read, and
-nothing else.
+"""Damage files at random, with a seed, and read them: each must be read or refused with a message, and nothing else may
+happen.
 
-Each kind is a module with `prepare(folder)` and `case(folder, rng)`, which damages something, reads it and returns a
-word for what came of it; what it must not do is raise anything but a UserError, end the process, or go on for ever.
+Each kind of file is a module with `prepare(folder)` and `case(folder, rng)`. A case damages a file, reads it, and
+returns a word for the outcome. It must not raise anything but a UserError, crash the process, or hang.
 """
 
 import collections
@@ -19,13 +19,13 @@ import numpy as np
 from caco.errors import UserError
 
 KINDS = ("jpegs", "betons", "checkpoints", "weights", "disks")
-PATIENCE_S = 300.0  # for one case, on a machine that has ten times the work that it has cores for
+PATIENCE_S = 300.0  # for one case, on a machine with ten times as much work as cores
 _fork = multiprocessing.get_context("fork")
 
 
 def outcomes(kind: str, count: int, *, first: int = 0) -> tuple[collections.Counter, list[str]]:
-    """How cases number first ... first + count - 1 of a kind ended, in processes of their own; and of each that ended
-    badly how.
+    """Run the cases from `first` to `first + count - 1` of a kind in child processes; returns how often each outcome
+    occurred, and a description of each bad one.
     """
     found: collections.Counter = collections.Counter()
     bad: list[str] = []
@@ -61,8 +61,8 @@ def outcomes(kind: str, count: int, *, first: int = 0) -> tuple[collections.Coun
 
 def _work(kind: str, first: int, end: int, folder: Path, pipe) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)  # what libraries say of damaged files
-    warnings.simplefilter("ignore")  # of torch, about kinds of tensors that it gives up
+    os.dup2(null, 2)  # hides what libraries print about damaged files
+    warnings.simplefilter("ignore")  # hides torch's warnings about deprecated kinds of tensors
     module = importlib.import_module(kind)
     own = Path(tempfile.mkdtemp(dir=folder))
     prepared = module.prepare(own)
@@ -79,14 +79,14 @@ def _work(kind: str, first: int, end: int, folder: Path, pipe) -> None:
 
 
 def damaged(content: bytes, rng: np.random.Generator) -> bytes:
-    """A file's bytes with some of them wrong: flipped, overwritten with what reads as a large number, cut, doubled,
-    exchanged, inserted.
+    """Damage some of a file's bytes: flip them, overwrite them with large numbers, cut, double, exchange or insert
+    some.
     """
     made = bytearray(content)
     for _ in range(int(rng.integers(1, 6))):
         if not made:
             break
-        # Headers are where most fields are: half of all damage is done to the first bytes or the last.
+        # Most fields are in headers, so half of all damage is done to the first or last bytes.
         where = rng.integers(0, 4)
         span = len(made) if where < 2 else min(len(made), 1500)
         at = int(rng.integers(0, span)) if where < 3 else len(made) - 1 - int(rng.integers(0, span))

@@ -1,6 +1,5 @@
-"""Disks that are full in the middle of a write: a run says so in a sentence with exit code 2, and the same command then
-ends as if nothing had been. A limit on the size of files stands for the disk: whichever file reaches it first is the
-one that fails.
+"""Disks that become full during a write: the run says so with exit code 2, and the same command later finishes as if
+nothing had happened. A limit on file sizes simulates the disk; the first file that reaches the limit fails.
 """
 
 import multiprocessing
@@ -52,7 +51,7 @@ def _train(run_dir: Path, limit: int | None, told: int) -> None:
     sys.stdout, sys.stderr = (
         os.fdopen(1, "w"),
         os.fdopen(2, "w"),
-    )  # pytest's write into files, which the limit would hold for too
+    )  # pytest's streams write to files, to which the limit would apply, too
     os.chdir(run_dir.parent)
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -1,5 +1,5 @@
-"""Damaged JPEGs (and a few PNGs, TIFFs, WebPs) through Pillow and through the compiled views, and what becomes of their
-limits.
+"""Damaged JPEGs (and a few PNGs, TIFFs and WebPs), read by Pillow and by the compiled views, with their limits on size
+and time.
 """
 
 import io
@@ -15,7 +15,7 @@ from caco.data.views import native
 from caco.data.views.augmentation import View, Views
 
 VIEWS = Views(size=16, views={"one": View()}, mean=[0.5] * 3, std=[0.25] * 3)
-SECONDS = 5.0  # of the process's own time, for one image
+SECONDS = 5.0  # processor time for one image
 
 
 def whole() -> list[bytes]:
@@ -58,7 +58,7 @@ def case(files: list[bytes], rng: np.random.Generator) -> str:
         assert str(error).startswith("a file: expected an image that can be read, got ")
         word, size = "refused", (120, 90)
     if content[:2] == b"\xff\xd8" and native.library() is not None and native.turbojpeg() is not None:
-        # As the .beton that it would be written to has it: its bytes, and the size that was announced.
+        # As in a .beton: the bytes of the JPEG, and the size that its header announced.
         held = np.frombuffer(content, np.uint8)
         row = np.zeros(1, native.IMAGE)
         row["data"], row["bytes"], row["width"], row["height"] = held.ctypes.data, len(held), *size

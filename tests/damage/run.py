@@ -1,9 +1,9 @@
-"""Damage files of a kind and see what becomes of whoever reads them; prints a row of docs/reliability.md.
+"""Damage files of one kind, read them, and print the outcomes as a row of docs/reliability.md.
 
   python tests/damage/run.py jpegs 10000      jpegs | betons | checkpoints | weights | disks
   python tests/damage/run.py betons 500 2000  the 500 cases from number 2000 on
 
-Exit code 1 if a case ended otherwise than by being read or refused in a sentence.
+The exit code is 1 if a file was neither read nor refused with a message.
 """
 
 import datetime

@@ -1,6 +1,4 @@
-"""Whatever is wrong in a file, whoever reads it refuses it in a sentence or reads it: no crash, no hang, no bare
-traceback.
-"""
+"""A damaged file is either read or refused with a message: there is no crash, no hang and no traceback."""
 
 import damaging
 import pytest

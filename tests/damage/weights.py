@@ -1,4 +1,4 @@
-"""Files of weights that mean harm, and damaged ones: nothing in them is run, none takes seconds or gigabytes, what does
+"""Malicious and damaged weight files: no code in them is run, none takes seconds or gigabytes to read, and what does
 not fit is named.
 """
 
@@ -31,8 +31,8 @@ CALLS = [
 ]  # fmt: skip
 
 
-# A tuple of one tuple twice, 50 times, by hand, for Python would not come back from making the dict; as a key, in a
-# set, and within a key.
+# A tuple that contains the same tuple twice, nested 50 times; as a key, in a set, and within a key. The pickles are
+# written by hand, because Python would not finish building the dict.
 NESTED = b"X\x01\0\0\0x" + 50 * b"q\x00h\x00\x86"
 SLOW = [
     b"\x80\x02}" + NESTED + b"K\x01s.",
@@ -40,12 +40,12 @@ SLOW = [
     b"\x80\x02]q\x01}(h\x01K\x00" + NESTED + b"K\x02\x86K\x01u.",
     b"\x80\x02}("
     + b"".join(pickle.dumps(number * (2**61 - 1), 2)[2:-1] + b"K\x01" for number in range(9, 60_000))
-    + b"u.",  # one hash for all
+    + b"u.",  # all have the same hash
 ]
 
 
 class Call:
-    """Pickled, a call of anything."""
+    """An object whose pickle calls any function."""
 
     def __init__(self, module: str, name: str, argument: str):
         self.call = module, name, argument
@@ -80,7 +80,7 @@ def prepare(folder: Path) -> dict:
 
 
 def odd(state: dict, rng: np.random.Generator) -> object:
-    """Contents that torch.save writes and no network has."""
+    """Contents that torch.save can write but no network has."""
     name = str(rng.choice([name for name, tensor in state.items() if tensor.is_floating_point()]))
     nested: object = "x"
     for _ in range(50):
@@ -133,7 +133,7 @@ def case(prepared: dict, rng: np.random.Generator) -> str:
         )
         content, name = out.getvalue(), "odd.pth"
     else:
-        # Sizes that are claimed and not there.
+        # Sizes that the file claims but does not have.
         content = files[name].replace((8).to_bytes(1, "little"), (255).to_bytes(1, "little"), int(rng.integers(1, 20)))
         content = (
             content.replace(pickle.dumps(72, 2)[2:-1], pickle.dumps(10**9, 2)[2:-1]) if name != "bomb.pth" else content

@@ -1,4 +1,4 @@
-"""Tiny sets that the tests write themselves."""
+"""Tiny image sets that the tests write."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ def noise(size: int, seed: int) -> np.ndarray:
 
 @pytest.fixture
 def write_images() -> Callable[..., None]:
-    """write_images(folder, count, size=8, suffix=".png"): images 0000, 0001, ... in a folder."""
+    """write_images(folder, count, size=8, suffix=".png") writes images 0000, 0001, ... into a folder."""
 
     def write(folder: Path, count: int, size: int = 8, suffix: str = ".png") -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def write_images() -> Callable[..., None]:
 
 @pytest.fixture
 def noise_source() -> Callable[..., ImagesInMemory]:
-    """noise_source(count): as many different images, labelled 0, 1, 2, 0, ..."""
+    """noise_source(count) makes a source of `count` different images with labels 0, 1, 2, 0, ..."""
 
     def make(count: int, size: int = 12) -> ImagesInMemory:
         images = np.stack([noise(size, i) for i in range(count)])
@@ -42,7 +42,7 @@ def noise_source() -> Callable[..., ImagesInMemory]:
 
 @pytest.fixture
 def two_views() -> Views:
-    """Two views of one kind and a smaller third, with every random step in use."""
+    """A recipe of two large views and a smaller third, in which every random step is used."""
     kind: dict[str, Any] = {"blur_p": 0.5, "solarize_p": 0.5, "rotate": 10.0, "shift": 0.1}
     return Views(
         size=8, views={"both": View(count=2, **kind), "small": View(size=6, **kind)}, mean=[0.5] * 3, std=[0.25] * 3
@@ -51,5 +51,5 @@ def two_views() -> Views:
 
 @pytest.fixture
 def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where caco was installed without a compiler."""
+    """Make caco behave as if it was installed without a compiler."""
     monkeypatch.setattr(native, "library", lambda: None)

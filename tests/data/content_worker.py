@@ -1,4 +1,4 @@
-"""What the processes of a test of several ranks do: look at the files of a set together."""
+"""Functions for the ranks of a test in which several processes hash the files of a set together."""
 
 import sys
 import time
@@ -18,7 +18,8 @@ from caco.errors import UserError
 def look(folder: str, out: str) -> None:
     distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
     real, original, read = time.time_ns, content._look, []
-    content.time.time_ns = lambda: real() + 3_000_000_000  # the files are not that young
+    # pretend that the files are 3 s old, so that their digests are kept
+    content.time.time_ns = lambda: real() + 3_000_000_000
 
     def looked(path, size):
         read.append(path)
@@ -35,9 +36,9 @@ def look(folder: str, out: str) -> None:
 def fail(folder: str) -> None:
     distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
     source = class_folders(Path(folder), "set")
-    distributed.barrier()  # both have found the files
+    distributed.barrier()  # wait until both ranks have found the files
     if distributed.is_main():
-        (Path(folder) / "c" / "0003.png").unlink()  # which is rank 1's to look at
+        (Path(folder) / "c" / "0003.png").unlink()  # a file that rank 1 has to read
     distributed.barrier()
     try:
         source.look()
@@ -47,11 +48,11 @@ def fail(folder: str) -> None:
 
 
 def overlap(folder: str, out: str) -> None:
-    """What two sets share, each rank reading a share of them."""
+    """Find the images that two sets share; each rank reads a part of them."""
     distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
     train, test = (class_folders(Path(folder) / name, name) for name in ("train", "test"))
     decoded = train.in_memory(1)
-    assert decoded.arrays is not None, "they fit into a megabyte"
+    assert decoded.arrays is not None, "the images must be kept in memory"
     in_memory = ImagesInMemory(decoded.arrays, name="memory")
     Path(f"{out}{distributed.rank()}").write_text(f"{shared_images(train, test)} {shared_images(in_memory, test)}")
     distributed.stop()

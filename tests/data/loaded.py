@@ -1,4 +1,4 @@
-"""What loaders make, for tests that compare it."""
+"""Helpers for tests that compare the batches of loaders."""
 
 import contextlib
 

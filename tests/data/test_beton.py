@@ -1,5 +1,5 @@
-"""A .beton: FFCV reads what we write and we read what FFCV writes; nothing half-made is left, nothing broken is
-used.
+""".beton files: FFCV reads what caco writes, and caco reads what FFCV writes. An interrupted write leaves no file, and
+a broken file is refused.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ def test_images_are_shrunk_to_the_maximum_resolution(tmp_path, write_images):
 
 
 def test_ffcv_reads_what_we_write(in_memory, tmp_path, monkeypatch):
-    """Through its own decoders, which need images of one size."""
+    """FFCV's own decoders read the file; they need images of one size."""
     write_splits(in_memory, tmp_path, mode="raw", num_workers=1)
     monkeypatch.setattr(ffcv_internals.Compiler, "is_enabled", False)
     loader = ffcv_internals.Loader(str(tmp_path / "train.beton"), batch_size=10, num_workers=1, drop_last=False)
@@ -95,7 +95,9 @@ def test_ffcv_reads_what_we_write(in_memory, tmp_path, monkeypatch):
     reason="FFCV's pipeline calls the compiled views, which CACO_INSTRUCTIONS=torch turns off",
 )
 def test_ffcvs_pipelines_leave_numbas_types_as_they_are(in_memory, two_views, tmp_path, monkeypatch):
-    """Numba files what it compiled under them; what is not found there any more is a traceback when it is deleted."""
+    """Numba stores compiled functions by type. If a type changes, numba does not find them again and prints a traceback
+    when they are deleted.
+    """
     filed = {numba.uint8[::1]: "compiled for arrays of bytes"}
     write_splits(in_memory, tmp_path, mode="raw", num_workers=1)
     with contextlib.closing(

@@ -1,5 +1,5 @@
-"""Images as they are stored (data.channels=N): read without loss, measured, and viewed by (seed, epoch, image, view)
-alone.
+"""Images with the numbers that their files store (data.channels=N): they are read without loss, their mean and
+deviation are measured, and a view depends only on (seed, epoch, image, view).
 """
 
 import json
@@ -53,7 +53,7 @@ def wave(seed, count, size=12):
 
 @pytest.fixture(scope="module")
 def spectra(tmp_path_factory):
-    """A labelled folder of .npy files of five channels, float32."""
+    """A labelled folder of float32 .npy files with five channels."""
     root = tmp_path_factory.mktemp("spectra")
     for split, count in (("train", 10), ("test", 4)):
         for label in range(2):
@@ -139,8 +139,8 @@ def test_unsigned_numbers_count_as_0_to_1_and_others_as_they_are():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_views_of_three_channels_are_those_of_the_photograph_to_its_rounding(seed):
-    """The same draws, crops, resampling, turns and flips; what photographs round to 8 bits after each step, floats do
-    not.
+    """Draws, crops, resampling, rotations and flips are the same; but photographs are rounded to 8 bits after each
+    step, and floats are not.
     """
     pixels = ndimage.gaussian_filter(np.random.default_rng(seed).integers(0, 256, (40, 50, 3)).astype(float), (2, 2, 0))
     image = np.clip(128 + 4 * (pixels - 128), 30, 225).round().astype(np.uint8)
@@ -155,11 +155,11 @@ def test_brightness_contrast_and_solarization_by_hand():
     u = [0.0] * 39
     whole = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip_p": 0.0, "gray_p": 1.0}
     u[35], u[36] = 1.0, 0.0  # brightness 1 + 0.5, contrast 1 - 0.5
-    u[31:35] = [0.0, 0.1, 0.2, 0.3]  # in this order
+    u[31:35] = [0.0, 0.1, 0.2, 0.3]  # the order of the steps
     made = channels.draw(View(**whole, jitter=[0.5, 0.5, 0.9, 0.5], jitter_p=1.0), image, 2, u)
     assert np.allclose(made[0], [[1.5, 22.5], [4.5, 37.5]])  # times 1.5, then half way to the means 3 and 30
     made = channels.draw(View(**whole, jitter_p=0.0, solarize_p=1.0), image, 2, u)
-    assert made[0].tolist() == [[0, 10], [0, 10]]  # the upper half of each channel's range, turned over
+    assert made[0].tolist() == [[0, 10], [0, 10]]  # values in the upper half of each channel's range are inverted
 
 
 def test_a_view_depends_on_seed_epoch_image_and_view_alone(spectra):
@@ -215,7 +215,7 @@ def test_mean_and_deviation_are_those_of_all_pixels_on_any_number_of_ranks(spect
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         if rank:
             with pytest.raises(IndexError):
-                mean_and_std(source)  # the others have not been asked yet
+                mean_and_std(source)  # so far only one of the others was called
     assert mean_and_std(source) == (mean, std)
 
 
@@ -270,17 +270,17 @@ BASE = ["data=folder", "data.root=/nowhere", "data.channels=4", "tracking=ledger
         ),
         (
             ["augmentation.mean=[0.5,0.5,0.5]"],
-            "augmentation.mean: is of photographs; with data.channels=4 say data.mean",
+            "augmentation.mean: applies to photographs only; with data.channels=4 set data.mean",
         ),
         (["augmentation=infomin", "method=infomin"], "~augmentation.views.both.then"),
         (["augmentation=cmc", "method=cmc"], "augmentation.colours: expected rgb with data.channels=4"),
-        (["eval=[transfer]", "eval.transfer.root=/nowhere"], "eval.transfer: reads photographs of its own"),
+        (["eval=[transfer]", "eval.transfer.root=/nowhere"], "eval.transfer: this evaluator reads its own photographs"),
         (["backbone.in_channels=4"], "in_channels"),
     ],
 )
 def test_what_needs_red_green_and_blue_is_refused_before_anything_is_read(overrides, expected):
     cfg = None
-    with pytest.raises(Exception, match=expected):  # noqa: B017 - Hydra's own of a key that is not there
+    with pytest.raises(Exception, match=expected):  # noqa: B017 - Hydra's own error for an unknown key
         cfg = compose([*BASE, *overrides])
         check(job_config(cfg), overrides=[*BASE, *overrides], choices=dict(cfg.hydra.runtime.choices))
 
@@ -349,7 +349,7 @@ def test_a_run_notes_what_it_measured_and_is_evaluated_and_exported_with_it(spec
     assert noted["channels"] == len(noted["mean"]) == len(noted["std"]) == 5
     said = capfd.readouterr().err
     assert "mean and standard deviation of each channel, measured on folder/train" in said
-    assert "views have no saturation, hue, grey" in said
+    assert "the recipe's saturation, hue, grey are left out of the views" in said
 
     for command, arguments in (
         (evaluate, ["eval=[knn_all]", "eval.knn.k=2", "baselines=true"]),
@@ -357,7 +357,7 @@ def test_a_run_notes_what_it_measured_and_is_evaluated_and_exported_with_it(spec
     ):
         monkeypatch.setattr("sys.argv", ["caco", f"run={run_dir}", *arguments])
         command.main()
-    assert "measured on" not in capfd.readouterr().err  # the run's own are taken
+    assert "measured on" not in capfd.readouterr().err  # the run's own values are used
     card = (tmp_path / "out" / "README.md").read_text()
     assert "5 channels as stored" in card and str(noted["mean"]) in card
 
@@ -409,7 +409,7 @@ def test_weights_of_any_number_of_channels_are_exported_once_it_is_said_what_the
         (weights, "conv1.weight"),
         (
             [*weights, *said[:2]],
-            "data: expected data.channels=N with data.mean and data.std, a value for each of the N",
+            "data: expected data.channels=N together with data.mean and data.std of N values each",
         ),
     ):
         code, told = exported(*words)
@@ -432,7 +432,7 @@ def test_weights_of_any_number_of_channels_are_exported_once_it_is_said_what_the
 def test_a_beton_is_refused_with_the_reason(spectra, tmp_path):
     from caco.write import write_splits
 
-    with pytest.raises(UserError, match="a .beton holds photographs, RGB of 8 bits"):
+    with pytest.raises(UserError, match="a .beton file holds photographs as 8-bit RGB"):
         write_splits(folder(root=str(spectra), channels=5), tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Colour spaces: the conversions written out in float64, known colours, and where a recipe takes them into account."""
+"""Colour spaces: conversions compared with formulas in float64 and with known colours, and their use in recipes."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from caco.data.views.colours import CONVERSIONS
 
 
 def lab_by_hand(r: float, g: float, b: float) -> list[float]:
-    """CIE 1976 of sRGB under D65, one colour at a time."""
+    """CIE 1976 Lab of an sRGB colour under D65."""
     linear = [((c + 0.055) / 1.055) ** 2.4 if c > 0.04045 else c / 12.92 for c in (r, g, b)]
     rows = ([0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227])
     white = (0.95047, 1.0, 1.08883)
@@ -36,8 +36,8 @@ def ycbcr_by_hand(r: float, g: float, b: float) -> list[float]:
 BY_HAND = {"lab": lab_by_hand, "ydbdr": ydbdr_by_hand, "ycbcr": ycbcr_by_hand}
 
 
-# What skimage.color (scikit-image 0.26, which the published code calls) gives for red, a dark colour and a mixed one of
-# 8 bits.
+# The results of skimage.color (scikit-image 0.26; the published code calls it) for red, a dark and a mixed 8-bit
+# colour.
 SCIKIT_IMAGE = {
     "lab": [[53.240588, 80.092308, 67.202751], [2.530334, -0.020471, 2.557631], [65.250628, -16.885725, -34.829776]],
     "ydbdr": [[0.299, -0.45, -1.333], [0.036129, -0.036659, -0.020788], [0.536588, 0.490784, 0.722118]],
@@ -48,7 +48,7 @@ SCIKIT_IMAGE = {
 @pytest.mark.parametrize("name", BY_HAND)
 def test_a_conversion_is_its_formula(name):
     pixels = torch.rand(40, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    pixels[0] /= 25  # the dark ones have a formula of their own
+    pixels[0] /= 25  # dark colours have a separate formula
     pixels[1, :2] = torch.tensor([[0.0] * 3, [1.0] * 3], dtype=torch.float64)
     by_hand = torch.tensor([[BY_HAND[name](*colour) for colour in row] for row in pixels.tolist()], dtype=torch.float64)
     assert torch.allclose(CONVERSIONS[name](pixels), by_hand, atol=1e-10)
@@ -63,7 +63,7 @@ def test_a_conversion_gives_scikit_image_s_numbers(name):
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_views_and_plain_views_are_in_it_and_normalised_in_it(name):
-    """The published Lab: (L - 50) / 50, (a - 6.025) / 92.208, (b + 6.6895) / 101.1675."""
+    """The published normalisation of Lab is (L - 50) / 50, (a - 6.025) / 92.208, (b + 6.6895) / 101.1675."""
     mean, std = [50.0, 6.025, -6.6895], [50.0, 92.208, 101.1675]
     quiet = View(scale=[1.0, 1.0], ratio=[1.0, 1.0], jitter_p=0.0, gray_p=0.0, flip_p=0.0)
     views = Views(size=6, plain_crop=1.0, views={"one": quiet}, mean=mean, std=std, colours=name)
@@ -77,7 +77,7 @@ def test_views_and_plain_views_are_in_it_and_normalised_in_it(name):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loaders_give_views_in_it(noise_source, workers):
-    """Compiled views end with bytes, which are converted afterwards; their own normalisation is RGB's."""
+    """Compiled views give bytes that are converted afterwards, because their own normalisation is for RGB."""
     source = noise_source(8)
     views = Views(size=6, views={"both": View(count=2)}, mean=[50.0, 0, 0], std=[50.0, 90, 90], colours="lab")
     (batch,) = batches(source, views, workers=workers)

@@ -1,5 +1,5 @@
-"""What images are known by: a digest that a copy keeps and an exchange changes, a cache key that every new file
-changes, in the time of one reading."""
+"""How caco recognises images: the digest stays the same for a copy and changes if images are exchanged; the cache key
+changes with every new file; both take no longer than reading each file once."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from caco.errors import FileError, UserError
 
 @pytest.fixture
 def bitmaps(tmp_path):
-    """Two folders of BMP images of the same names and sizes, of other pixels."""
+    """Two folders of BMP images with the same names and sizes but different pixels."""
     for folder, shift in (("one", 0), ("two", 100)):
         (tmp_path / folder / "c").mkdir(parents=True)
         for i in range(6):
@@ -42,7 +42,9 @@ def test_an_exchange_of_folders_is_seen_by_digest_and_cache_key(bitmaps):
     source = class_folders(bitmaps / "one", "one")
     before = source.digest(), source.cache_key()
     exchange(bitmaps)
-    assert source.digest() != before[0] and source.cache_key() != before[1], "of the same object too"
+    assert source.digest() != before[0] and source.cache_key() != before[1], (
+        "also for a source object that existed before"
+    )
     assert keys(bitmaps)[0] != before[0] and keys(bitmaps)[1] != before[1]
     exchange(bitmaps)
     assert keys(bitmaps) == before
@@ -88,7 +90,7 @@ def test_a_small_file_is_looked_at_whole_and_a_large_one_at_its_ends_and_its_mid
             whole[place] ^= 1
             assert look_at(whole) != look.tobytes(), place
             whole[place] ^= 1
-    assert look_at(bytes(5)) != look_at(bytes(6)), "sizes are looked at too"
+    assert look_at(bytes(5)) != look_at(bytes(6)), "the size is part of the digest"
 
 
 def test_a_file_is_read_once_as_long_as_it_stays_as_it_is(tmp_path, write_images, monkeypatch):
@@ -100,7 +102,7 @@ def test_a_file_is_read_once_as_long_as_it_stays_as_it_is(tmp_path, write_images
         os.utime(path)
     source.digest()
     source.digest()
-    assert len(read) == 10, "files that are two seconds young might be written again unseen"
+    assert len(read) == 10, "files younger than two seconds must be read again, because a change may go unnoticed"
     real = time.time_ns
     monkeypatch.setattr(content.time, "time_ns", lambda: real() + 3_000_000_000)
     read.clear()
@@ -123,8 +125,8 @@ def test_a_file_that_is_gone_is_named(tmp_path, write_images):
 
 
 def test_a_look_reads_no_more_than_the_file(tmp_path, write_images, monkeypatch):
-    """1.3 million files take at most what reading them once takes: counted in bytes and openings, as a test's clock
-    says little.
+    """For 1.3 million files, computing digests must not take longer than reading them once. The test counts bytes and
+    open calls, because time in a test says little.
     """
     write_images(tmp_path / "c", 40, size=80)
     counted = {"bytes": 0, "open": 0}
@@ -158,7 +160,7 @@ def test_two_ranks_take_half_of_the_looks_each_and_both_have_all(tmp_path, write
     told = [(tmp_path / f"out{rank}").read_text().split() for rank in range(2)]
     expected = class_folders(tmp_path / "set", "set").digest()
     assert [line[0] for line in told] == [expected, expected]
-    assert sorted(int(line[1]) for line in told) == [3, 4], "and none was looked at again for the digest"
+    assert sorted(int(line[1]) for line in told) == [3, 4], "no file may be read again for the digest"
 
 
 def test_what_one_rank_cannot_read_ends_all_ranks_with_its_name(tmp_path, write_images):

@@ -1,4 +1,4 @@
-"""The sets read from disk: every layout gives its images and labels, and what is wrong with one is said by name."""
+"""Data sets on disk: every layout gives its images and labels, and a mistake in one is reported by name."""
 
 import importlib
 import inspect
@@ -26,7 +26,7 @@ def names(source) -> set[str]:
 
 @pytest.fixture
 def pets(tmp_path: Path, write_images: Callable) -> str:
-    """train/ with 12 cats and 8 dogs, test/ with 3 and 2."""
+    """A folder with train/ of 12 cats and 8 dogs, and test/ of 3 cats and 2 dogs."""
     for split, cats, dogs in (("train", 12, 8), ("test", 3, 2)):
         write_images(tmp_path / "pets" / split / "cat", cats)
         write_images(tmp_path / "pets" / split / "dog", dogs)
@@ -254,7 +254,7 @@ def test_an_unreadable_image_of_a_small_set_is_named_before_training(pets, two_v
         FeatureStore(splits, two_views, batch=4, device="cpu", precision="fp32")
 
 
-# The named ones.
+# Sets with a name.
 
 
 def test_the_jpeg_copy_of_cifar10_is_never_called_cifar10(pets):

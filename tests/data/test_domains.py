@@ -1,4 +1,6 @@
-"""PACS in its published layouts and by its published lists; the target is read for nothing but the test."""
+"""PACS in its published layouts and with its published lists; images of the target domain are read only for the
+test.
+"""
 
 import pytest
 from toy_pacs import LAYOUTS, write_pacs
@@ -17,8 +19,8 @@ def said():
 
 @pytest.fixture
 def reading(said):
-    """reading(root): what is there; what was said is in `said`, but for the numbers of images, of which a toy has
-    few.
+    """reading(root) reads a toy set; its messages are in `said`, except those about the numbers of images, because a
+    toy set has few.
     """
 
     def make(root):

@@ -1,4 +1,4 @@
-"""The sets that torchvision reads, on tiny files of their published layouts."""
+"""Sets that torchvision can download, tested with tiny files in their published layouts."""
 
 import gzip
 import io
@@ -16,7 +16,7 @@ from caco.errors import FileError
 
 
 class Old(pickle.Pickler):
-    """Spells a dtype as the pickles of 2009 do, with numbers for booleans: elsewhere numpy 2.4 warns of it."""
+    """Pickles a dtype as in 2009, with numbers for booleans. The published files do so, and numpy 2.4 warns of it."""
 
     def reducer_override(self, value):
         if isinstance(value, np.dtype):
@@ -37,7 +37,7 @@ def rows(count: int, seed: int) -> np.ndarray:
 
 @pytest.fixture
 def any_checksum(monkeypatch) -> None:
-    """Our tiny files do not have the published ones' checksums."""
+    """Accept any checksum, because the tiny files do not have the published checksums."""
     for module in (cifar, utils):
         monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
     monkeypatch.setattr("torchvision.datasets.stl10.check_integrity", lambda path, md5=None: Path(path).is_file())
@@ -56,7 +56,8 @@ def test_cifar10_is_read_in_its_published_layout(tmp_path, any_checksum):
     assert (len(splits.train), len(splits.test)) == (20, 3) and splits.pretrain is splits.train
     assert splits.train.labels.tolist() == [0, 1, 2, 9] * 5 and splits.test.labels.tolist() == [9, 8, 7]
     assert splits.train.classes[9] == "class9" and splits.train.name == "cifar10/train"
-    expected = rows(4, 1)[2].reshape(3, 32, 32).transpose(1, 2, 0)  # a row: the red plane, the green, the blue
+    # a row has the red plane, then the green, then the blue
+    expected = rows(4, 1)[2].reshape(3, 32, 32).transpose(1, 2, 0)
     assert np.array_equal(np.asarray(splits.train.image(6)), expected)
 
 
@@ -142,7 +143,9 @@ def test_download_happens_once_and_only_where_files_are_missing(tmp_path, monkey
 
 
 def write_fashion(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The four files as published, six and four images; all greys, and all labels."""
+    """Write the four files in their published layout, with six and four images that contain all greys and all
+    labels.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     grey, labels = generator.integers(0, 256, (10, 28, 28), dtype=np.uint8), np.arange(10, dtype=np.uint8)
@@ -180,7 +183,7 @@ def test_fashion_mnist_is_read_as_debian_has_it_and_as_torchvision_does(tmp_path
 def test_a_damaged_file_of_fashion_mnist_is_named(tmp_path, damage):
     write_fashion(tmp_path)
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(damage)
-    with pytest.raises(FileError, match="t10k-images-idx3-ubyte.gz is no file of Fashion-MNIST as published"):
+    with pytest.raises(FileError, match="t10k-images-idx3-ubyte.gz is not the published file of Fashion-MNIST"):
         fashion_mnist(root=str(tmp_path))
 
 

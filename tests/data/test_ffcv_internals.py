@@ -1,5 +1,5 @@
-"""What caco/data/loaders/ffcv_internals.py takes for granted of FFCV, which promises none of it: where a test fails, it
-says what breaks.
+"""Private details of FFCV that caco/data/loaders/ffcv_internals.py relies on. FFCV does not promise them, so a failing
+test says what will break.
 """
 
 import inspect
@@ -34,7 +34,7 @@ def test_a_loader_reads_through_our_manager_and_afterwards_through_ffcv_s_again(
 def test_the_manager_of_the_file_has_the_members_that_are_replaced():
     for name in ("state_type", "compile_reader", "schedule_epoch"):
         assert hasattr(os_cache.OSCacheManager, name), (
-            f"FFCV's OSCacheManager has no {name}: what ffcv_internals puts there is not asked for"
+            f"FFCV's OSCacheManager has no {name}: so FFCV does not use what ffcv_internals sets there"
         )
     used = inspect.getsource(os_cache.OSCacheContext)
     assert "self.manager.ptrs, self.manager.sizes" in used and "self.manager.reader.file_name" in used, (
@@ -42,7 +42,7 @@ def test_the_manager_of_the_file_has_the_members_that_are_replaced():
         " open a .beton"
     )
     assert "ptr_to_size" not in inspect.getsource(os_cache) and "ptr_to_size" in inspect.getsource(base), (
-        "the tables of pages that `_MappedFile` leaves out are needed now"
+        "FFCV now needs the tables of pages that `_MappedFile` leaves out"
     )
 
 

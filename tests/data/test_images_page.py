@@ -1,31 +1,18 @@
-"""docs/images.md: every command can be typed, and what it names is there."""
+"""docs/images.md: the numbers and evaluators that the page names are those of the code."""
 
 import re
-import shlex
 from pathlib import Path
 
-import pytest
-
-from caco.config import validation
 from caco.config.channels_needed import problems
 from caco.config.composition import compose, job_config
 from caco.data.sets.statistics import MOST_IMAGES
 from caco.runs.identity import plain
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "images.md").read_text(encoding="utf-8")
-COMMANDS = [
-    shlex.split(line, comments=True) for line in re.findall(r"^\$ python -m caco\.train (.*)$", PAGE, re.MULTILINE)
-]
-
-
-@pytest.mark.parametrize("words", COMMANDS)
-def test_its_commands_can_be_typed(words):
-    cfg = compose(words)
-    validation.check(cfg, overrides=words, choices=dict(cfg.hydra.runtime.choices))
 
 
 def test_it_says_how_many_images_are_measured():
-    assert f"up to {MOST_IMAGES:,} images" in PAGE and len(COMMANDS) == 5
+    assert f"up to {MOST_IMAGES:,} images" in PAGE
 
 
 def test_the_evaluations_that_it_says_are_refused_are():

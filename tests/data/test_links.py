@@ -1,4 +1,4 @@
-"""Symbolic links, and what else a folder of images may hold: each image comes once, under its own class, or it is said
+"""Symbolic links and other entries in a folder of images: each image is read once with its own class, or a message says
 why not.
 """
 
@@ -41,10 +41,11 @@ def test_a_link_to_what_holds_it_is_refused_at_once(pets, to):
     begun = time.process_time()
     for root in (pets, pets / "train"):
         with pytest.raises(
-            UserError, match=r"cat/up(: a link to .*, which holds it| and .* are one folder, by a link)"
+            UserError,
+            match=r"cat/up( is a link to .*, a folder above it| and .* are the same folder, because of a link)",
         ):
             folder(root=str(root))
-    with pytest.raises(UserError, match="which holds it|are one folder"):
+    with pytest.raises(UserError, match="a folder above it|are the same folder"):
         folder(root=str(pets), labelled_root=str(pets))
     assert time.process_time() - begun < 5
 
@@ -53,14 +54,15 @@ def test_several_links_to_one_another_end(pets):
     for name in "abcdef":
         (pets / "train" / "cat" / name).symlink_to(pets / "train")
         (pets / "train" / "dog" / name).symlink_to(pets / "train" / "cat")
-    with pytest.raises(UserError, match="which holds it|are one folder, by a link"):
+    with pytest.raises(UserError, match="a folder above it|are the same folder, because of a link"):
         folder(root=str(pets))
 
 
 def test_one_folder_under_two_classes_is_refused(pets):
     (pets / "train" / "kitten").symlink_to("cat")
     with pytest.raises(
-        UserError, match=r"train/kitten and .*train/cat are one folder, by a link: its images would come twice"
+        UserError,
+        match=r"train/kitten and .*train/cat are the same folder, because of a link, so its images would occur twice",
     ):
         folder(root=str(pets))
 
@@ -71,7 +73,7 @@ def test_one_folder_under_two_classes_is_refused(pets):
 def test_a_link_that_leads_nowhere_is_named(pets, link, to):
     (pets / link).symlink_to(to)
     with pytest.raises(
-        FileError, match=rf"{link}, a link to {to}: expected a folder or an image .* Mend or remove it\."
+        FileError, match=rf"{link}, a link to {to}: expected a folder or an image .* Repair or remove it\."
     ):
         folder(root=str(pets))
     (pets / link).rename(pets / link.replace(Path(link).name, ".hidden"))
@@ -80,7 +82,7 @@ def test_a_link_that_leads_nowhere_is_named(pets, link, to):
 
 def test_what_is_no_file_is_not_waited_for(pets):
     os.mkfifo(pets / "train" / "cat" / "pipe.png")
-    with pytest.raises(FileError, match=r"cat/pipe\.png: expected an image, got something that is no file"):
+    with pytest.raises(FileError, match=r"cat/pipe\.png: expected an image, got something that is not a file"):
         folder(root=str(pets))
 
 

@@ -1,7 +1,7 @@
-"""The loader: the same batches whatever makes them, and errors that come at once and say which file.
+"""Loaders: all of them make the same batches, and errors come at once and name the file.
 
-Nothing is measured by the clock, which other processes move. Where an error must not leave anybody waiting, our wait of
-five seconds for a worker is made a thousand: so whatever waits is ended by the test's time-out.
+No test measures time, because other processes would disturb it. To test that nothing waits after an error, the usual
+wait of five seconds for a worker is raised to a thousand, so that a wait ends in the test's time-out.
 """
 
 import multiprocessing
@@ -45,7 +45,7 @@ def test_workers_do_not_change_a_batch(noise_source, two_views, workers, prefetc
 
 @pytest.fixture
 def beton_source(noise_source, tmp_path: Path) -> Callable[[int], BetonImages]:
-    """beton_source(count): noise_source's images, as raw pixels in a .beton."""
+    """beton_source(count) writes the images of noise_source(count) as raw pixels into a .beton."""
 
     def make(count: int) -> BetonImages:
         source = noise_source(count)
@@ -66,7 +66,7 @@ EVERY_PART = [
 
 @pytest.mark.parametrize("kind", [TorchLoader, FFCV])
 def test_a_smaller_last_batch_is_kept_where_it_is_asked_for(noise_source, beton_source, two_views, kind):
-    """Every image once, shared out among the ranks as evenly as it goes, the whole batches as without it."""
+    """Every image comes once, the ranks share them as evenly as possible, and the whole batches are as without it."""
     source = beton_source(29) if kind is FFCVLoader else noise_source(29)
     whole = batches(source, two_views, kind=kind, workers=1)
     made = batches(source, two_views, kind=kind, workers=1, drop_last=False)
@@ -184,7 +184,7 @@ def test_a_batch_stays_as_it_is_as_long_as_somebody_holds_it(noise_source, beton
 @pytest.mark.parametrize("kind", [TorchLoader, FFCV])
 def test_memory_stays_flat_over_epochs(beton_source, noise_source, two_views, kind):
     source = beton_source(64) if kind is FFCVLoader else noise_source(64)
-    views = Views(size=64, views={"both": View(count=2)}, mean=[0.5] * 3, std=[0.25] * 3)  # 6.3 MB a batch
+    views = Views(size=64, views={"both": View(count=2)}, mean=[0.5] * 3, std=[0.25] * 3)  # 6.3 MB per batch
     loader = kind(num_workers=2, prefetch=2).bind(source, views, batch=64, seed=7)
 
     def resident_mb() -> float:
@@ -198,14 +198,14 @@ def test_memory_stays_flat_over_epochs(beton_source, noise_source, two_views, ki
 
     before = run(
         range(10 if native.library() else 100)
-    )  # beside Pillow, what the allocator keeps in reserve grows for so long
+    )  # with Pillow, the allocator's reserve grows over this many epochs
     assert run(range(100, 130)) < before + 15
     loader.close()
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> BetonImages:
-    """Twelve JPEGs in a .beton, of which number 3 ends early and number 4 is noise."""
+    """Twelve JPEGs in a .beton; number 3 is cut short, and number 4 contains random bytes."""
     (tmp_path / "in").mkdir()
     smooth = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), np.uint8)
     for i, colours in enumerate(smooth):
@@ -237,7 +237,7 @@ def test_a_corrupt_jpeg_is_named_or_another_stands_in_for_it(photos, two_views, 
     (again,) = batches(photos, two_views, batch=12, corrupt="skip")
     assert_same([made], [again])
     stand_ins = [made.views[0][row] for row in range(12) if made.index[row] == 5]
-    assert not torch.equal(stand_ins[0], stand_ins[1])  # each with the random numbers of its own place
+    assert not torch.equal(stand_ins[0], stand_ins[1])  # each has the random numbers of its own place
     with pytest.raises(ValueError, match=r"corrupt JPEG as number 3\."):
         list(plain_batches(photos, two_views, batch=6))
 
@@ -268,7 +268,7 @@ def test_what_breaks_inside_ffcv_ends_the_epoch(beton_source, two_views, monkeyp
     with pytest.raises(RuntimeError, match="FFCV's thread has ended without a batch"):
         list(loader.epoch(1))
     monkeypatch.undo()
-    assert len(list(loader.epoch(2))) == 4  # and the loader is as good as before
+    assert len(list(loader.epoch(2))) == 4  # the loader still works
     file.file.unlink()
     with pytest.raises(FileError, match=r"train\.beton: expected the \.beton that this run reads"):
         list(loader.epoch(3))
@@ -323,7 +323,7 @@ def test_order_and_views_differ_between_epochs_and_seeds(noise_source, two_views
 
 
 def test_views_and_samples_draw_apart(two_views):
-    """Equal images at different places get different views, and view 0 is not view 1."""
+    """Equal images at different positions get different views, and views 0 and 1 differ."""
     source = ImagesInMemory(
         np.repeat(np.random.default_rng(0).integers(0, 256, (1, 12, 12, 3), np.uint8), 16, 0), name="equal"
     )
@@ -332,7 +332,7 @@ def test_views_and_samples_draw_apart(two_views):
 
 
 def test_a_view_depends_on_seed_epoch_sample_and_view_alone(noise_source, two_views):
-    """Not on its place in the batch, nor on the batch's size, nor on the images before it."""
+    """A view does not depend on the image's place in the batch, on the batch size, or on the images before it."""
     source = noise_source(32)
     ours, theirs = by_image(batches(source, two_views, batch=8)), by_image(batches(source, two_views, batch=4))
     for i in ours:
@@ -409,7 +409,8 @@ def test_an_unreadable_image_is_named_at_once(tmp_path: Path, write_images: Call
     ) as caught:
         batches(source, two_views, batch=10, workers=workers)
     assert "Traceback" not in str(caught.value)
-    assert set(multiprocessing.active_children()) <= set(others)  # closed although the exception is still held
+    # the workers have ended although the exception is still referenced
+    assert set(multiprocessing.active_children()) <= set(others)
     with pytest.raises(ValueError, match=r"cat/0013\.png"):
         list(plain_batches(source, two_views, batch=10, num_workers=workers))
 

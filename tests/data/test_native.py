@@ -1,6 +1,4 @@
-"""The compiled views: the same bits as Pillow's, whatever the image, the size, the settings and the number of
-threads.
-"""
+"""Compiled views equal Pillow's to the bit, for all images, sizes, settings and numbers of threads."""
 
 import io
 
@@ -40,14 +38,14 @@ def compiled() -> None:
 
 @pytest.fixture(params=["plain", "avx2", "avx512"])
 def level(request, monkeypatch) -> None:
-    """Each for which the steps are compiled, if the processor has it."""
+    """Each instruction set for which the steps are compiled and which this processor has."""
     monkeypatch.setattr(instructions, "LEVEL", request.param)
     if (serves := instructions.used(instructions.VIEWS)) != request.param:
         pytest.skip(f"needs compiled views that use {request.param}; here they are {serves}")
 
 
 def images(height: int, width: int) -> list[np.ndarray]:
-    """Noise, a wash of colours, and black beside white."""
+    """An image of noise, one of smooth colours, and one of black beside white."""
     rng = np.random.default_rng(height * width)
     y, x = np.mgrid[:height, :width]
     wash = np.stack([3 * x + y, 5 * y, 255 - 2 * x], -1).astype(np.uint8)
@@ -61,7 +59,7 @@ def images(height: int, width: int) -> list[np.ndarray]:
 def both(
     views: Views, arrays: list[np.ndarray], *, samples=None, threads=2
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The views, uint8, by the compiled library and by Pillow."""
+    """The uint8 views made by the compiled library, and those made by Pillow."""
     samples = np.arange(len(arrays)) if samples is None else samples
     ours = [np.empty((len(arrays), size, size, 3), np.uint8) for size in views.sizes]
     native.make_views(views.settings(), native.table(arrays), samples, 9, ours, num_threads=threads)
@@ -102,7 +100,7 @@ def test_the_papers_views_of_photographs_sizes_equal_pillows(level):
 
 
 def all_colours() -> np.ndarray:
-    """uint8 [4096, 4096, 3], each of the 2**24 colours once."""
+    """An image, uint8 [4096, 4096, 3], that has each of the 2**24 colours once."""
     every = np.arange(2**24, dtype=np.uint32)
     return np.stack([every, every >> 8, every >> 16], -1).astype(np.uint8).reshape(4096, 4096, 3)
 
@@ -119,7 +117,7 @@ def test_hue_and_contrast_equal_pillows_for_every_colour(monkeypatch):
     image = Image.fromarray(colours)
     turned, changed = turn_hue(image, -0.5 + factors[0][3]), change_contrast(image, 0.2 + 1.6 * factors[1][1])
     ours = [np.empty((1, 4096, 4096, 3), np.uint8) for _ in range(2)]
-    for level in ("plain", "avx2", "avx512"):  # the best there is, where the processor lacks one
+    for level in ("plain", "avx2", "avx512"):  # a level that the processor lacks falls back to its best
         monkeypatch.setattr(instructions, "LEVEL", level)
         for one in ours:
             one.fill(0)
@@ -129,7 +127,7 @@ def test_hue_and_contrast_equal_pillows_for_every_colour(monkeypatch):
 
 
 def test_every_turn_of_the_hue_equals_pillows_for_every_saturation_and_value(level):
-    """All inputs of the way back from HSV: with the test above, all of both ways."""
+    """This tests all inputs of the conversion from HSV to RGB; the test above tests all of the conversion to HSV."""
     value, spread = np.mgrid[:256, :256]
     colours = np.stack([value, np.maximum(value - spread, 0), np.maximum(value - spread, 0)], -1).astype(np.uint8)
     views = Views(size=256, views={"hue": View(**CASES["hue"])}, mean=[0.5] * 3, std=[0.5] * 3)
@@ -163,7 +161,7 @@ def test_a_jpeg_of_which_only_some_rows_are_decoded_gives_the_views_of_the_whole
     table["data"], table["bytes"] = [files[i].ctypes.data for i in many], [len(files[i]) for i in many]
     assert not native.make_views(views.settings(), table, np.arange(40), 9, made, num_threads=2).any()
     assert np.array_equal(made[0], expected[0])
-    table["bytes"] -= 40  # what is cut off is missed, whichever rows it held
+    table["bytes"] -= 40  # a file that is cut short is noticed, whichever rows are missing
     assert native.make_views(views.settings(), table, np.arange(40), 9, made).all()
 
 

@@ -1,6 +1,6 @@
-"""Operations that a view may go on with: RandAugment at InfoMin's magnitudes, held to timm's; PIRL's, CPC v2's; each by
-hand or by
-Pillow."""
+"""Further operations of a view: RandAugment with InfoMin's magnitudes, compared with timm, and the operations of PIRL
+and CPC v2, compared with results computed by hand or by Pillow.
+"""
 
 import math
 import random
@@ -44,7 +44,7 @@ def numbers(operation, count: int, stream: int = 0) -> list[list[float]]:
     return uniforms(stream, np.arange(count), 0, operation.numbers).tolist()
 
 
-# RandAugment. Our names and timm's functions, with the argument that the sheet gives for level L.
+# RandAugment: caco's names, and timm's functions with the argument that the publication gives for level L.
 TIMMS = {
     "autocontrast": ("AutoContrast", lambda level: ()),
     "equalize": ("Equalize", lambda level: ()),
@@ -67,7 +67,7 @@ TWO_WAYS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 @pytest.mark.parametrize("level", [10.0, 9.37, 2.6])
 @pytest.mark.parametrize("name", TIMMS)
-def test_an_operation_is_timm_s_at_the_sheet_s_magnitude(photo, name, level):
+def test_an_operation_is_timm_s_at_the_published_magnitude(photo, name, level):
     ours = RandAugment(enhancement="one_sided", fill=FILL)
     theirs, arguments = TIMMS[name]
     for negative in (False, True):
@@ -82,15 +82,17 @@ def test_an_operation_is_timm_s_at_the_sheet_s_magnitude(photo, name, level):
 
 
 def test_magnitudes_by_hand(photo):
-    """Identity changes nothing and is not drawn unless it is named. At the largest level: solarization does nothing,
-    posterization keeps 4 bits; a little below, 3."""
+    """Identity changes nothing and is drawn only if it is named. At the largest level, solarization does nothing, and
+    posterization keeps 4 bits; a little below, it keeps 3."""
     ours = RandAugment()
     assert set(ours.names) == set(TIMMS) == set(ALL_OPERATIONS) - {"identity"}
     assert same(ours.apply(photo, "identity", 10.0, negative=False, bicubic=False), photo)
     assert same(ours.apply(photo, "solarize", 10.0, negative=False, bicubic=False), photo)
     assert same(ours.apply(photo, "posterize", 10.0, negative=False, bicubic=False), ImageOps.posterize(photo, 4))
     assert same(ours.apply(photo, "posterize", 9.99, negative=False, bicubic=False), ImageOps.posterize(photo, 3))
-    assert not np.asarray(ours.apply(photo, "posterize", 2.49, negative=False, bicubic=False)).any(), "no bits are left"
+    assert not np.asarray(ours.apply(photo, "posterize", 2.49, negative=False, bicubic=False)).any(), (
+        "posterize to 0 bits must leave a black image"
+    )
     of_autoaugment = RandAugment(posterize_bits=[4, 8])
     assert same(of_autoaugment.apply(photo, "posterize", 10.0, negative=False, bicubic=False), photo)
     assert same(
@@ -110,8 +112,9 @@ def test_enhancement_goes_both_ways_unless_the_published_one_is_asked_for(photo,
 
 
 def test_what_is_drawn_is_drawn_as_published(photo, monkeypatch):
-    """Two of fifteen with replacement, each with probability 1/2, at a normal level cut to 0..10, one way or the other,
-    resampled either way."""
+    """Two of fifteen operations are drawn with replacement, and each is applied with probability 1/2, with a level
+    drawn from a normal law and clipped to 0..10, a random sign, and a random resampling filter.
+    """
     ours, seen = RandAugment(magnitude=9.0, spread=0.8), []
 
     def record(image, name, level, *, negative, bicubic):
@@ -137,8 +140,8 @@ def test_what_is_drawn_is_drawn_as_published(photo, monkeypatch):
 
 
 def test_timm_s_rand_augment_and_ours_change_images_by_as_much(photo):
-    """The whole, in distribution: timm's of the same settings, which has the one-sided enhancement as its older
-    increments.
+    """Compares the distribution of whole augmentations with timm's at the same settings; timm's variant with one-sided
+    enhancement is its older one.
     """
     names = ["AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color",
     "Contrast", "Brightness",
@@ -172,7 +175,7 @@ def test_photometric_is_pirl_s_four_operations_together(photo):
     bits, thresholds = (
         {f(u) for u in np.linspace(0, 0.9999, 5000)} for f in (lambda u: 4 + int(5 * u), lambda u: int(257 * u))
     )
-    assert bits == {4, 5, 6, 7, 8} and thresholds == set(range(257)), "both ends included, as published"
+    assert bits == {4, 5, 6, 7, 8} and thresholds == set(range(257)), "both ends of the ranges must occur, as published"
 
 
 def test_grayscale_is_a_view_s_own(photo):
@@ -183,7 +186,7 @@ def test_grayscale_is_a_view_s_own(photo):
 
 @pytest.mark.parametrize("u", [0.0, 0.3, 0.9])
 def test_the_sampled_blur_is_torch_s_convolution_of_the_reflected_image(photo, u):
-    """InfoMin's, written in float64 as its sheet says: 23 taps, normalised, reflected without the edge pixel."""
+    """InfoMin's blur, computed in float64 as published: 23 taps, normalised, reflected without the edge pixel."""
     sigma = 0.1 + 1.9 * u
     place = torch.arange(-11, 12, dtype=torch.float64)
     weight = torch.exp(-(place**2) / (2 * sigma**2))
@@ -198,7 +201,9 @@ def test_the_sampled_blur_is_torch_s_convolution_of_the_reflected_image(photo, u
 
 def test_the_elastic_deformation_without_strength_is_none_and_its_shear_is_one(photo):
     lattice = [0.5] * 18
-    assert same(Elastic(p=1.0, shear=0.0)(photo, [0.0, 0.7, *lattice]), photo), "the normal of 1/2 is 0"
+    assert same(Elastic(p=1.0, shear=0.0)(photo, [0.0, 0.7, *lattice]), photo), (
+        "the random number 1/2 gives the normal value 0"
+    )
     sheared = np.asarray(Elastic(p=1.0, shear=0.3)(photo, [0.0, 1.0, *lattice])).astype(float)
     pixels = np.asarray(photo).astype(float)
     for row in range(24):
@@ -213,12 +218,14 @@ def test_the_elastic_deformation_without_strength_is_none_and_its_shear_is_one(p
 
 
 def test_the_elastic_deformation_moves_pixels_as_its_lattice_says():
-    """One displacement of all nine points is a translation: by 0.04 of the side times its normal."""
+    """If all nine lattice points have the same displacement, the image moves by 0.04 of its side times the normal
+    draw.
+    """
     y, x = np.mgrid[:25, :25]
     wash = Image.fromarray(np.stack([10 * x, 10 * y, 0 * x], -1).clip(0, 255).astype(np.uint8))
     one = norm.cdf(1.0)
     moved = np.asarray(Elastic(p=1.0, shear=0.0)(wash, [0.0, 0.5, *[0.5] * 9, *[one] * 9])).astype(int)
-    assert np.array_equal(moved[:, :22], np.asarray(wash)[:, 1:23]), "25 pixels x 0.04: one to the right"
+    assert np.array_equal(moved[:, :22], np.asarray(wash)[:, 1:23]), "25 pixels x 0.04 is one pixel to the right"
 
 
 def test_dropped_channels_are_even_and_one_stays(photo):

@@ -1,5 +1,5 @@
-"""Sets that Hugging Face's `datasets` and WebDataset wrote, by these libraries themselves: the same images, by
-position, as in a folder.
+"""Sets written by Hugging Face's `datasets` and by WebDataset with their own code: caco reads the same images, in the
+same order, as from a folder.
 """
 
 import io
@@ -36,7 +36,7 @@ IMAGES = {"train": [(png(i), i % 2) for i in range(10)], "test": [(png(100 + i),
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """The same images as files, in the order of the others."""
+    """The same images as files, in the same order."""
     root = tmp_path_factory.mktemp("plain")
     for split, images in IMAGES.items():
         for i, (content, label) in enumerate(images):

@@ -1,4 +1,4 @@
-"""A test image that was trained on is found, by its file or its pixels, and refused."""
+"""Test images that are also training images are found, by their files or their pixels, and refused."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ from caco.write import write_splits
 
 @pytest.fixture
 def folders(tmp_path, write_images):
-    """train/ and test/ of files; test images 1 and 3 are copies of training images 4 and 0 under other names."""
+    """Folders train/ and test/; test images 1 and 3 are copies of training images 4 and 0 under other names."""
     write_images(tmp_path / "train" / "cat", 6)
     write_images(tmp_path / "test" / "cat", 5, size=9)
     for test, train in ((1, 4), (3, 0)):
@@ -47,7 +47,7 @@ def in_memory(source, name="memory"):
 
 
 def test_only_images_of_a_size_that_the_other_set_has_too_are_decoded(folders, monkeypatch):
-    train, test = folders  # the test images are of 9 px but for two copies of training images, of 8
+    train, test = folders  # test images have 9 px, except the two copies of training images, which have 8
     decoded = []
     monkeypatch.setattr(
         overlap, "_pixels", lambda source, i: decoded.append((source.name, i)) or source.image(i).tobytes()
@@ -129,7 +129,7 @@ def test_an_overlap_is_refused_with_the_files_and_what_to_do(folders):
         match=r"2 of the 5 images of set/test are images of set/train too \(.*0000.png is .*0003.png; .*overlap=allow",
     ):
         Overlap().refuse_in(Splits(train, train, test))
-    with pytest.raises(ValueError, match="are images of set/train too"):  # pre-trained on, without labels
+    with pytest.raises(ValueError, match="are images of set/train too"):  # they were pre-trained on without labels
         Overlap().refuse_in(Splits(train, None, test))
     Overlap().refuse_in(Splits(train, train, None))
     Overlap().refuse_in(Splits(train, train, test.part(np.array([0, 2, 4]), "set/test")))

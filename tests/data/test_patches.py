@@ -1,5 +1,5 @@
-"""A view that is cut into patches: where they lie, in which order, what is done to each; from seed, epoch and image
-alone.
+"""Views that are cut into patches: where the patches lie, their order, and what is done to each. All of it depends only
+on seed, epoch and image.
 """
 
 from typing import Any
@@ -28,23 +28,24 @@ WHOLE: dict[str, Any] = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "jitter_p": 0
 
 def recipe(size: int, patches: Patches, **view) -> Views:
     views = {"cut": View(size=size, patches=patches, **WHOLE | view)}
-    return Views(size=size, views=views, mean=[0.0] * 3, std=[1 / 255] * 3)  # pixels stay what they are
+    # so that normalisation keeps the pixel values
+    return Views(size=size, views=views, mean=[0.0] * 3, std=[1 / 255] * 3)
 
 
 def places(size: int) -> np.ndarray:
-    """An image whose red is the row and whose green is the column of each pixel."""
+    """An image in which the red of each pixel is its row and the green its column."""
     y, x = np.mgrid[:size, :size]
     return np.stack([y, x, 0 * x], -1).astype(np.uint8)
 
 
 def patches_of(views: Views, samples, stream: int = 5) -> np.ndarray:
-    """[B, P, h, w, 3] of the same image under several numbers."""
+    """Patches [B, P, h, w, 3] of the same image under B different image numbers."""
     *_, patches = views.batch_pixels([places(views.size)] * len(samples), np.asarray(samples), stream)
     return patches
 
 
 def corners(patches: np.ndarray) -> np.ndarray:
-    """[B, P, 2]: row and column where each lies; and that it is the window there and no other."""
+    """Row and column of each patch's corner, [B, P, 2], after a check that the patch is exactly the window there."""
     height, width = patches.shape[2:4]
     corner = patches[:, :, 0, 0, :2].astype(int)
     y, x = np.mgrid[:height, :width]
@@ -54,7 +55,7 @@ def corners(patches: np.ndarray) -> np.ndarray:
 
 
 def test_overlapping_patches_by_hand():
-    """CPC v2's: 80 px, 36 apart, 6 x 6 of 260; here a tenth of the side."""
+    """CPC v2 takes 6 x 6 patches of 80 px, 36 px apart, from 260 px; this test uses a tenth of these sizes."""
     views = recipe(26, Patches(grid=6, size=8, stride=3))
     by_hand = [[3 * row, 3 * column] for row in range(6) for column in range(6)]
     assert corners(patches_of(views, [0, 1])).tolist() == [by_hand, by_hand]
@@ -64,7 +65,9 @@ def test_overlapping_patches_by_hand():
 
 @pytest.mark.parametrize(("name", "jitter"), [("infomin", 21), ("pirl", 20)])
 def test_the_published_jigsaws_geometry(name, jitter):
-    """255 px, cells of 85, windows of 64: InfoMin's code draws an offset of 0 to 21, PIRL's of 0 to 20."""
+    """Images of 255 px have cells of 85 px and windows of 64 px. InfoMin's code draws offsets from 0 to 21, PIRL's from
+    0 to 20.
+    """
     patches = instantiate(composition.compose([f"augmentation={name}"]).augmentation).patches
     assert (patches.grid, patches.size, patches.stride, patches.jitter, patches.shuffled) == (3, 64, 85, jitter, True)
     assert patches.extent <= 255
@@ -80,12 +83,14 @@ def test_each_window_lies_anywhere_in_its_cell_and_nowhere_else():
             counts = np.bincount(offset[:, patch, axis], minlength=7)
             assert abs(counts / 3000 - 1 / 7).max() < 0.03, (patch, axis)
     assert abs(np.corrcoef(offset.reshape(3000, 18).T) - np.eye(18)).max() < 0.1, (
-        "drawn for each patch and axis by itself"
+        "the offsets of patches and axes must be independent"
     )
 
 
 def test_where_the_windows_lie_is_said_by_numbers_of_their_own():
-    """The numbers after the view's own and those of its `then`: two for each window's place, one for its turn."""
+    """These random numbers follow those of the view and of its `then`: two for each window's place, one for its rank in
+    the order.
+    """
     patches = Patches(grid=2, size=4, stride=10, jitter=6, shuffled=True)
     views = recipe(20, patches, then={"gray": Grayscale(p=0.0)})
     u = uniforms(5, np.arange(50), 0, 39 + 1 + 12)[:, 40:]
@@ -130,7 +135,7 @@ def test_what_is_done_to_each_patch_is_drawn_for_each_and_as_for_an_image_of_its
 
 @pytest.fixture(params=["rgb", "lab"])
 def everything(request) -> Views:
-    """Whole views with operations that are not compiled, and shuffled patches that each have some too."""
+    """Whole views with operations that are not compiled, and shuffled patches that have such operations as well."""
     return Views(
         size=8,
         views={
@@ -191,7 +196,7 @@ def test_a_batch_is_cut_into_parts_with_its_patches():
 
 
 def test_a_view_s_further_numbers_leave_the_first_as_they_were():
-    """The compiled views draw 39; what comes after them are the next of the same sequence."""
+    """Compiled views use 39 random numbers; later steps use the next numbers of the same sequence."""
     assert np.array_equal(uniforms(3, np.arange(5), 2, 60)[:, :39], uniforms(3, np.arange(5), 2))
     further = uniforms(3, np.arange(400), 0, 60)[:, 39:]
     assert kstest(further.ravel(), "uniform").pvalue > 0.001
@@ -208,7 +213,7 @@ def views_of(views: dict, **settings) -> Views:
         (lambda: Patches(grid=1, size=4, stride=4), "grid: expected int from 2, got 1"),
         (lambda: Patches(grid=3, size=4, stride=4, jitter=-1), "jitter: expected int from 0, got -1"),
         (lambda: Patches(grid=2, size=4, stride=4, each=View(count=2)),
-        "a view without patches, count and size of its own"),
+        "a view without patches, count or size"),
         (lambda: View(size=20, patches=Patches(grid=3, size=8, stride=7)), "patches that reach over 22 pixels"),
         (lambda: View(patches=Patches(grid=2, size=4, stride=4)), "a view of count 1 with a size of its own"),
         (lambda: View(then={"mine": len}),  # type: ignore[dict-item]  # what a YAML may say, and is refused
@@ -244,7 +249,7 @@ def test_patches_in_a_yaml_are_checked_as_every_setting():
 
 
 def test_images_in_the_size_of_the_cut_view_are_not_resampled():
-    """A crop of the whole of a 255 px image is the image."""
+    """A crop of a whole 255 px image equals the image."""
     image = np.random.default_rng(0).integers(0, 256, (255, 255, 3), np.uint8)
     views = recipe(255, Patches(grid=3, size=64, stride=85))
     (batch,) = batches(ImagesInMemory(image[None], name="one", labels=None, classes=None), views, batch=1)

@@ -1,5 +1,5 @@
-"""On real photographs: JPEGs decode alike everywhere, and views agree with torchvision's transforms on Pillow's
-images.
+"""Real photographs: all ways to decode a JPEG give the same pixels, and views agree with torchvision's transforms on
+Pillow images.
 """
 
 import io
@@ -43,7 +43,7 @@ def photographs(photo_folder: Path) -> list[Image.Image]:
 
 
 def compiled(images: list[Image.Image], size: int, samples: np.ndarray | None = None, **settings) -> np.ndarray:
-    """One view of each image, uint8 [B, size, size, 3]; its random numbers are those of stream 4."""
+    """One compiled view of each image, uint8 [B, size, size, 3], with the random numbers of stream 4."""
     arrays = [np.asarray(image) for image in images]
     views = Views(size=size, views={"one": View(**settings)}, mean=[0.5] * 3, std=[0.5] * 3)
     out = [np.empty((len(arrays), size, size, 3), np.uint8)]
@@ -53,7 +53,7 @@ def compiled(images: list[Image.Image], size: int, samples: np.ndarray | None = 
 
 
 def test_photographs_decode_alike_from_files_and_from_a_beton(photo_folder, tmp_path):
-    """Pillow's libjpeg-turbo and the system's make the same pixels, so a run may go on with another loader."""
+    """Pillow's libjpeg-turbo and the system's give the same pixels, so a run can resume with another loader."""
     files = folder(root=str(photo_folder), in_memory_mb=0).pretrain
     write_splits(folder(root=str(photo_folder), in_memory_mb=0), tmp_path)
     source = beton(root=str(tmp_path)).pretrain
@@ -71,8 +71,8 @@ def test_photographs_decode_alike_from_files_and_from_a_beton(photo_folder, tmp_
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_crops_are_torchvisions(photographs, interpolation):
-    """To one level (bicubic: twelve): Pillow 13 turns the order of the two passes for tall crops, ours is always the
-    same.
+    """They agree to one level of 255 (twelve for bicubic). Pillow 13 swaps the order of the two passes for tall crops,
+    caco does not.
     """
     made = compiled(
         photographs, 224, scale=[0.2, 1.0], jitter_p=0.0, gray_p=0.0, flip_p=0.0, interpolation=interpolation
@@ -98,7 +98,7 @@ def test_crops_are_torchvisions(photographs, interpolation):
 
 @pytest.mark.parametrize("step", ["brightness", "contrast", "saturation", "hue", "gray", "solarize", "flip"])
 def test_steps_are_torchvisions(photographs, step):
-    """Bit for bit, with the same drawn parameters."""
+    """With the same drawn parameters they are equal bit for bit."""
     squares = [image.resize((64, 64)) for image in photographs]
     jitter = {"brightness": 0, "contrast": 1, "saturation": 2, "hue": 3}
     if step in jitter:
@@ -122,14 +122,15 @@ def test_steps_are_torchvisions(photographs, step):
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
 def test_blur_is_pillows_and_near_the_gaussian(photographs, sigma):
-    """Pillow approximates the Gaussian by three boxes: to within 12 levels anywhere here, 0.7 on average."""
+    """Pillow approximates the Gaussian by three boxes; in this test that is within 12 levels of 255, 0.7 on average."""
     squares = [image.resize((96, 96)) for image in photographs]
     made = compiled(squares, 96, **WHOLE | {"blur_p": 1.0, "blur": [sigma, sigma]})
     exact = np.stack([np.asarray(image.filter(ImageFilter.GaussianBlur(sigma))) for image in squares])
     assert np.array_equal(made, exact)
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in squares])).permute(0, 3, 1, 2).float()
     gauss = F.gaussian_blur(pixels, [17, 17], [sigma, sigma]).permute(0, 2, 3, 1).numpy()
-    error = np.abs(made - gauss)[:, 8:-8, 8:-8]  # at the border torchvision mirrors and Pillow repeats
+    # at the border torchvision mirrors the image, and Pillow repeats its edge
+    error = np.abs(made - gauss)[:, 8:-8, 8:-8]
     assert error.max() <= 12 and error.mean() < 0.7
 
 
@@ -157,11 +158,14 @@ def test_the_papers_pipelines_agree_with_torchvisions_in_means_and_variances(pho
         expected = np.stack([np.asarray(transform(image)) for image in small for _ in range(repeats)])
         many = [image for image in small for _ in range(repeats)]
         made = compiled(many, 64, **common, blur_p=blur_p, solarize_p=solarize_p)
-        # Each view's mean and spread over its pixels; photographs are paired, what remains is the noise of the draws.
+        # Mean and standard deviation over the pixels of each view. Both sides see the same photographs, so only the
+        # noise of
+        # the draws remains.
         for statistic in (np.mean, np.std):
             ours, others = (
                 statistic(views.reshape(len(small), repeats, -1, 3), axis=2).mean(1) for views in (made, expected)
             )
             difference = ours - others
             assert (np.abs(difference.mean(0)) < 4 * difference.std(0) / len(small) ** 0.5).all()
-            assert np.abs(difference.mean(0)).max() < 3  # of 255: the noise is not so large that anything would pass
+            # of 255: the noise is small enough for the test to mean something
+            assert np.abs(difference.mean(0)).max() < 3

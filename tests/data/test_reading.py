@@ -1,5 +1,5 @@
-"""What an image file shows is what we read, or it is refused: every mode that Pillow opens, and files that are larger
-than they look.
+"""caco reads the pixels that an image file shows, or refuses the file: tested for every mode that Pillow opens, and for
+files that unpack to far more than their size suggests.
 """
 
 import io
@@ -51,7 +51,7 @@ EVERY_MODE = (
 
 
 def in_mode(mode: str) -> tuple[Image.Image, np.ndarray]:
-    """An image of a mode, and the RGB that it shows."""
+    """An image in a Pillow mode, and the RGB pixels that it shows."""
     gray, thrice = Image.fromarray(GRAY), np.repeat(GRAY[..., None], 3, 2)
     if mode == "1":
         return gray.point(lambda v: 255 * (v > 100)).convert("1"), np.where(thrice > 100, 255, 0)
@@ -81,7 +81,7 @@ def test_each_mode_of_each_format_shows_its_pixels_or_is_refused(mode):
     tried = 0
     for kind in FORMATS:
         if kind in ("WEBP", "GIF") and (mode == "HSV" or mode not in MODES):
-            continue  # Pillow makes RGB of it when it saves it
+            continue  # Pillow saves this mode as RGB
         out = io.BytesIO()
         try:
             image.save(
@@ -96,13 +96,13 @@ def test_each_mode_of_each_format_shows_its_pixels_or_is_refused(mode):
                 ),
             )
         except (OSError, ValueError, KeyError):
-            continue  # this format does not have it
+            continue  # the format does not have this mode
         tried += 1
         with Image.open(io.BytesIO(out.getvalue())) as reopened:
             opened_as = reopened.mode
         if opened_as in MODES:
             pixels = np.asarray(rgb(out.getvalue(), "it")).astype(int)
-            # JPEG rounds, GIF has a palette of its own, YCbCr is rounded twice.
+            # JPEG is lossy, GIF uses a palette, and YCbCr is rounded twice.
             most = 24 if kind in ("JPEG", "GIF") else 3 if mode == "YCbCr" else 0
             assert np.abs(pixels - shown).max() <= most, (kind, opened_as)
         else:
@@ -134,9 +134,7 @@ def test_what_has_more_than_eight_bits_is_cut_to_its_high_ones_or_refused(tmp_pa
     ):
         with pytest.raises(
             UnreadableImage,
-            match=(
-                "whose values do not fit into 8 bits a channel: say how many channels such images have, data.channels=N"
-            ),
+            match=("whose values do not fit into 8 bits a channel: set data.channels=N, the number of their channels"),
         ):
             rgb(content, "deep")
     Image.fromarray(GRAY).save(tmp_path / "signed.tif", tiffinfo={339: 2})
@@ -150,7 +148,7 @@ def test_formats_that_may_start_programs_are_not_tried():
 
 
 def many_scans(side: int, more: int) -> bytes:
-    """A progressive JPEG whose last scan comes again and again: a few bytes, each time a pass over all pixels."""
+    """A progressive JPEG that repeats its last scan many times: each costs few bytes, but a pass over all pixels."""
     Image.new("L", (side, side), 128).save(out := io.BytesIO(), "JPEG", progressive=True)
     content = out.getvalue()
     return content[:-2] + content[content.rindex(b"\xff\xda") : -2] * more + content[-2:]
@@ -170,15 +168,15 @@ def test_what_would_unpack_to_more_than_is_meant_is_refused_before_it_is():
     assert rgb(many_scans(64, 20), "many").size == (64, 64)
 
 
-# loader.corrupt=skip, for images in memory and for evaluations too.
+# loader.corrupt=skip, also for images in memory and in evaluations.
 
 BROKEN = (3, 4, 8)
 
 
 @pytest.fixture
 def pictures(tmp_path: Path, write_images: Callable) -> Callable:
-    """pictures(in_memory_mb): train/ of 12 cats and 8 dogs, of which three cannot be read, each in its own way; test/
-    of as many.
+    """pictures(in_memory_mb) makes train/ and test/ with 12 cats and 8 dogs each; three of them cannot be read, each
+    for a different reason.
     """
     for split in ("train", "test"):
         write_images(tmp_path / split / "cat", 12, size=20)
@@ -211,7 +209,7 @@ def test_others_stand_in_for_what_cannot_be_read_from_files_and_from_memory_alik
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("in_memory_mb", [0, 16])
 def test_in_evaluations_the_next_of_the_same_class_stand_in(pictures, two_views, in_memory_mb, workers, capsys):
-    source = pictures(in_memory_mb).test.part(np.array([0, 3, 12, 8, 13, 1]), "some")  # the one after 8 is a dog
+    source = pictures(in_memory_mb).test.part(np.array([0, 3, 12, 8, 13, 1]), "some")  # the image after 8 is a dog
     images, labels = zip(*plain_batches(source, two_views, batch=4, num_workers=workers, corrupt="skip"), strict=True)
     images, labels = np.concatenate(images), np.concatenate(labels)
     assert labels.tolist() == [0, 0, 1, 0, 1, 0]
@@ -233,8 +231,8 @@ def test_who_stands_in_does_not_depend_on_what_is_read_together(pictures, two_vi
     assert (
         np.array_equal(whole[3], whole[5]) and np.array_equal(whole[4], whole[5]) and np.array_equal(whole[8], whole[9])
     )
-    monkeypatch.setattr("caco.data.loaders.plain._PIECE_BYTES", 1)  # an image at once
-    for some in ([8], [3, 0], [19, 4, 8, 2, 3]):  # as the ranks read them, or a computation that goes on
+    monkeypatch.setattr("caco.data.loaders.plain._PIECE_BYTES", 1)  # one image at a time
+    for some in ([8], [3, 0], [19, 4, 8, 2, 3]):  # as ranks or a resumed computation read them
         ((images, _),) = plain_batches(
             source, two_views, batch=20, indices=np.array(some), num_workers=2, corrupt="skip"
         )

@@ -1,4 +1,6 @@
-"""Sources: files and arrays give the same images, parts keep them, digests know them, draws are fair."""
+"""Image sources: files and arrays give the same images, parts keep theirs, digests recognise them, and subsets are
+drawn evenly.
+"""
 
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def test_what_exceeds_the_memory_stays_on_disk(tmp_path, write_images):
 
 
 def test_an_estimate_that_was_too_low_does_not_exceed_the_memory(tmp_path, write_images):
-    """The images whose headers are looked at first are the small ones."""
+    """The estimate is too low because the images whose headers it reads are the small ones."""
     write_images(tmp_path, 40, size=8)
     looked_at = np.unique(np.linspace(0, 39, 16).astype(int))
     for i in set(range(40)) - set(looked_at.tolist()):

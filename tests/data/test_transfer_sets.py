@@ -1,4 +1,6 @@
-"""The transfer sets, each on a tiny one laid out as published; where torchvision reads the same layout, it agrees."""
+"""The transfer sets, each tested with a tiny set in its published layout; caco agrees with torchvision where that reads
+the same layout.
+"""
 
 import json
 from pathlib import Path
@@ -90,7 +92,7 @@ def test_cars(tmp_path):
     assert found.train.classes == ["AM General Hummer", "Acura RL"]
     assert joined(found.train, found.validation) == sorted((p, int(c)) for p, c in oracle["train"]._samples)
     assert files(found.test) == sorted((p, int(c)) for p, c in oracle["test"]._samples)
-    # The copies that go round have the test labels in either place, or lack them.
+    # Copies on the web have the test labels in one of two places, or lack them.
     labels = top / "cars_test_annos_withlabels.mat"
     labels = labels.rename(top / "devkit" / labels.name)
     assert files(found.test) == files(load("cars", tmp_path, seed=0).test)
@@ -188,7 +190,7 @@ def test_caltech101_trains_on_thirty_drawn_images_a_class(tmp_path):
 def test_flowers(tmp_path, monkeypatch):
     monkeypatch.setattr(
         theirs.Flowers102, "_check_integrity", lambda self: True
-    )  # it knows the published files' checksums
+    )  # torchvision checks the checksums of the published files
     top = tmp_path / "flowers-102"
     top.mkdir()
     labels = np.array([1, 1, 1, 2, 2, 2, 2, 1])

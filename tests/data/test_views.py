@@ -1,4 +1,4 @@
-"""Views: each step does what torchvision's does, as often as the recipe says; compiled views are the same to the
+"""Views: each step does the same as torchvision's, as often as the recipe says, and compiled views are equal to the
 bit.
 """
 
@@ -33,7 +33,7 @@ def from_yaml(name: str, **changes) -> Views:
 
 
 def draws(count: int, stream: int = 0) -> list[list[float]]:
-    """The random numbers of as many samples."""
+    """The random numbers of `count` samples."""
     return uniforms(stream, np.arange(count), 0).tolist()
 
 
@@ -43,7 +43,7 @@ def one_view(**settings) -> Views:
 
 @pytest.fixture
 def photo() -> Image.Image:
-    """Smooth colours with texture, so that no step is without effect."""
+    """An image of smooth colours with texture, so that every step changes it."""
     y, x = np.mgrid[0:24, 0:32] / 32
     waves = np.stack([np.sin(9 * x), np.cos(7 * y), np.sin(5 * x + 4 * y)], -1) * 100 + 128
     return Image.fromarray(
@@ -51,7 +51,7 @@ def photo() -> Image.Image:
     )
 
 
-# Each step against torchvision.
+# Each step compared with torchvision.
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.6, 1.0, 1.37])
@@ -87,8 +87,8 @@ def test_a_step_that_is_sure_does_what_its_name_says(photo, settings, expected):
     ("interpolation", "digest"), [("bilinear", "bf8fd3dba7be83df"), ("bicubic", "cf03c88e408091d9")]
 )
 def test_a_tall_crop_is_resized_as_by_the_pillow_of_the_published_runs(interpolation, digest):
-    """The digests are of what `Image.resize` gave in Pillow 7.2, 9.5 and 12.0; that of 13.0 goes down first and gives
-    other pixels.
+    """The digests are of the results of `Image.resize` in Pillow 7.2, 9.5 and 12.0. Pillow 13.0 resizes vertically
+    first and gives other pixels.
     """
     pixels = np.random.default_rng(0).integers(0, 256, (200, 60, 3), dtype=np.uint8)
     view = View(
@@ -186,7 +186,8 @@ def test_the_papers_two_views_draw_each_step_as_often_as_it_says(photo, monkeypa
             gray += np.ptp(views.view_pixels(photo, v, u), axis=2).max() == 0
             both += len(sigmas) > before[0] and happened.count("solarize") > before[1]
         seen = {
-            "blur and solarize": (both, expected_blur * expected_solarize),  # of one draw they would come together
+            # if both used one draw, they would come together
+            "blur and solarize": (both, expected_blur * expected_solarize),
             "blur": (len(sigmas), expected_blur),
             "solarize": (happened.count("solarize"), expected_solarize),
             "jitter": (happened.count("jitter"), 0.8),
@@ -237,7 +238,7 @@ def test_jitter_draws_each_factor_evenly_and_each_order(photo, monkeypatch):
 
 
 def test_the_random_numbers_are_splitmix64s():
-    """Of seed 0 its first outputs are published; here they follow a start that the three numbers are mixed into."""
+    """SplitMix64's first outputs for seed 0 are published; caco's start is mixed from seed, epoch and image."""
     step, mask = 0x9E3779B97F4A7C15, 2**64 - 1
 
     def mix(z: int) -> int:

@@ -1,4 +1,4 @@
-"""docs/views.md: every command is typed, and the operation of one's own trains as printed."""
+"""docs/views.md: every command is accepted, and the page's example of a user's own operation trains as printed."""
 
 import re
 import shlex
@@ -63,4 +63,4 @@ def test_an_operation_of_one_s_own_trains_as_printed(mine, monkeypatch):
     views = instantiate(cfg.augmentation)
     white = np.full((16, 16, 3), 255, np.uint8)
     for made in views.batch_pixels([white] * 5, np.arange(5), 0):
-        assert ((made == 0).all(-1).sum((1, 2)) >= 36).all(), "a black square of 6 x 6"
+        assert ((made == 0).all(-1).sum((1, 2)) >= 36).all(), "each view must contain a black square of 6 x 6 pixels"

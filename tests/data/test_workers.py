@@ -1,4 +1,6 @@
-"""The processes that make views: they outlive signals to the whole job, and end with the loader, whatever ends that."""
+"""The worker processes that make views: they survive signals that a whole job receives, and end with the loader in
+every case.
+"""
 
 import multiprocessing
 import os
@@ -32,7 +34,7 @@ def test_workers_outlive_signals_to_the_whole_job_and_end_with_the_loader(not_co
     running = loader.epoch(0)
     made = [next(running)]
     own = [child for child in multiprocessing.active_children() if child not in others]
-    for name in ("USR2", "HUP", "TERM", "INT"):  # sent by another process, as SLURM does to all processes of a step
+    for name in ("USR2", "HUP", "TERM", "INT"):  # sent from outside, as SLURM signals all processes of a step
         subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in own)], check=True)
     made += list(running)
     assert_same(made, batches(source, two_views))
@@ -97,7 +99,8 @@ def test_a_worker_that_is_killed_is_one_sentence_and_the_next_epoch_goes_on(not_
     worker = next(child for child in multiprocessing.active_children() if child not in others)
     worker.kill()
     with pytest.raises(
-        UserError, match="a process that reads images was ended from outside, by SIGKILL, perhaps for want of memory"
+        UserError,
+        match="a worker process that reads images was ended from outside, by SIGKILL, perhaps because memory ran out",
     ):
         list(running)
     assert set(multiprocessing.active_children()) <= set(others)
@@ -106,7 +109,7 @@ def test_a_worker_that_is_killed_is_one_sentence_and_the_next_epoch_goes_on(not_
 
 
 class Slow(ImagesInMemory):
-    """Images that do not come, as from storage that does not answer."""
+    """A source whose images never arrive, as from storage that does not answer."""
 
     def image(self, index: int) -> Image.Image:
         time.sleep(3600)
@@ -123,16 +126,17 @@ def test_storage_that_does_not_answer_is_not_waited_for_for_ever(not_compiled, n
         lambda: list(plain_batches(slow, two_views, batch=8, num_workers=1)),
     ):
         with pytest.raises(
-            UserError, match=r"a process has read images for 0\.3 s without an end. Does the storage .* still answer"
+            UserError,
+            match=r"a worker process has been reading images for 0\.3 s without a result. Does the storage .* answer",
         ):
             made()
     for worker in set(multiprocessing.active_children()) - set(others):
-        worker.join(100)  # killed; on a busy machine it takes its time
+        worker.join(100)  # it was killed, but on a busy machine it may take a while to end
         assert not worker.is_alive()
 
 
 class Wrong(ImagesInMemory):
-    """A set with a mistake in it."""
+    """A source with a bug."""
 
     error: Exception = ZeroDivisionError("a slip")
 
@@ -157,13 +161,13 @@ def test_processes_that_cannot_be_started_are_one_sentence(not_compiled, noise_s
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(os, "fork", refuse)
-    with pytest.raises(UserError, match="num_workers=2: this machine starts no more processes .*; expected fewer"):
+    with pytest.raises(UserError, match="num_workers=2: this machine cannot start more processes .*; use fewer"):
         batches(noise_source(8), two_views, workers=2)
 
 
 def make_with_nothing_to_spare(folder: str) -> None:
-    """Batches where no file may grow beyond 1 kB, those of /dev/shm included, and a socket in TMPDIR would have too
-    long a name.
+    """Make batches in a process whose files may not grow beyond 1 kB, even in /dev/shm, and in which the path of a
+    socket in TMPDIR would be too long.
     """
     os.environ["TMPDIR"] = os.path.join(folder, "x" * 90)
     os.mkdir(os.environ["TMPDIR"])
@@ -191,7 +195,7 @@ def test_results_that_are_larger_than_was_said_go_through_the_pipe():
 
 
 class Threads(Source):
-    """A source whose every pixel is the number of torch's threads where it is read."""
+    """A source in which each pixel is the number of torch's threads in the process that reads it."""
 
     name, labels, classes = "threads", None, None
 

@@ -1,4 +1,4 @@
-"""Every option of every group that makes a network, an optimiser or views builds, and does what it is for."""
+"""Every option of the groups for networks, optimisers and views can be built and does its job."""
 
 import pytest
 import torch
@@ -54,12 +54,12 @@ def test_augmentations_make_views_of_the_sizes_they_say(name):
 
 
 def test_the_last_row_of_table_6_is_what_the_command_line_says():
-    """python -m caco.train bank=12M batch=4096"""
+    """The command is `python -m caco.train bank=12M batch=4096`."""
     composition.register()
     cfg = composition.job_config(composition.compose(["bank=12M", "batch=4096"]))
     assert (cfg.bank.size, cfg.batch, cfg.epochs, cfg.backbone.name) == (98304, 4096, 200, "resnet50")
     assert (cfg.bank.pull, cfg.bank.push, cfg.bank.lr, cfg.method.temperature) == (1.0, 1.0, 3.0, 0.08)
-    cfg.bank.size = 64  # the rows themselves are tested elsewhere
+    cfg.bank.size = 64  # the full number of rows is tested elsewhere
     method = build_method(cfg)
     assert sum(p.numel() for p in method.backbone.parameters()) == 23_508_032
     assert set(method.bank.rates(RunShape(20, 1, 4096))[10:]) == {3.0}

@@ -1,4 +1,6 @@
-"""A finished run that is trained longer: what goes on, by which schedule, under which name, and what cannot differ."""
+"""A finished run that is trained for more epochs (continue_from): what is carried over, with which schedules, under
+which name, and which settings must not differ.
+"""
 
 import math
 
@@ -16,7 +18,7 @@ from caco.runs.identity import read_yaml, run_hash
 
 STATE = ("step", "method", "optimizer", "random", "epoch_sums", "place")
 QUIET = ["eval=[]" if item == "eval=[knn]" else item for item in TINY if not item.startswith(("max_steps", "epochs"))]
-QUIET += ["data.limit=256"]  # four steps an epoch, after two of warm start
+QUIET += ["data.limit=256"]  # four steps per epoch, after two of the warm start
 CONSTANT = ["schedule.final_fraction=1", "method.final_momentum=0.99"]
 
 
@@ -52,7 +54,7 @@ def long(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory):
-    """The same run that ends in the middle of its second epoch."""
+    """The same run, but it ends in the middle of its second epoch."""
     return train(tmp_path_factory.mktemp("cut"), "epochs=3", "max_steps=8")
 
 
@@ -83,8 +85,8 @@ def test_it_is_killed_and_goes_on_to_the_same_bits(tmp_path, long, cut):
 
 @pytest.mark.long
 def test_restart_carries_everything_over(tmp_path):
-    """With rates that never change a restart changes nothing: weights, twin, bank, velocities, optimiser and random
-    state went over.
+    """With constant rates, a restart equals the uninterrupted run, so weights, twin, bank, velocities, optimiser and
+    random state were carried over.
     """
     whole = train(tmp_path / "whole", "epochs=3", *CONSTANT)
     short = train(tmp_path / "short", "epochs=2", *CONSTANT)
@@ -129,7 +131,7 @@ def test_its_files_name_the_run_it_continues(tmp_path, cut):
     assert (tags["continued_from"], tags["continued_run"]) == (str(cut), parent)
     assert (summary["continued_from"], summary["continued_run"]) == (str(cut), parent)
     rows = [row for row in record(tmp_path) if row["kind"] == "eval"]
-    assert [row["step"] for row in rows] == [8, 9], "its curve begins where the other ends"
+    assert [row["step"] for row in rows] == [8, 9], "the curve must start where that of the first run ends"
 
 
 def test_where_it_lies_is_no_part_of_it_and_which_run_it_is_and_how_it_goes_on_are(cut, long):
@@ -149,7 +151,7 @@ def test_where_it_lies_is_no_part_of_it_and_which_run_it_is_and_how_it_goes_on_a
         (["epochs=4"], "continued_schedule: expected restart .* or planned .* got None"),
         (["epochs=4", "continued_schedule=new"], "continued_schedule: expected restart .*, got 'new'"),
         (["epochs=1", "continued_schedule=planned"], "epochs: expected more than the 1.5 .*, got 1"),
-        (["epochs=4", "continued_schedule=restart"], "has ended within an epoch, after 1.5, .*; expected planned"),
+        (["epochs=4", "continued_schedule=restart"], "ended within an epoch, after 1.5 epochs, .*; expected planned"),
         (["epochs=4", "continued_schedule=planned", "batch=32", "method=byol", "seed=1"],
          "continue_from: batch=32, method=byol, seed=1 cannot differ .*format=caco$"),
         (["epochs=4", "continued_schedule=planned", "continued_epochs=1"], "continued_epochs=1 cannot differ"),
@@ -163,7 +165,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(cut, words, expected):
 def test_a_run_that_is_not_there_or_not_finished_is_refused(tmp_path, repo_root, cut):
     with pytest.raises(UserError, match="^continue_from: expected a run's directory"):
         compose(tmp_path / "none", "epochs=4")
-    with pytest.raises(UserError, match="^continue_from: .* of an earlier version of caco"):
+    with pytest.raises(UserError, match="^continue_from: .* by an earlier version of caco"):
         compose(repo_root / "tests/old_runs/old/tiny", "epochs=4")
     with pytest.raises(UserError, match="^continue_from: a run is continued from its end; expected its directory"):
         compose(sorted((cut / "checkpoints").glob("*.pt"))[-1], "epochs=4")
@@ -171,20 +173,20 @@ def test_a_run_that_is_not_there_or_not_finished_is_refused(tmp_path, repo_root,
     (copied / "checkpoints").mkdir(parents=True)
     for name in ("config.yaml", "environment.json", "checkpoints/step_000000008.pt"):
         (copied / name).write_bytes((cut / name).read_bytes())
-    with pytest.raises(UserError, match="unfinished is not finished; its own command goes on with it: "):
+    with pytest.raises(UserError, match="unfinished is not finished; to finish it, give its own command again: "):
         compose(copied, "epochs=4")
 
 
 def test_another_command_refuses_it():
     with pytest.raises(
-        UserError, match="^continue_from: expected null: caco.train alone continues a run, got 'runs/x'"
+        UserError, match="^continue_from: expected null: only caco.train can continue a run, got 'runs/x'"
     ):
         validation.check(composition.job_config(composition.compose(["continue_from=runs/x"])))
 
 
 def test_without_a_run_it_says_nothing_of_one():
     with pytest.raises(
-        UserError, match="continued_schedule: expected null, as there is no continue_from=RUN, got 'planned'"
+        UserError, match="continued_schedule: expected null, because no continue_from=RUN is given, got 'planned'"
     ):
         validation.check(composition.job_config(composition.compose(["continued_schedule=planned"])))
 

@@ -1,4 +1,4 @@
-"""An evaluation that is scheduled during training and fails costs its own numbers and nothing else."""
+"""If an evaluation during training fails, only its own results are missing; the run continues."""
 
 import pytest
 from processes import Process, caco_train
@@ -22,7 +22,7 @@ BOTH = [
 
 @pytest.fixture
 def failing(monkeypatch):
-    """failing(2): the k-NN fails at its second call, until the test's end."""
+    """failing(2) makes the k-NN evaluator fail at its second call."""
 
     def make(*numbers, error=MemoryError("no memory for the neighbours")):
         original, calls = KNN.run, []
@@ -40,11 +40,11 @@ def failing(monkeypatch):
 
 def test_a_failed_evaluation_is_named_and_the_run_goes_on_as_if_it_had_not_been(tmp_path, failing, capfd):
     whole = train(tmp_path / "whole", *BOTH)
-    failing(3)  # before training; after the warm start; after epoch 1
+    failing(3)  # the first two evaluations are before training and after the warm start
     summary = train(tmp_path / "failed", *BOTH)
     message = "eval.knn failed after 1 of 2 epochs: no memory for the neighbours"
     told = capfd.readouterr().err
-    assert f"caco: {message}" in told and "Traceback" in told, "a fault of the program's own is shown whole"
+    assert f"caco: {message}" in told and "Traceback" in told, "a bug is shown with its traceback"
     assert summary["failed_evaluations"] == [
         {"evaluator": "knn", "step": summary["failed_evaluations"][0]["step"], "message": message}
     ]
@@ -59,11 +59,11 @@ def test_a_failed_evaluation_is_named_and_the_run_goes_on_as_if_it_had_not_been(
     assert [row for row in rows if row["kind"] != "warning"] == lacking
     a, b = final(tmp_path / "whole"), final(tmp_path / "failed")
     assert_same(a["method"], b["method"])
-    assert "1 evaluation failed:" in told and "exit code" not in told, "the last one has its results"
+    assert "1 evaluation failed:" in told and "exit code" not in told, "the last evaluation has its results"
 
 
 def test_the_checkpoint_is_saved_before_the_evaluation_whatever_the_cadence(tmp_path, monkeypatch):
-    """An evaluation may end the process itself: out of memory, a time limit."""
+    """An evaluation may kill the process, by lack of memory or a time limit."""
     original = KNN.run
 
     def run(self, backbone):
@@ -98,12 +98,12 @@ def test_results_that_are_missing_at_the_end_are_said_and_made_by_the_same_comma
     monkeypatch.undo()
     again = train(tmp_path / "run", *BOTH)
     assert "failed_evaluations" not in again and again == read_json(tmp_path / "run" / "summary.json")
-    assert train(tmp_path / "run", *BOTH) == again, "and then nothing is made any more"
+    assert train(tmp_path / "run", *BOTH) == again, "a further call must compute nothing"
     assert [row["epochs"] for row in record(tmp_path / "run") if row["kind"] == "eval"] == [0.0, 0.0, 1.0, 2.0]
 
 
 def test_a_command_whose_run_lacks_results_ends_with_exit_code_3(tmp_path):
-    # A rate that makes the loss infinite: nobody could have said so before.
+    # With this rate the loss becomes infinite, which cannot be known before the run.
     linear = [
         "eval=[linear]",
         "eval.linear.epochs=1",
@@ -166,8 +166,8 @@ def test_a_linear_evaluation_while_training_goes_on_from_its_last_epoch(tmp_path
         k: v for k, v in resumed.items() if k != "images_per_second"
     }
     assert not list((tmp_path / "cut" / "evaluations" / "classifiers").iterdir()), (
-        "and is removed when its results are there"
+        "the classifiers' state must be removed when the results exist"
     )
     assert not (tmp_path / "cut" / "evaluations" / "features").exists(), (
-        "features of a training network are of one round"
+        "features of a network in training are not stored, because they are valid for one round only"
     )

@@ -1,5 +1,5 @@
-"""Any folder of images: what does not fit is named at once, what follows from it is derived, and what somebody gave is
-left alone.
+"""Training on any folder of images: settings that follow from the images are derived, settings that the user gave are
+kept, and settings that do not fit the images are refused at once.
 """
 
 import os
@@ -41,7 +41,7 @@ def images(tmp_path_factory):
 
 
 def derived(root, *overrides):
-    """What was derived for a folder, as overrides, the mark among them."""
+    """The overrides that were derived for a folder, including the one that marks them as derived."""
     return train.check_command(
         ["data=folder", f"data.root={root}", "tracking=ledger", *overrides], multirun=False, look=True
     ).derived
@@ -56,7 +56,7 @@ def refused(root, *overrides):
 def test_a_folder_without_labels_is_measured_by_what_needs_none(images, capsys):
     assert derived(images / "flat", "batch=16") == ["eval=[geometry]", "derived=[eval]"]
     assert (
-        "nobody gave eval: it is [geometry], as the images have no labels, which knn and probe need"
+        "eval is not set; it becomes [geometry], because the images have no labels, which knn and probe need"
         in capsys.readouterr().err
     )
 
@@ -66,7 +66,9 @@ def test_a_warm_up_fits_a_short_run(images):
         "schedule.warmup_epochs=0.5",
         "derived=[schedule.warmup_epochs]",
     ]
-    assert derived(images / "flat", "batch=16", "eval=[]", "epochs=11") == [], "ten epochs of warm-up fit"
+    assert derived(images / "flat", "batch=16", "eval=[]", "epochs=11") == [], (
+        "eleven epochs have room for ten of warm-up, so nothing is derived"
+    )
 
 
 def test_classes_without_test_images_hold_some_out_and_evaluators_fit_what_is_left(images):
@@ -82,12 +84,12 @@ def test_what_is_derived_makes_a_run_that_can_be_composed_again_and_is_marked_in
     cfg = composition.job_config(composition.compose([*words, *extra]))
     assert list(cfg.derived) == ["schedule.warmup_epochs", "eval"] and list(cfg.eval) == ["geometry"]
     assert train.check_command([*words, *extra], multirun=False, look=True).derived == [], (
-        "as a launcher's job is told it"
+        "a job that gets the derived settings derives nothing"
     )
     said = composition.job_config(
         composition.compose([*words, *(item for item in extra if not item.startswith("derived"))])
     )
-    assert run_hash(cfg) == run_hash(said), "derived or given, it is one run"
+    assert run_hash(cfg) == run_hash(said), "derived and given settings make the same run"
 
 
 @pytest.mark.parametrize(
@@ -103,17 +105,17 @@ def test_what_is_derived_makes_a_run_that_can_be_composed_again_and_is_marked_in
         (
             "split",
             ["batch=64", "eval.linear.batch=81", "eval=[linear]"],
-            ["eval.linear.batch: expected at most 80, the labelled"],
+            ["eval.linear.batch: expected at most 80, the number of labelled"],
         ),
         (
             "split",
             ["batch=64", "eval=[knn]", "eval.knn.fraction=0.1"],
-            ["eval.knn.k: expected at most 8, the labelled"],
+            ["eval.knn.k: expected at most 8, the number of labelled"],
         ),
         (
             "flat",
             ["eval=[]"],
-            ["batch: expected at most the 30 images of folder to train on, got 1,024; batch=16 leaves 1 steps"],
+            ["batch: expected at most 30, the number of training images of folder, got 1,024; batch=16 leaves 1 steps"],
         ),
         ("empty", ["eval=[]"], ["{root}: expected images"]),
         ("flat", ["preset=demo", "data=folder", "batch=16"], ["eval=[knn,probe]: expected labelled"]),
@@ -137,14 +139,15 @@ def test_one_refusal_names_all_that_is_wrong_with_settings_and_folder(images):
 def test_a_sweep_whose_jobs_would_need_different_values_is_refused(images):
     with pytest.raises(
         UserError,
-        match="^the jobs of this sweep would need different values of what nobody gave: schedule.warmup_epochs=0.5",
+        match="^the jobs of this sweep would need different values of settings that are not set:"
+        " schedule.warmup_epochs=0.5",
     ):
         words = ["data=folder", f"data.root={images / 'flat'}", "batch=16", "eval=[]", "epochs=5,50"]
         train.check_command(words, multirun=True, look=True)
 
 
 def test_no_configuration_that_ran_before_gets_another_identity():
-    """Only what would be refused is derived, and the list of it is no part of a run."""
+    """Only settings that would be refused are derived, and the list of them is not part of a run's identity."""
     cfg = plain(composition.job_config(composition.compose(["preset=demo"])))
     assert not {"derived", "continued_run"} & identity(cfg).keys()
     given = fitting.Given(["preset=demo"], ["demo"])
@@ -167,7 +170,7 @@ def test_the_run_does_not_walk_over_the_folder_a_second_time(images, monkeypatch
     first = composition.instantiate(data)
     assert seen == [] and len(first.pretrain) == 72
     composition.instantiate(data)
-    assert len(seen) == 2, "and the next one looks again"
+    assert len(seen) == 2, "the next command reads the folder again"
 
 
 def test_ten_thousand_files_take_a_moment(tmp_path):

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: parts inside of one another, and what a profiled run leaves."""
+"""Profiling: how the time of a step is divided into nested parts, and which files a profiled run writes."""
 
 import json
 
@@ -11,7 +11,7 @@ from caco.engine.instruments import Part, Shares
 
 
 class Nested:
-    """Its clock is its own: each part takes what it says."""
+    """Two nested parts with a fake clock, so that each takes an exact time."""
 
     seconds = 0.0
 
@@ -40,7 +40,7 @@ def test_a_part_is_timed_without_those_inside_of_it_and_the_functions_are_given_
         assert nested.outer() == "given" and list(nested.items()) == [0, 1]
         nested.seconds += 7
         shares.step()
-        nested.inner()  # after the last step
+        nested.inner()  # this call is after the last step and must not count
     assert "outer" not in vars(nested)
     assert shares.as_dict() == {
         "steps": 1,
@@ -63,7 +63,7 @@ def test_a_profiled_run_has_shares_and_a_trace_and_is_the_run_that_it_would_be(t
         "twin, forward",
         "bank, loss",
         "bank, loss, backward",
-        "bank, rows move",
+        "bank, motion of rows",
         "optimiser",
     } <= set(found["percent"])
     assert sum(found["percent"].values()) == pytest.approx(100)

@@ -1,4 +1,4 @@
-"""Rates follow the paper's schedule, and groups its exclusions."""
+"""Learning rates follow the paper's schedule, and parameter groups its exclusions from weight decay and LARS."""
 
 import math
 
@@ -18,12 +18,14 @@ def model():
 
 
 def test_the_paper_s_rate_by_hand_per_epoch():
-    """The published code's steps: (e + 1) / 10 for ten epochs, then a cosine that would reach 1/100 at the end."""
+    """As in the published code, the factor is (e + 1) / 10 for ten epochs, then a cosine that would reach 1/100 at the
+    end.
+    """
     factor = OptimizerSchedule(warmup_epochs=10, final_fraction=0.01).learning_rate(RunShape(200, 3, 64, "epoch"))
     assert len(factor) == 600
     assert factor[:6] == [0.1] * 3 + [0.2] * 3
     assert factor[27] == 1.0 and factor[30] == 1.0
-    assert factor[3 * 105] == pytest.approx(0.505)  # half-way down the cosine: (1 + 0.01) / 2
+    assert factor[3 * 105] == pytest.approx(0.505)  # the middle of the cosine: (1 + 0.01) / 2
     assert factor[-1] == pytest.approx(0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * 189 / 190)))
 
 
@@ -52,8 +54,8 @@ def test_or_goes_down_to_its_final_rate_by_a_cosine():
 
 
 def test_a_warm_up_from_a_fraction_has_both_ends_and_the_cosine_begins_with_the_whole_rate():
-    """SwAV's and DINO's: linspace(start, peak, W), then final + (peak - final)(1 + cos(pi t / T)) / 2 for t = 0 ... T -
-    1.
+    """As in SwAV and DINO: linspace(start, peak, W), then final + (peak - final)(1 + cos(pi t / T)) / 2 for t from 0 to
+    T - 1.
     """
     swav = OptimizerSchedule(warmup_epochs=2, warmup_start=0.0625, final_fraction=0.001).learning_rate(
         RunShape(10, 5, 64)
@@ -67,7 +69,7 @@ def test_a_warm_up_from_a_fraction_has_both_ends_and_the_cosine_begins_with_the_
 
 
 def test_a_warm_up_from_0_that_the_next_step_ends():
-    """BYOL, MoCo v3, Barlow Twins, VICReg: lr t / W, then a cosine over the rest to 0 or to 1/1000."""
+    """As in BYOL, MoCo v3, Barlow Twins and VICReg: lr t / W, then a cosine over the remaining steps to 0 or 1/1000."""
     factor = OptimizerSchedule(
         warmup_epochs=2, warmup_start=0.0, warmup_end="next", final_fraction=0.001
     ).learning_rate(RunShape(10, 5, 64))
@@ -88,7 +90,7 @@ def test_a_final_rate_is_the_same_at_every_batch():
 
 @pytest.mark.parametrize("both", [{"final_fraction": 0.1, "final_lr": 0.1}, {"final_fraction": None}])
 def test_one_final_rate_is_given(both):
-    with pytest.raises(ValueError, match="schedule needs one of final_fraction, final_lr and drops"):
+    with pytest.raises(ValueError, match="schedule needs exactly one of final_fraction, final_lr and drops"):
         OptimizerSchedule(**both)
 
 
@@ -116,8 +118,8 @@ def test_base_rates_scale_with_the_batch():
 
 
 def test_lars_by_hand():
-    """Two steps. Weights: trust |p| / |g + wd p| times g + wd p. Biases and BatchNorm: g alone. Momentum over what is
-    scaled.
+    """Two steps. Weights move by trust |p| / |g + wd p| times g + wd p, biases and BatchNorm by g alone; momentum comes
+    after the scaling.
     """
     p, bias, new = (
         nn.Parameter(torch.tensor(values, dtype=torch.float64)) for values in ([[3.0, 4.0]], [0.6], [[0.0, 0.0]])
@@ -135,14 +137,16 @@ def test_lars_by_hand():
     assert new.tolist() == [[-0.5, -1.0]], "a parameter of norm 0 takes the plain gradient"
     p.grad, bias.grad, new.grad = torch.zeros_like(p), torch.tensor([0.1], dtype=torch.float64), None
     optimizer.step()
-    # Without a gradient of the loss g + wd p is wd p: trust |p| / (wd |p|) of it, 0.01 p.
+    # If the loss has no gradient, g + wd p is wd p, and the step is trust |p| / (wd |p|) times it: 0.01 p.
     assert torch.allclose(p, at - 0.5 * (0.9 * first + 0.01 * at), atol=1e-15)
     assert bias.item() == pytest.approx(0.7 - 0.5 * (0.9 * -0.2 + 0.1), abs=1e-15)
     assert new.tolist() == [[-0.5, -1.0]], "without a gradient nothing moves, whatever its momentum"
 
 
 def test_timm_s_lars_by_hand():
-    """Weights: lr * trust * |p| / (|g| + wd |p|) times (g + wd p). Biases and BatchNorm: plain lr * g, no decay."""
+    """Weights move by lr * trust * |p| / (|g| + wd |p|) times (g + wd p), biases and BatchNorm by lr * g without
+    decay.
+    """
     net = model()
     parameters = list(net.parameters())
     before = [p.detach().clone() for p in parameters]
@@ -181,8 +185,8 @@ def test_lars_goes_on_from_its_state_to_the_same_bits():
 
 
 def test_larc_by_hand():
-    """Two steps of every parameter, biases and BatchNorm too: the sum of norms below, and momentum over the scaled
-    gradients.
+    """Two steps for all parameters, biases and BatchNorm included: the denominator is a sum of norms, and momentum
+    comes after the scaling.
     """
     p, bias, new = (
         nn.Parameter(torch.tensor(values, dtype=torch.float64)) for values in ([[3.0, 4.0]], [0.6], [[0.0, 0.0]])
@@ -205,7 +209,7 @@ def test_larc_by_hand():
     at, moved = p.detach().clone(), bias.item()
     p.grad, bias.grad, new.grad = torch.zeros_like(p), torch.tensor([0.1], dtype=torch.float64), None
     optimizer.step()
-    # A gradient of norm 0 is not scaled and brings no decay: what moves p is 0.9 of the last step.
+    # A gradient of norm 0 is not scaled and adds no weight decay, so p moves by 0.9 of the last step.
     assert torch.allclose(
         p, at - 0.5 * 0.9 * torch.tensor([[0.02 * 0.3, 0.02 * 2.4]], dtype=torch.float64), atol=1e-9, rtol=0
     )
@@ -215,8 +219,8 @@ def test_larc_by_hand():
 
 
 def test_larc_and_lars_differ_by_more_than_rounding():
-    """With a decay that counts: sum of norms against timm's on weights alone; a bias is scaled by the one and not by
-    the other.
+    """With a large weight decay: LARC divides by a sum of norms and also scales biases; timm's LARS scales only
+    weights.
     """
     moved = {}
     for factory in (optimizers.larc, optimizers.lars):
@@ -235,12 +239,14 @@ def test_adamw_decays_no_parameter_of_one_dimension():
     (all_decay,) = optimizers.adamw(
         [ParameterGroup(list(model().parameters()))], batch=256, decay_one_dimensional=True
     ).param_groups
-    assert (all_decay["weight_decay"], len(all_decay["params"])) == (0.05, 5), "MoCo v3's decays norms and biases too"
+    assert (all_decay["weight_decay"], len(all_decay["params"])) == (0.05, 5), (
+        "MoCo v3's AdamW also decays norms and biases"
+    )
 
 
 def test_a_clipped_trust_is_the_smaller_of_the_rate_and_the_factor():
-    """|p| 5, |g| 2: factor 0.02 x 5 / (2 + 0.1 x 5) = 0.04. A rate of 0.5 becomes 0.04, one of 0.01 stays, and one of 0
-    moves nothing.
+    """For |p| = 5 and |g| = 2 the factor is 0.02 x 5 / (2 + 0.1 x 5) = 0.04. A rate of 0.5 becomes 0.04, a rate of 0.01
+    stays, and a rate of 0 moves nothing.
     """
     for lr, rate in ((0.5, 0.04), (0.01, 0.01), (0.0, 0.0)):
         p, bias = (nn.Parameter(torch.tensor(values, dtype=torch.float64)) for values in ([[3.0, 4.0]], [0.6]))
@@ -256,7 +262,7 @@ def test_a_clipped_trust_is_the_smaller_of_the_rate_and_the_factor():
 
 
 def test_adam_s_decay_is_part_of_the_gradient():
-    """The first step is the rate along the sign of g + wd p, whatever its size: of biases too."""
+    """The first step of Adam is the rate times the sign of g + wd p, for biases as well."""
     p, bias = (nn.Parameter(torch.tensor(values, dtype=torch.float64)) for values in ([[3.0, -4.0]], [0.6]))
     optimizer = optimizers.adam([ParameterGroup([p, bias])], batch=128, lr=0.2, weight_decay=0.1)
     p.grad, bias.grad = torch.tensor([[-0.2, 0.1]], dtype=torch.float64), torch.tensor([-0.01], dtype=torch.float64)
@@ -278,8 +284,8 @@ def now(step):
 
 
 def test_a_step_takes_its_rate_and_decay_and_a_group_its_own():
-    """Half the rate for the second group; the third takes its factor from a schedule of the method's; decay from 0.04
-    to 0.4.
+    """The second group has half the rate, the third takes its factor from a schedule of the method, and weight decay
+    goes from 0.04 to 0.4.
     """
     parameters = list(model().parameters())
     groups = [
@@ -295,7 +301,7 @@ def test_a_step_takes_its_rate_and_decay_and_a_group_its_own():
     optimisation.prepare(now(10), None)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.025, 0.05, 0.05])
     assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.22, 0.0, 0.0, 0.0])
-    optimisation.prepare(now(10), 1.0)  # of a phase before the training
+    optimisation.prepare(now(10), 1.0)  # in a phase before the training
     assert optimisation.lr == pytest.approx(0.1)
     assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.04)
 
@@ -316,7 +322,7 @@ def test_gradients_are_clipped_to_their_norm_over_all_parameters():
 
 
 def test_each_gradient_is_clipped_to_its_own_norm():
-    """DINO's: 3 / (norm + 1e-6) of each parameter whose gradient is longer; the others stay."""
+    """As in DINO, a parameter's gradient with a norm above 3 is multiplied by 3 / (norm + 1e-6); others stay."""
     parameters = list(model().parameters())
     before = [p.detach().clone() for p in parameters]
     for p, size in zip(parameters, (3.0, 0.01, 2.0, 0.02, 1.0), strict=True):
@@ -339,11 +345,13 @@ def test_a_group_frozen_for_an_epoch_moves_with_the_first_step_of_the_second():
     for step in range(4):
         first.grad, second.grad = torch.ones(2), torch.ones(2)
         optimisation.step(Now(step, "training", step, False, *divmod(step, 3), {}))
-        assert (second == 1).all() == (step < 3) and (first != 1).all(), "neither gradient nor decay"
+        assert (second == 1).all() == (step < 3) and (first != 1).all(), (
+            "a frozen group gets neither gradient steps nor weight decay"
+        )
 
 
 def test_a_rate_that_drops_at_shares_of_the_run_rounded_to_whole_epochs():
-    """CMC: a tenth at epochs 120, 160 and 200 of 240, whatever the batch makes of the warm-up before them."""
+    """As in CMC, the rate falls to a tenth at epochs 120, 160 and 200 of 240, independently of batch and warm-up."""
     factor = OptimizerSchedule(warmup_epochs=1, final_fraction=None, drops=[0.5, 0.6667, 0.8333]).learning_rate(
         RunShape(240, 2, 64)
     )

@@ -1,4 +1,4 @@
-"""A run that is told to stop ends its step, saves, and goes on later to the same bits."""
+"""A run that receives a signal to stop finishes its step, saves, and later resumes to the same bits."""
 
 import re
 import signal
@@ -15,7 +15,7 @@ from caco.engine.preemption import SIGNALS, Stop, Stopped
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that nobody stops."""
+    """A run that is not interrupted."""
     run_dir = tmp_path_factory.mktemp("whole")
     train(run_dir)
     return run_dir
@@ -23,13 +23,13 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def heard():
-    """Under nohup SIGHUP is ignored, which `Stop` leaves so."""
+    """The signals that stop a run. Under nohup, SIGHUP is ignored, and `Stop` does not change that."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
 
-# Steps 0 and 1 fill the bank. A signal during a step is seen by the next one's message.
+# Steps 0 and 1 fill the bank. A signal during a step is noticed in the next step.
 @pytest.mark.parametrize("step, signum", [(0, signal.SIGTERM), (1, signal.SIGUSR2), (6, signal.SIGHUP)])
 def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(tmp_path, monkeypatch, whole, step, signum):
     with monkeypatch.context() as patch:
@@ -58,7 +58,7 @@ def test_the_signals_are_as_before_afterwards():
 
 
 def test_a_killed_command_says_how_to_go_on_and_does(tmp_path, whole):
-    """`kill`, to every process of the run as a scheduler does it, loader workers included."""
+    """Every process of the run gets SIGTERM, loader workers included, as a scheduler sends it."""
     command = [*TINY, *BANK, "loader.num_workers=1", f"hydra.run.dir={tmp_path}"]
     code, _, errors = Process(train_told_to_stop, 3, *command, session=True).end()
     assert code == 128 + signal.SIGTERM, errors

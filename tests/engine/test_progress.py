@@ -1,6 +1,4 @@
-"""What a person sees of a run: no long silence that is not explained, and at its end commands that work as they are
-printed.
-"""
+"""What a run prints: a message whenever something takes long, and at the end commands that work as printed."""
 
 import contextlib
 import io
@@ -31,7 +29,7 @@ def test_what_takes_long_says_what_it_is_and_what_does_not_says_nothing(monkeypa
     monkeypatch.setenv("RANK", "1")
     with saying.doing("saving"):
         time.sleep(0.2)
-    assert capsys.readouterr().err == "", "over in time; and of several processes the first one alone speaks"
+    assert capsys.readouterr().err == "", "short work prints nothing, and only the first process prints"
 
 
 def test_of_two_that_take_long_the_inner_one_speaks(monkeypatch, capsys):
@@ -73,14 +71,14 @@ def test_a_step_that_takes_long_says_what_it_is_about(monkeypatch, terminal):
     monkeypatch.setattr(Progress, "_pause_s", lambda self: 0.1)
     with contextlib.closing(Progress(total=9, done=3, batch=4, enabled=True)) as progress:
         time.sleep(0.2)
-        assert "step" not in stream.getvalue() or terminal, "of the first step another line speaks"
+        assert "step" not in stream.getvalue() or terminal, "another line announces the first step"
         progress.step(4, "epoch 1 of 2", 0.5)
         time.sleep(0.3)
         progress.computing()
         time.sleep(0.3)
     lines = [line for line in stream.getvalue().splitlines() if "so far" in line]
     expected = [f"step 5/9: {what}, 0:00:00 so far" for what in ("waiting for its images", "computing")]
-    assert sorted(set(lines)) == ([] if terminal else sorted(expected)), "on a terminal the bar's clock runs on"
+    assert sorted(set(lines)) == ([] if terminal else sorted(expected)), "on a terminal only the clock of the bar moves"
 
 
 def test_a_failure_inside_is_that_failure():
@@ -107,7 +105,9 @@ def test_a_run_ends_with_commands_that_can_be_typed_and_begun_again_says_when_it
     assert list(cfg.eval) == ["knn"] and cfg.baselines and pretrained.locate(cfg.run).run_dir.resolve() == run_dir
     results.main(table[3:])
     assert "it's" in capsys.readouterr().out
-    assert longer[-2:] == ["epochs=2", "continued_schedule=planned"], "max_steps has cut it within an epoch"
+    assert longer[-2:] == ["epochs=2", "continued_schedule=planned"], (
+        "a run that max_steps ended within an epoch is continued as planned"
+    )
     cfg = composition.job_config(composition.compose(longer[3:], continued.root(longer[3:])))
     validation.check(cfg, overrides=longer[3:])
     code, _, err = Process(caco_train, *command).end()

@@ -1,4 +1,4 @@
-"""A run learns, is recorded, and can be cut anywhere and go on to the same bits."""
+"""A run learns, is recorded, and after an interruption at any point resumes to the same bits."""
 
 import json
 import signal
@@ -16,7 +16,7 @@ from caco.methods import diagnostics
 from caco.runs.checkpoint import load
 from caco.tracking.ledger import read_rows
 
-CLOCK = ("time", "images_per_second")  # the only values of a ledger that may differ between equal runs
+CLOCK = ("time", "images_per_second")  # the only values in a ledger that may differ between equal runs
 
 
 def record(run_dir):
@@ -29,7 +29,7 @@ def final(run_dir):
 
 
 def assert_same(a, b, where="state"):
-    """Equal to the last bit, whatever is nested in what."""
+    """Assert that two nested structures are equal to the last bit."""
     assert type(a) is type(b), where
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and torch.equal(a, b), where
@@ -47,11 +47,11 @@ def assert_same(a, b, where="state"):
 
 
 class Cut(BaseException):
-    """Not an Exception, so that nothing may catch it: as abrupt as a process can end and tell the tale."""
+    """Ends a run abruptly. It is not an Exception, so that no `except Exception` in the run catches it."""
 
 
 def cut_after(monkeypatch, steps):
-    """Let the method work for so many steps and then end everything."""
+    """Let the method make a number of steps, then raise Cut."""
     made = {"steps": 0}
     original = trainer.distributed.mean_gradients
 
@@ -69,13 +69,13 @@ EVERY = ["checkpoint.every_steps=3"]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that nobody cuts."""
+    """A run that is not interrupted."""
     run_dir = tmp_path_factory.mktemp("whole")
     train(run_dir, *EVERY)
     return run_dir
 
 
-# Steps 0 and 1 are the warm start; a checkpoint after every third step; 21 steps make an epoch.
+# Steps 0 and 1 are the warm start, every third step saves a checkpoint, and an epoch has 21 steps.
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 9, 11])
 def test_a_run_cut_anywhere_goes_on_to_the_same_bits(tmp_path, monkeypatch, whole, steps):
     with monkeypatch.context() as patch:
@@ -87,13 +87,13 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_bits(tmp_path, monkeypatch, whol
     assert record(whole) == record(tmp_path / "cut")
 
 
-# Seconds of computing from the start of a checkpoint on: within it, after it, a few steps later.
+# Seconds after the start of a checkpoint at which the process is killed: while it saves, just after, a few steps later.
 @pytest.mark.parametrize(
     ("precision", "kills"),
     [("fp32", [0.02]), pytest.param("bf16", [0.001, 0.004, 0.016, 0.032, 0.064], marks=pytest.mark.long)],
 )
 def test_so_does_a_process_killed_at_whatever_instant(tmp_path, precision, kills):
-    """Ended from outside, again and again, at moments that the run does not choose; workers included."""
+    """The process and its workers are killed from outside, several times, at moments that the run cannot choose."""
     command = [*TINY, *BANK, "max_steps=24", "checkpoint.every_steps=2", f"precision={precision}",
     "loader.num_workers=1",
                "eval_every_epochs=3"]  # fmt: skip
@@ -127,8 +127,8 @@ def test_a_run_killed_between_its_last_save_and_its_summary_keeps_its_rate(tmp_p
 
 
 def test_the_rate_is_the_mean_over_all_processes_that_made_the_run(tmp_path, monkeypatch):
-    """Killed in step 8 after a save at 6, and finished by a second process: 12 steps of 64 images in 1 and 9
-    seconds.
+    """The run is killed in step 8 after a save at step 6, and finished by a second process: 12 steps of 64 images in 1
+    and 9 seconds.
     """
     monkeypatch.setattr(trainer.Progress, "seconds_of_training", lambda self: 1.0 if self.first == 0 else 9.0)
     with monkeypatch.context() as patch:
@@ -143,7 +143,7 @@ def test_a_rate_that_nobody_measured_is_left_out(tmp_path):
     (tmp_path / "summary.json").unlink()
     newest = max((tmp_path / "checkpoints").glob("*.pt"))
     state = load(newest)
-    del state["time"]  # as an older version saved it
+    del state["time"]  # as in checkpoints of an older version
     torch.save(state, newest)
     assert "images_per_second" not in train(tmp_path, "max_steps=4")
 
@@ -184,14 +184,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
     state = final(tmp_path / "bad")
     assert state["step"] == 6
     assert_same(state["method"], final(tmp_path / "good")["method"])
-    assert len(record(tmp_path / "bad")) == 6, "the step that failed is not in the record"
+    assert len(record(tmp_path / "bad")) == 6, "the ledger must not contain the failed step"
 
 
 def test_the_record_has_what_the_run_did(tmp_path):
     summary = train(tmp_path, "max_steps=44", "epochs=2", "log_every_steps=5")
     rows = record(tmp_path)
     kinds = [row["kind"] for row in rows]
-    assert kinds[0] == "eval" and kinds[-1] == "eval", "k-NN before and after"
+    assert kinds[0] == "eval" and kinds[-1] == "eval", "k-NN must run before and after the training"
     epochs = [row for row in rows if row["kind"] == "epoch"]
     assert [row["epoch"] for row in epochs] == [0, 1]
     for name in ("loss", "max_probability", "positive_probability", "bank/rows_used", "bank/use_entropy",
@@ -214,8 +214,8 @@ def test_an_epoch_s_loss_is_the_mean_over_its_steps(tmp_path):
 
 
 def test_the_rates_are_those_of_the_schedule(tmp_path):
-    """SGD at batch 64: 0.03 / 4; bank 3.0 warmed up over one epoch of 21 steps; m from 0.99; in the warm start, full
-    rate.
+    """SGD's rate at batch 64 is 0.03 / 4; the bank's rate 3.0 warms up over one epoch of 21 steps; the momentum starts
+    at 0.99; the warm start uses the full rate.
     """
     train(tmp_path, "max_steps=4", "schedule.warmup_epochs=1", "epochs=2")
     rows = [row for row in record(tmp_path) if row["kind"] in ("warm_start", "train")]
@@ -227,10 +227,10 @@ def test_the_rates_are_those_of_the_schedule(tmp_path):
 
 
 def test_a_step_is_the_equations_and_the_published_order(tmp_path, monkeypatch):
-    """One step after the warm start, redone by hand in the order of the recipe: twin, keys, loss, encoder and bank at
-    once.
+    """One step after the warm start, repeated by hand in the order of the recipe: twin, keys, loss, then encoder and
+    bank together.
     """
-    monkeypatch.setattr(fused, "supports", lambda *_: False)  # float32 on every processor; the kernels: tests/banks
+    monkeypatch.setattr(fused, "supports", lambda *_: False)  # so that all is float32; kernels: tests/banks
     train(tmp_path / "before", "max_steps=2")
     train(tmp_path / "after", "max_steps=3")
     before, after = final(tmp_path / "before"), final(tmp_path / "after")
@@ -247,7 +247,7 @@ def test_a_step_is_the_equations_and_the_published_order(tmp_path, monkeypatch):
     rows = method.bank.rows
     expected_rows = (
         rows.weight.detach() - 3.0 * method.bank.gradient()
-    )  # first step: velocity is the gradient; no warm-up
+    )  # in the first step the velocity is the gradient; there is no warm-up
     assert torch.allclose(after["method"]["bank.rows.weight"], expected_rows, atol=1e-6)
     for name, p in method.encoder.named_parameters():
         momentum = before["optimizer"]["state"][[n for n, _ in method.encoder.named_parameters()].index(name)]
@@ -265,13 +265,13 @@ def test_fewer_images_than_a_batch_are_refused_before_a_model_is_built(tmp_path,
 MOCOV2 = ["method=mocov2", "augmentation=digits", "projector=small", "projector.dim=8", "optimizer=sgd"]
 
 
-# After its warm start pn=positive needs the whole batch; it is refused, as pn=none is below.
+# pn=positive needs the whole batch after its warm start, so it is refused, as pn=none is below.
 @pytest.mark.parametrize(
     ("overrides", "warm_start"), [([], True), ([], False), (["pn=positive"], True), (MOCOV2, True), (MOCOV2, False)]
 )
 def test_a_batch_cut_into_parts_gives_what_it_gives_whole(monkeypatch, overrides, warm_start):
-    """Without BatchNorm, which sees the parts: loss, metrics, gradients, keys and what the rows are asked for, in
-    float64.
+    """Compares loss, metrics, gradients, keys and the motion of the rows in float64, without BatchNorm, whose results
+    depend on the parts.
     """
     monkeypatch.setattr(torch.nn.modules.batchnorm._BatchNorm, "forward", lambda self, x: x)
     found = []
@@ -279,7 +279,7 @@ def test_a_batch_cut_into_parts_gives_what_it_gives_whole(monkeypatch, overrides
         cfg = compose(*overrides)
         method = assembly.build_method(cfg).double().train()
         if method.needs.whole_batch and not warm_start:
-            assert overrides == ["pn=positive"]  # refused: see below
+            assert overrides == ["pn=positive"]  # it is refused, as tested below
             return
         run = trainer.Trainer.__new__(trainer.Trainer)
         run.method, run.accumulate, run.device, run.precision = method, parts, torch.device("cpu"), "fp32"
@@ -316,7 +316,7 @@ def test_accumulated_runs_learn_and_go_on_to_the_same_bits(tmp_path, monkeypatch
         (["accumulate=64"], "leaves at least 2 in each part; got 64"),
         (
             ["accumulate=2", "pn=none"],
-            "the images of a batch meet one another in this method's loss.* expected null, got 2",
+            "this method's loss compares the images of a batch with one another.* expected null, got 2",
         ),
     ],
 )
@@ -343,7 +343,7 @@ def test_rows_without_a_direction_end_the_run_with_their_number(tmp_path, monkey
 
 @pytest.mark.parametrize("setting", ["pn=none", "pn=positive", "pn=negative", "pn=both"])
 def test_every_setting_takes_a_warm_start_of_the_same_steps_as_a_phase_of_its_own(tmp_path, setting, capfd):
-    """Three steps, an evaluation of its own, then epoch 0; in the record it is no epoch."""
+    """The warm start has three steps and its own evaluation, and is not recorded as an epoch; epoch 0 follows."""
     train(tmp_path, setting, "warm_start.steps=3", "max_steps=5", bank=setting != "pn=none")
     rows = record(tmp_path)
     assert [row["kind"] for row in rows] == ["eval", *["warm_start"] * 3, "eval", "train", "train", "eval"]
@@ -357,7 +357,9 @@ def test_every_setting_takes_a_warm_start_of_the_same_steps_as_a_phase_of_its_ow
 
 
 def test_a_run_cut_in_a_long_warm_start_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    """Twenty-five steps, more than the 21 of a pass over the images; cut in the second pass."""
+    """The warm start has 25 steps, more than the 21 of a pass over the images; the run is interrupted in the second
+    pass.
+    """
     long = ["warm_start.steps=25", "max_steps=28", "checkpoint.every_steps=11"]
     train(tmp_path / "whole", *long)
     with monkeypatch.context() as patch:
@@ -374,7 +376,7 @@ def test_a_run_cut_in_a_long_warm_start_goes_on_to_the_same_bits(tmp_path, monke
 def test_a_run_that_dies_in_an_evaluation_has_lost_no_step_and_makes_it_when_it_goes_on(
     tmp_path, monkeypatch, evaluation
 ):
-    """The one after the warm start, and the last one: each is made after a checkpoint."""
+    """The run dies in the evaluation after the warm start and in the last one; a checkpoint is saved before each."""
     train(tmp_path / "whole", "max_steps=5")
     original, made = assembly.Evaluation.run, []
 
@@ -394,10 +396,10 @@ def test_a_run_that_dies_in_an_evaluation_has_lost_no_step_and_makes_it_when_it_
 
 
 def test_a_bank_that_collapses_is_said_once_and_one_that_does_not_is_not(tmp_path, capfd):
-    """Rows that are pulled far at every step run into one another; at rest they stay apart."""
+    """Rows that are pulled far at every step run into one another; rows that do not move stay apart."""
     train(
         tmp_path / "wild", "max_steps=null", "bank.reading=paper", "bank.lr=3.0"
-    )  # 0.6 of a radian a step at batch 64
+    )  # moves rows by 0.6 radian per step at batch 64
     told = capfd.readouterr().err
     assert told.count("The bank has collapsed: ") == 1 and "What helps: a longer warm start (warm_start.steps)" in told
     (row,) = [row for row in record(tmp_path / "wild") if row["kind"] == "warning"]

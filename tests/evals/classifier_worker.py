@@ -1,4 +1,4 @@
-"""What the processes of a test of several ranks do: train a classifier whose last batch they cannot share evenly."""
+"""Functions for the ranks of a test that trains a classifier whose last batch cannot be divided evenly."""
 
 import torch
 from colours import Colours, coloured

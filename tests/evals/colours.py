@@ -1,4 +1,4 @@
-"""Images whose colour tells their class, and a backbone that sees colours."""
+"""Images whose class is their colour, and a backbone that sees colours."""
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ def coloured(count: int, name: str, *, labelled: bool = True, seed: int = 0, cla
 
 
 class Colours(nn.Module):
-    """The mean of each channel, through a layer that could learn and a BatchNorm that could change."""
+    """A backbone: the mean of each channel, then a linear layer and a BatchNorm, which an evaluation must not
+    change.
+    """
 
     def __init__(self) -> None:
         super().__init__()

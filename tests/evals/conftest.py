@@ -1,4 +1,4 @@
-"""A store of images whose colour tells their class."""
+"""Feature stores of images whose class is their colour."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ def colours() -> nn.Module:
 
 @pytest.fixture
 def store_of() -> Callable[..., FeatureStore]:
-    """store_of(train=60, test=30, folder=...): a store of coloured images."""
+    """store_of(train=60, test=30, folder=...) makes a store of coloured images."""
 
     def make(train: int = 60, test: int = 30, **settings) -> FeatureStore:
         source = coloured(train, "train")

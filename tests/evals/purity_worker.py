@@ -1,4 +1,4 @@
-"""What the processes of a test of purity do."""
+"""Functions for the processes of the tests of purity."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from caco.evals.purity import Purity
 
 
 class Toy(nn.Module):
-    """An encoder of mean colours in a few dimensions, and a bank of random rows."""
+    """A method with an encoder of mean colours in a few dimensions, and a bank of random rows."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()

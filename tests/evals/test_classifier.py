@@ -1,4 +1,6 @@
-"""Linear evaluation and fine-tuning: the recipes as published, the last epoch's accuracy, resumable to the bit."""
+"""Linear evaluation and fine-tuning follow the published recipes, report the last epoch's accuracy, and resume to the
+same bits.
+"""
 
 import copy
 
@@ -32,7 +34,7 @@ def test_the_papers_recipe():
     assert len(factors) == 300 and factors[0] == factors[2] == 1.0
     assert factors[150] == pytest.approx(0.5) and 0 < factors[-1] < 3e-4
     assert (recipe.scale, linear.when) == ([0.08, 1.0], "end")
-    for world in (1, 8):  # ImageNet's images: 312 whole batches, and one of 3,215
+    for world in (1, 8):  # ImageNet makes 312 whole batches and one of 3,215 images
         order = Order(1_281_167, batch=recipe.batch, seed=0, rank=world - 1, world=world, drop_last=recipe.drop_last)
         assert order.steps == 313 and order.images_of(311) == 4096 and order.images_of(312) == 3215
 
@@ -63,13 +65,14 @@ def test_larc_scales_each_gradient_by_the_ratio_of_norms_but_not_that_of_a_zero_
             v.mul_(0.9).add_(g * ratio)
             p.sub_(0.5 * v)
     for ours, by_hand in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(ours.detach(), by_hand, rtol=1e-7, atol=1e-9)  # LARC adds 1e-8 to the sum of norms
+        # because LARC adds 1e-8 to the sum of norms
+        torch.testing.assert_close(ours.detach(), by_hand, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_an_epoch_ends_with_the_images_that_are_left_or_with_its_last_whole_batch(colours, store_of, drop_last):
-    """60 images in batches of 25: steps of 25, 25 and 10, each with the mean of its images' gradients, against a loop
-    by hand.
+    """60 images in batches of 25 make steps of 25, 25 and 10 images, each with the mean of its images' gradients;
+    compared with a loop by hand.
     """
     store, recipe = (
         store_of(),
@@ -99,7 +102,7 @@ def test_an_epoch_ends_with_the_images_that_are_left_or_with_its_last_whole_batc
 
 @pytest.mark.long
 def test_two_ranks_that_share_a_last_batch_unevenly_train_what_one_does(tmp_path, colours, store_of):
-    """49 images in batches of 20: of the last nine one rank has four and the other five."""
+    """49 images are trained in batches of 20; of the last nine, one rank has four and the other five."""
     files = [tmp_path / "one.pt", tmp_path / "two.pt"]
     classifier_worker.write_head(files[0])
     codes, outputs = ranks(2, classifier_worker.write_head, str(files[1]))
@@ -169,7 +172,9 @@ def test_a_cut_evaluation_goes_on_from_its_last_epoch_to_the_same_bits(
     resumed = trained(tmp_path / "cut")
     assert epochs == [0, 1, 2, 2, 3]
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert epochs[-1] == 3 and trained(tmp_path / "cut") and len(epochs) == 5, "a finished one is not trained again"
+    assert epochs[-1] == 3 and trained(tmp_path / "cut") and len(epochs) == 5, (
+        "a finished classifier must not be trained again"
+    )
 
 
 def test_another_backbone_does_not_go_on_from_the_first_ones_classifier(tmp_path, colours, store_of):
@@ -200,7 +205,7 @@ def test_a_loss_that_is_not_finite_ends_it_with_what_to_do(colours, store_of):
     [
         ({"epochs": 0}, "epochs: expected int from 1, got 0"),
         ({"schedule": "linear"}, r"schedule: expected cosine \| steps, got 'linear'"),
-        ({"milestones": [3]}, "milestones: belong to schedule=steps"),
+        ({"milestones": [3]}, "milestones: expected none without schedule=steps"),
         ({"when": "now"}, r"when: expected epoch \| end, got 'now'"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Domain generalisation: three domains teach, their crossval lists choose, all images of the fourth are the test."""
+"""Domain generalisation: train on three domains, choose settings with their crossval lists, and test on all images of
+the fourth.
+"""
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ QUICK = {"size": 16, "num_strengths": 5}
 
 
 class Means(nn.Module):
-    """Means of the channels in the four quarters: twelve noisy numbers."""
+    """A backbone whose features are the channel means in the four quarters, twelve noisy numbers."""
 
     num_features = 12
 
@@ -85,7 +87,7 @@ def test_a_copy_of_the_network_is_fine_tuned_for_each_target_and_the_best_rate_t
     (protocol,) = evaluator.protocols
     assert protocol == "pacs_finetune_size-16_lrs-1e-07-1_epochs-6_batch-21_weight_decay-0_milestones-5"
     assert list(results) == [f"{protocol}/{d}_{what}" for d in ("photo", "sketch") for what in ("top1", "lr")], (
-        "no mean of two"
+        "there is no mean over only two domains"
     )
     assert results[f"{protocol}/photo_lr"] == results[f"{protocol}/sketch_lr"] == 1.0
     assert min(results[f"{protocol}/{d}_top1"] for d in ("photo", "sketch")) > 60

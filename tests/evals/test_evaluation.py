@@ -1,4 +1,4 @@
-"""A round computes each feature once, says percent, and leaves no trace on what it evaluates."""
+"""A round of evaluation computes each feature once, reports percent, and does not change what it evaluates."""
 
 import copy
 
@@ -19,7 +19,7 @@ from caco.evals.probe import Probe
 
 
 class CountingViews(Views):
-    """Counts the images that it makes a plain view of."""
+    """Views that count how many plain views they make."""
 
     made = 0
 
@@ -33,7 +33,7 @@ class CountingViews(Views):
 
 
 def coloured(count, name, *, labelled=True, seed=0):
-    """Noise whose colour tells its class."""
+    """Images of noise whose class is their colour."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % 3
     images = rng.integers(0, 120, (count, 8, 8, 3), dtype=np.uint8)
@@ -42,8 +42,8 @@ def coloured(count, name, *, labelled=True, seed=0):
 
 
 class Backbone(nn.Module):
-    """All that evaluation could disturb: BatchNorm's buffers, dropout, a part frozen in eval mode; counts its
-    images.
+    """A backbone with everything that an evaluation could disturb: BatchNorm's buffers, dropout, a part kept in
+    evaluation mode. It counts its images.
     """
 
     def __init__(self):
@@ -57,7 +57,7 @@ class Backbone(nn.Module):
 
     def forward(self, images):
         self.images += len(images)
-        torch.rand(3)  # a careless backbone that draws even in eval mode
+        torch.rand(3)  # draws random numbers even in evaluation mode
         return self.dropout(self.frozen(self.norm(self.conv(images)))).relu().mean((2, 3))
 
 
@@ -188,7 +188,7 @@ def test_each_feature_is_computed_once_a_round_and_each_image_made_once(backbone
 
 def test_knn_alone_computes_only_its_share(backbone, views, splits):
     evaluation({"knn": KNN(k=3, fraction=0.5)}, splits, views).run(backbone, "epoch")
-    assert backbone.images == 8 + 8 + 8 + 23  # half of 17, 17 and 16, rounded
+    assert backbone.images == 8 + 8 + 8 + 23  # half of the classes' 17, 17 and 16 images, rounded
 
 
 def test_large_sets_are_made_again_and_give_the_same(backbone, views, splits):
@@ -217,14 +217,15 @@ def test_a_round_sees_what_the_backbone_has_become(views, splits):
     assert round_.run(colours, "end") == {"knn3_top1": 100.0, "probe_top1": 100.0}
 
     class Blind(nn.Module):
-        """The same features for every image: four, so that of length 1 they are halves, and cosines 1 however one
-        rounds.
+        """A backbone with the same four features for every image. Normalised, each is 1/2, so that all cosines are
+        exactly 1 with any rounding.
         """
 
         def forward(self, images):
             return images.new_ones(len(images), 4)
 
-    # All cosines tie: the bank's first rows, of classes 0, 1, 2, vote and class 0 wins; so does the probe's prior.
+    # All cosines are equal, so the bank's first rows vote, which have the classes 0, 1, 2, and class 0 wins. The probe
+    # also predicts class 0, from the class frequencies.
     assert round_.run(Blind(), "end") == pytest.approx({"knn3_top1": 800 / 23, "probe_top1": 800 / 23})
 
 

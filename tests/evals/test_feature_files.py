@@ -1,5 +1,5 @@
-"""Features on disk: made once for each (backbone, images, view, precision), gone on with after a kill, mapped, not
-read.
+"""Features on disk: computed once for each (backbone, images, view, precision), continued after a kill, and
+memory-mapped instead of read.
 """
 
 import copy
@@ -19,7 +19,7 @@ from caco.evals.probe import Probe
 
 
 class Counting(nn.Module):
-    """Counts the images that go through."""
+    """A backbone that counts its images."""
 
     def __init__(self, inner):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Geometry: each number by hand on features whose numbers are known."""
+"""eval=geometry: each metric computed by hand for features with known values."""
 
 import math
 
@@ -20,7 +20,7 @@ def test_alignment_is_the_mean_squared_distance_of_unit_features():
 
 @pytest.mark.parametrize("block", [1, 3, 100])
 def test_uniformity_is_over_pairs_of_different_images(block):
-    # Of a square's twelve ordered pairs eight are neighbours (distance^2 2) and four opposite (4).
+    # A square has twelve ordered pairs of corners: eight neighbours (squared distance 2), four opposite ones (4).
     expected = math.log((8 * math.exp(-4) + 4 * math.exp(-8)) / 12)
     assert uniformity(SQUARE, block=block) == pytest.approx(expected)
     assert uniformity(torch.ones(5, 3, dtype=torch.float64)) == pytest.approx(0.0, abs=1e-9)
@@ -64,7 +64,9 @@ def test_alignment_pairs_two_views_of_the_same_image(store_of):
     geometry.build(store_of(batch=5), seed=0)
 
     class Palette(nn.Module):
-        """The strongest channel tells the class, whatever the crop and jitter; a wrong pairing would mix classes."""
+        """The strongest channel gives the class for every crop and jitter, so a wrong pairing of views would mix
+        classes.
+        """
 
         def forward(self, images):
             return images.mean((2, 3)) + 3

@@ -1,4 +1,4 @@
-"""k-NN votes as defined, exactly, whatever the blocks; the bank is a balanced, seeded share."""
+"""k-NN predicts exactly as defined, for any block size, and its bank is a balanced share drawn with a seed."""
 
 import math
 
@@ -21,7 +21,9 @@ from caco.evals.knn import (
 
 
 def brute_force(query, bank, labels, *, k, temperature, num_classes):
-    """The definition in float64, by loops: neighbours by (cosine, smaller index), classes by (votes, smaller class)."""
+    """The definition in float64, by loops. Neighbours are ordered by cosine, then by smaller index; classes by votes,
+    then by smaller class.
+    """
     predicted = []
     for q in query.double():
         sims = [float(q @ m / (q.norm() * m.norm())) for m in bank.double()]
@@ -34,7 +36,7 @@ def brute_force(query, bank, labels, *, k, temperature, num_classes):
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
-@pytest.mark.parametrize("k", [1, 5, 150])  # 150: all of the bank
+@pytest.mark.parametrize("k", [1, 5, 150])  # 150 is the whole bank
 def test_predictions_equal_a_float64_brute_force_in_blocks_of_any_size(k, block):
     torch.manual_seed(0)
     centres = torch.randn(4, 16)
@@ -49,8 +51,8 @@ def test_predictions_equal_a_float64_brute_force_in_blocks_of_any_size(k, block)
 
 @pytest.mark.parametrize("block", [1, 3, 5, 64])
 def test_ties_go_to_the_smaller_index_and_class(block):
-    # Corners of a cube in 4 dimensions: after normalisation every coordinate is 0.5 and every cosine a multiple of 0.5,
-    # exact in float32, so most neighbours and many votes are equal.
+    # The corners of a cube in 4 dimensions: after normalisation every coordinate is 0.5 or -0.5, and every cosine is a
+    # multiple of 0.5, which float32 represents exactly. So most neighbours and many votes are equal.
     torch.manual_seed(1)
     bank, query = torch.randint(2, (40, 4)) * 2.0 - 1, torch.randint(2, (30, 4)) * 2.0 - 1
     labels = torch.randint(5, (40,))
@@ -134,15 +136,16 @@ def test_share_is_balanced_seeded_and_sorted():
 
 def test_the_first_of_each_class_are_as_many_as_int_says():
     labels = np.repeat([0, 1, 2], [14, 5, 3])
-    source = ImagesInMemory(np.zeros((22, 2, 2, 3), np.uint8), name="it")  # no files: they go by their order
-    # int(0.2 * 14) = 2, where rounding gives 3; int(0.2 * 5) = 1; and one of a class of three.
+    # there are no file names, so the order counts
+    source = ImagesInMemory(np.zeros((22, 2, 2, 3), np.uint8), name="it")
+    # int(0.2 * 14) = 2, although rounding gives 3; int(0.2 * 5) = 1; and a class of three still gets one.
     assert first_share(source, labels, fraction=0.2).tolist() == [0, 1, 14, 19]
     assert len(balanced_share(labels, fraction=0.2, seed=0)) == 3 + 1 + 1
     assert np.array_equal(first_share(source, labels, fraction=1.0), np.arange(22))
 
 
 def test_the_first_images_of_a_class_are_those_of_the_first_names(tmp_path):
-    """Whatever order the set has them in, and whatever folders of a class they lie in."""
+    """The order of the set and the folders within a class do not matter."""
     files = [
         "b/10.png",
         "b/9.png",
@@ -164,7 +167,9 @@ def test_k_nn_among_the_first_is_by_another_name(colours, store_of):
     drawn, first = (KNN(k=3, fraction=0.5, choice=choice) for choice in ("random", "first"))
     for one in (drawn, first):
         one.build(store_of(), seed=0)
-    assert first._bank.tolist() == list(range(30)), "labels are 0, 1, 2, 0, ...: the first ten of each"
+    assert first._bank.tolist() == list(range(30)), (
+        "the labels are 0, 1, 2, 0, ..., so these are the first ten of each class"
+    )
     assert drawn._bank.tolist() != first._bank.tolist()
     assert [*dict(first.run(colours))] == ["knn3_50pct_first_top1"]
 

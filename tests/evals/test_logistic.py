@@ -1,4 +1,4 @@
-"""The path over strengths ends, at each of them, at the optimum that scikit-learn finds."""
+"""Logistic regression reaches the same optimum as scikit-learn at every regularisation strength of its path."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from caco.evals.logistic import Axes, fit_on_axes, largest, objective, strengths
 
 @pytest.fixture(scope="module")
 def correlated():
-    """300 images of 40 positive, correlated features, of which two never change and one is a copy; 4 classes."""
+    """300 images of 4 classes with 40 positive, correlated features; two features are constant and one is a copy."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, 300)
     x = (rng.normal(size=(300, 12)) + 1.5 * rng.normal(size=(4, 12))[labels]) @ rng.normal(size=(12, 40)) + 8
@@ -45,7 +45,7 @@ def test_every_strength_ends_at_scikit_learns_optimum_with_no_gradient_left(corr
 def test_of_several_labels_each_class_is_fitted_against_the_rest_without_what_is_left_out(correlated):
     x, y = correlated
     target = F.one_hot(y, 4).clone()
-    target[y == 1, 2] = 1  # images of two classes
+    target[y == 1, 2] = 1  # these images have two classes
     target[::7, 3] = -1
     for strength, weight, bias in path(x, target, [1e3, 1.0], num_classes=4):
         for c in range(4):

@@ -1,4 +1,4 @@
-"""The probe is the optimum of a stated objective, the same as scikit-learn's."""
+"""The probe finds the optimum of its stated objective, the same as scikit-learn's."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from caco.evals.probe import Probe
 
 @pytest.fixture(scope="module")
 def digits():
-    """Pixels of digits, standardised: train and test features (float32) and labels."""
+    """Standardised pixels of digits: float32 features and labels for training and test."""
     x, y = load_digits(return_X_y=True)
     x, y = torch.from_numpy(x).float(), torch.from_numpy(y)
     mean, scale = moments(x[:1400])
@@ -86,7 +86,7 @@ def test_standardising_leaves_a_feature_that_never_changes_at_zero():
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest number of elements of any tensor that an operation made."""
+    """Remembers the number of elements of the largest tensor that any operation made."""
 
     def __init__(self):
         super().__init__()
@@ -109,7 +109,7 @@ def test_the_probe_makes_no_second_copy_of_the_features_and_the_same_classifier(
     with Largest() as largest, pytest.warns(UserWarning, match="gradient"):
         standardised = Standardised.of(x)
         ours = fit(standardised, y, num_classes=10, l2=1e-3, max_iterations=3, block=100)
-    assert largest.elements < x.numel() / 4, "it works on blocks of rows, or of columns"
+    assert largest.elements < x.numel() / 4, "the probe must work on blocks of rows or columns"
     with pytest.warns(UserWarning, match="gradient"):
         whole = fit(
             (x.float() - standardised.mean_D) / standardised.scale_D,

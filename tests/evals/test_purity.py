@@ -1,4 +1,4 @@
-"""Purity: a key's row and the class that it stands for, found by hand."""
+"""eval=purity: the row of a key, and the class that the row stands for, found by hand."""
 
 import json
 
@@ -18,7 +18,7 @@ def test_a_row_stands_for_the_class_of_the_training_image_whose_key_is_nearest(s
     store = store_of(train=60, test=30)
     method = Toy(rows=8)
     found = measured(store, method)
-    # By hand, a row and an image at a time.
+    # Computed by hand, one row and one image at a time.
     train, test = store.splits.train, store.splits.test
     keys = {
         split: torch.nn.functional.normalize(store.outputs(method.encoder, source, store.views).double(), dim=1)
@@ -34,9 +34,13 @@ def test_a_row_stands_for_the_class_of_the_training_image_whose_key_is_nearest(s
         "purity_images-17/positives": pytest.approx(100 * np.mean(right)),
         "purity_images-17/chance": pytest.approx(100 * np.mean(chance)),
     }
-    assert found["purity_images-17/positives"] not in (0, 100), "otherwise the comparison says nothing"
-    assert found["purity_images-17/chance"] != pytest.approx(100 / 3), "nor here"
-    assert int(method.bank.rows.uses.sum()) == 0, "looking is no choosing"
+    assert found["purity_images-17/positives"] not in (0, 100), (
+        "the purity must not be 0 or 100, or the comparison would mean nothing"
+    )
+    assert found["purity_images-17/chance"] != pytest.approx(100 / 3), (
+        "chance must not be that of even classes, or the comparison would mean nothing"
+    )
+    assert int(method.bank.rows.uses.sum()) == 0, "measuring purity must not count as use of rows"
 
 
 def test_two_ranks_with_half_of_the_rows_each_find_what_one_does(tmp_path):
@@ -48,7 +52,7 @@ def test_two_ranks_with_half_of_the_rows_each_find_what_one_does(tmp_path):
 
 def test_without_a_bank_or_without_a_training_it_is_refused():
     with pytest.raises(
-        UserError, match="^eval.purity: looks into the method that trains, and here is a backbone alone"
+        UserError, match="^eval.purity: needs the method that trains the backbone, but only a backbone was given"
     ):
         purity_worker.evaluation().require(Toy(rows=8).backbone)
     method = Toy(rows=8)

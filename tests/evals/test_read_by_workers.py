@@ -1,4 +1,4 @@
-"""Evaluations read with the loader's workers, in bounded memory, and say how far they are."""
+"""Evaluations read images with the loader's workers, in bounded memory, and report their progress."""
 
 import multiprocessing
 
@@ -28,7 +28,7 @@ from caco.saying import counting
 
 
 class Where(ImagesInMemory):
-    """Images that are read one by one, and remember in which processes."""
+    """A source whose images are read one by one, and which remembers the processes that read them."""
 
     def __init__(self, count):
         images = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
@@ -116,7 +116,7 @@ def test_batches_are_the_same_however_they_are_read_and_in_whatever_pieces(tmp_p
     if kind in ("array", "mapped"):
         pixels = [np.ascontiguousarray(one[:9, :9]) for one in pixels]
         stacked = np.stack(pixels)
-        if kind == "mapped":  # in an order of its own, as STL-10's
+        if kind == "mapped":  # in an unsorted order, as STL-10 has
             stacked = np.ascontiguousarray(stacked.transpose(0, 3, 2, 1)).transpose(0, 3, 2, 1)
         source = ImagesInMemory(stacked, name="memory", labels=files.labels)
     elif kind == "list":
@@ -126,7 +126,7 @@ def test_batches_are_the_same_however_they_are_read_and_in_whatever_pieces(tmp_p
         monkeypatch.setattr("caco.data.views.native.library", lambda: None)
     views = Views(size=7, plain_crop=0.875, views={"one": View()}, mean=[0.5] * 3, std=[0.25] * 3)
     expected = torch.stack([views.plain(source.image(i)) for i in range(15)])
-    monkeypatch.setattr(plain, "_PIECE_BYTES", 3 * 7 * 7 * 2)  # two images at once
+    monkeypatch.setattr(plain, "_PIECE_BYTES", 3 * 7 * 7 * 2)  # two images at a time
     made = list(plain_batches(source, views, batch=5, num_workers=workers))
     assert [len(labels) for _, labels in made] == [5, 5, 5]
     assert torch.equal(torch.cat([images for images, _ in made]), expected)

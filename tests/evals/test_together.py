@@ -1,4 +1,4 @@
-"""All ranks share the reading and the computing of features, and what goes wrong on one is heard by all."""
+"""All ranks share the work of reading images and computing features, and an error on one rank reaches all."""
 
 import json
 
@@ -38,8 +38,8 @@ def test_two_ranks_find_what_one_does_with_half_of_the_images_each(root, kept):
     assert codes == [0, 0], outputs
     (results, first), (others, second) = (json.loads((root / f"out{rank}").read_text()) for rank in range(2))
     assert others == {} and list(results) == list(expected)
-    # The same batches, so the same features to the bit; of two ranks the linear classifier's sums are rounded
-    # otherwise.
+    # The batches are the same, so the features are equal to the bit. With two ranks the sums of the linear classifier
+    # are rounded differently.
     assert {k: v for k, v in results.items() if "linear" not in k} == {
         k: v for k, v in expected.items() if "linear" not in k
     }

@@ -1,4 +1,6 @@
-"""Transfer: the metrics by hand, the strength from validation images alone, the test images scored once."""
+"""eval=transfer: the metrics by hand; the regularisation strength is chosen on validation images alone, and the test
+images are scored once.
+"""
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from caco.evals.transfer import Transfer, average_precision_11, score
 
 
 def test_eleven_point_average_precision_by_hand():
-    # Ranked: present, absent, present, (left out), absent, present. Precisions at the hits: 1/1, 2/3, 3/5, and the
-    # recalls 1/3, 2/3, 1. Recalls 0 to 0.3: 1; 0.4 to 0.6: 2/3; 0.7 to 1: 3/5.
+    # The ranking is present, absent, present, (left out), absent, present. At the hits, the precisions are 1/1, 2/3,
+    # 3/5 and the recalls 1/3, 2/3, 1. So the precision is 1 for recalls 0 to 0.3, 2/3 for 0.4 to 0.6, and 3/5 for 0.7
+    # to 1.
     scores = np.array([0.9, 0.8, 0.7, 0.65, 0.6, 0.5])
     marks = np.array([1, 0, 1, -1, 0, 1])
     assert average_precision_11(scores, marks) == pytest.approx((4 * 1 + 3 * 2 / 3 + 4 * 3 / 5) / 11)
@@ -25,12 +28,13 @@ def test_eleven_point_average_precision_by_hand():
 
 
 def test_a_later_better_precision_counts_for_smaller_recalls_too():
-    # absent, present, present: precisions 1/2 at recall 1/2, 2/3 at recall 1: 2/3 everywhere.
+    # The ranking absent, present, present has precision 1/2 at recall 1/2 and 2/3 at recall 1, so 2/3 counts
+    # everywhere.
     assert average_precision_11(np.array([3.0, 2.0, 1.0]), np.array([0, 1, 1])) == pytest.approx(2 / 3)
 
 
 def test_recalls_of_tenths_are_exact():
-    # Ten present images, an absent one behind the third: recall 0.3 still has precision 1.
+    # Ten present images with an absent one after the third: the precision at recall 0.3 is still 1.
     marks = np.array([1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1])
     best_later = 10 / 11
     assert average_precision_11(-np.arange(11.0), marks) == pytest.approx((4 * 1 + 7 * best_later) / 11)
@@ -42,9 +46,10 @@ def test_map_is_the_mean_over_classes_and_the_per_image_variant_is_scikit_learns
     labels = np.array([[1, 0], [0, 1], [1, -1], [-1, 0]])
     logits = torch.tensor([[2.0, 0.0], [3.0, 1.0], [1.0, 5.0], [0.0, -1.0]])
     results = dict(score(logits, labels, "map11"))
-    # Class 0 ranks absent, present, present: 2/3. Class 1 ranks (left out), present, absent, absent: 1.
+    # Class 0 has the ranking absent, present, present: 2/3. Class 1 has (left out), present, absent, absent: 1.
     assert results["map11"] == pytest.approx(100 * (2 / 3 + 1) / 2)
-    # Image 0: its class is ranked first; 1: second of two, 1/2; 2: second of two; 3 has none and is left out.
+    # The class of image 0 is ranked first; those of images 1 and 2 are second of two (1/2); image 3 has none and is
+    # left out.
     assert results["ap_per_image"] == pytest.approx(100 * (1 + 1 / 2 + 1 / 2) / 3)
     expected = average_precision_score(labels[:3] == 1, logits[:3].numpy(), average="samples")
     assert results["ap_per_image"] == pytest.approx(100 * expected)
@@ -75,7 +80,7 @@ class ChannelMeans(nn.Module):
 
 @pytest.fixture
 def sets(monkeypatch):
-    """Sets by name instead of those on disk."""
+    """Replace the sets on disk by sets in memory, by name."""
     known = {}
 
     def load(name, root, *, seed):
@@ -107,7 +112,7 @@ def test_sets_that_are_there_are_scored_and_missing_ones_named(store_of, tmp_pat
         results["transfer_size-8_num_strengths-5/colours_mean_per_class"] == 100.0
         and results["transfer_size-8_num_strengths-5/colours_gradient"] < 2e-5
     )
-    assert told[0] == f"transfer goes on without dtd: expected {tmp_path}/dtd, got no such folder"
+    assert told[0] == f"transfer skips a set that is not there: dtd: expected {tmp_path}/dtd, got no such folder"
     with pytest.raises(ValueError, match="none of the sets is there:\ndtd: expected"):
         built(store_of(), tmp_path, "dtd")
     with pytest.raises(
@@ -119,8 +124,8 @@ def test_sets_that_are_there_are_scored_and_missing_ones_named(store_of, tmp_pat
 def test_the_strength_comes_from_the_validation_images_and_the_test_images_are_scored_once(
     store_of, tmp_path, sets, monkeypatch
 ):
-    # The training labels are mostly wrong, the validation labels swap two classes: choosing on the test images would
-    # choose another strength than choosing on these.
+    # The training labels are mostly wrong, and the validation labels swap two classes, so that the test images would
+    # choose another strength than the validation images.
     rng = np.random.default_rng(0)
     one = TransferSet("x", images(60, 1, noise=6), images(30, 2, noise=6), images(30, 3, noise=6), "top1")
     one.train.labels[rng.choice(60, 25, replace=False)] = 0
@@ -135,7 +140,7 @@ def test_the_strength_comes_from_the_validation_images_and_the_test_images_are_s
     results = dict(built(store_of(), tmp_path, "x").run(ChannelMeans()))
     assert scored == [id(one.validation.labels)] * 5 + [id(one.test.labels)]
 
-    # The same by scikit-learn, raw features, cold starts.
+    # The same with scikit-learn, from raw features and without warm starts.
     from sklearn.linear_model import LogisticRegression
 
     def features(source):

@@ -1,4 +1,4 @@
-"""What the processes of a test of several ranks do: evaluate together."""
+"""Functions for the ranks of a test in which several processes evaluate together."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ from caco.evals.transfer import Transfer
 
 
 class Counting(Colours):
-    """Counts the images that go through."""
+    """A backbone that counts its images."""
 
     images = 0
 
@@ -35,7 +35,9 @@ class Counting(Colours):
 
 
 class Own(Evaluator):
-    """As one of a user's, which knows nothing of ranks: it runs on rank 0 and asks for half of what others ask for."""
+    """An evaluator like a user's own, which knows nothing of ranks: it runs on rank 0 and needs half of the features
+    that others need.
+    """
 
     when = "end"
 
@@ -47,7 +49,7 @@ class Own(Evaluator):
 
 
 def evaluation(root: str, names: list[str], **settings) -> Evaluation:
-    """Of the images in root/images, root/PACS, and root/own, a set to transfer to."""
+    """An evaluation of the images in root/images, with root/PACS and the transfer set root/own."""
     splits = folder(root=f"{root}/images", in_memory_mb=0)
     views = Views(size=8, plain_crop=1.0, views={"two": View(count=2)}, mean=[0.5] * 3, std=[0.25] * 3)
     every = {
@@ -59,7 +61,7 @@ def evaluation(root: str, names: list[str], **settings) -> Evaluation:
         "domain": Domain(root=root, size=8, num_strengths=3, ways=["frozen"]),
         "linear": Linear(epochs=2, batch=20, lr=4.0, larc=False),
     }
-    # Batches of five: of the images that are left at the end one rank has none.
+    # Batches of five, so that one rank has none of the images left at the end.
     return Evaluation({name: every[name] for name in names}, splits, views, batch=5, device="cpu", precision="fp32",
     seed=0,
                       loader=TorchLoader(num_workers=0), **settings)  # fmt: skip
@@ -81,8 +83,8 @@ def evaluate(root: str, out: str, names: list[str], kept: bool) -> None:
 
 
 def fail(root: str, out: str) -> None:
-    """A test image cannot be read, another evaluator fails on rank 0 alone, and a third has nothing to do with
-    either.
+    """Evaluate while a test image cannot be read and another evaluator fails on rank 0 alone; a third evaluator is
+    affected by neither.
     """
     distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
     made = evaluation(root, ["knn", "geometry", "probe", "domain"])

@@ -1,5 +1,5 @@
-"""AdCo's page at the smallest scale: segmentation, detection and PACS, on toy sets that are drawn, beside what the page
-prints.
+"""The table of AdCo's project page at the smallest scale: segmentation, detection and PACS on toy sets, beside the
+numbers that the page prints.
 """
 
 import json
@@ -27,26 +27,26 @@ def shown(monkeypatch, capsys, *arguments) -> str:
 
 
 def test_the_toy_sets_are_whole_in_the_published_layouts_and_no_test_image_is_trained_on(tmp_path, monkeypatch, capsys):
-    """As typed: `python -m experiments.toy_sets FOLDER`."""
+    """The sets are made by `python -m experiments.toy_sets FOLDER`."""
     root = tmp_path / "toys"
     monkeypatch.setattr(sys, "argv", ["toy_sets", str(root)])
     command.main()
     assert capsys.readouterr().out == f"VOCdevkit/, coco/ and pacs/ are in {root}\n"
     sets = [voc2012(root, "train"), voc(root), coco(root)]
     sizes = [(len(one.train), len(one.test)) for one in sets]
-    assert sizes == [(12, 6), (12, 6), (11, 6)], "of COCO's training images one has a crowd alone"
+    assert sizes == [(12, 6), (12, 6), (11, 6)], "one of COCO's training images has only a crowd and is left out"
     assert [shared_images(one.train.files, one.test.files) for one in sets] == [[], [], []]
     pacs = read(root, key="root", say=lambda text: None)
     assert len(pacs.every) == 4 * 7 * 25 and pacs.train.sum() == 4 * 7 * 20
     with pytest.raises(SystemExit):
         command.main()
-    assert "expected a folder that is not there yet" in capsys.readouterr().err
-    whole.draw(root)  # of a table that is run again
+    assert "expected a folder that does not exist yet" in capsys.readouterr().err
+    whole.draw(root)  # a second call, as when a table is run again
     assert [path.name for path in tmp_path.iterdir()] == ["toys"]
 
 
 def test_nothing_but_their_form_tells_the_shapes_apart(tmp_path):
-    """No class has a colour of its own: a mean over the pixels tells nothing."""
+    """No class has a typical colour, so the mean over the pixels does not reveal the class."""
     pacs_set.write_pacs(tmp_path, train=30, crossval=1)
     pacs = read(tmp_path, key="root", say=lambda text: None)
     photos = pacs.part(["photo"], "train")
@@ -55,7 +55,9 @@ def test_nothing_but_their_form_tells_the_shapes_apart(tmp_path):
         pixels = photos.image(index).resize((1, 1)).getpixel((0, 0))
         means[int(photos.labels[index])].append(sum(pixels) / 3)
     middles = [sum(values) / len(values) for values in means.values()]
-    assert max(middles) - min(middles) < 50, "the means over thirty images of values that spread by some 40"
+    assert max(middles) - min(middles) < 50, (
+        "the means of thirty images, whose values vary by about 40, must not differ by more"
+    )
 
 
 def test_what_smoke_calls_its_results_is_what_its_evaluators_call_them():
@@ -69,7 +71,7 @@ def test_what_smoke_calls_its_results_is_what_its_evaluators_call_them():
 
 
 def test_the_table_shows_the_page_s_four_numbers_as_inferred_before_anything_is_run(monkeypatch, capsys, tmp_path):
-    """30.21 in a row of its own: it is of networks that never saw ImageNet."""
+    """30.21 has its own row, because it is from networks that were not trained on ImageNet."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("analysis.results.RECORDS", tmp_path)
     printed = shown(monkeypatch, capsys)
@@ -85,7 +87,7 @@ def test_the_table_shows_the_page_s_four_numbers_as_inferred_before_anything_is_
 def test_one_command_evaluates_it_all_on_toy_sets_and_the_table_shows_ours_beside_the_page_s(
     monkeypatch, capsys, tmp_path
 ):
-    """On a machine without any data; nothing is made twice."""
+    """This works on a machine without any data, and nothing is made twice."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "RECORDS", tmp_path / "records")
     monkeypatch.setattr("analysis.results.RECORDS", tmp_path / "records")

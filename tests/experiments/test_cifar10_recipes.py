@@ -1,5 +1,5 @@
-"""The scales cifar10_lightly and cifar10_solo: each method by the recipe that the one or the other prints for CIFAR-10,
-to the constant.
+"""The scales cifar10_lightly and cifar10_solo train each method with the CIFAR-10 recipe of lightly or solo-learn, with
+every constant.
 """
 
 import pytest
@@ -20,8 +20,8 @@ ROWS = {
 }  # fmt: skip
 SGD, ADAM, LARS = "sgd", "adam", "lars_timm"
 WEAK, BYOL, STRONG, VICREG = [0.4, 0.4, 0.4, 0.1], [0.4, 0.4, 0.2, 0.1], [0.8, 0.8, 0.8, 0.2], [0.4, 0.4, 0.2, 0.1]
-# Rate at the scale's batch, decay; crops' smallest area, jitter, blur, solarize of the two views; heads; what else the
-# method is told.
+# The rate at the scale's batch and the weight decay; the smallest crop, jitter, blur and solarize of the two views; the
+# heads; other settings of the method.
 LIGHTLY = {
     "simclr": (SGD, 0.06, 5e-4, 0.08, WEAK, 0, (0, 0), "512-512b ReLU 512-128b", None, {"temperature": 0.5}),
     "mocov2": (
@@ -41,7 +41,7 @@ LIGHTLY = {
         SGD, 0.06, 5e-4, 0.08, WEAK, 0, (0, 0), "512-2048 BN ReLU 2048-256 BN", "256-4096b BN ReLU 4096-256b",
         {"temperature": 0.5, "size": 4096},
     ),
-    "byol": (  # twice lightly's loss: half its rate of 0.06, twice its decay of 5e-4
+    "byol": (  # our loss is twice lightly's, so the rate is half of 0.06 and the decay twice 5e-4
         SGD, 0.03, 1e-3, 0.08, BYOL, 0, (0, 0.2), "512-1024 BN ReLU 1024-256b", "256-1024b BN ReLU 1024-256",
         {"momentum": 0.99, "final_momentum": 0.99, "reduction": "mean", "twin_initialisation": "copy"},
     ),
@@ -117,7 +117,7 @@ THEIRS = {
         vicreg=92.07,
     ),
 }
-SHARED = {  # epochs, batch, the schedule's warm-up and unit, precision, interpolation, means
+SHARED = {  # scale -> epochs, batch, the schedule's warm-up and unit, precision, interpolation, means
     "cifar10_lightly": (200, 128, 0, "epoch", "fp32", "bilinear", [0.485, 0.456, 0.406]),
     "cifar10_solo": (1000, 256, 10, "step", "bf16", "bicubic", [0.4914, 0.4822, 0.4465]),
 }

@@ -1,5 +1,5 @@
-"""`python -m experiments.compare`: what two commits' runs share, what it says where they differ, and what a renaming
-may change.
+"""`python -m experiments.compare`: when the runs of two commits count as equal, how differences are reported, and what
+a renaming may change.
 """
 
 import json
@@ -42,13 +42,13 @@ def copied(state):
 
 
 def change(kind, name, value):
-    """Give every row of a kind another value."""
+    """Change a value in every row of a kind."""
     return [{**row, name: value} if row["kind"] == kind else row for row in ROWS]
 
 
 @pytest.fixture
 def result(tmp_path):
-    """result(rows=, state=, summary=, ...) compares the run above with one that has those in place of its own."""
+    """result(rows=, state=, summary=, ...) compares the run above with a copy in which these parts are replaced."""
 
     def left(name, rows, state, summary, names):
         folder = tmp_path / name
@@ -78,7 +78,7 @@ def test_runs_that_differ_in_times_rates_and_hashes_alone_are_equal(result):
 
 
 def test_one_unit_in_the_last_place_of_one_value_is_found_and_said(result):
-    """The earliest step comes first, whatever the order of the rows."""
+    """The difference at the earliest step is reported first, in whatever order the rows are."""
     rows = change("train", "loss", 4.5)
     rows[1] = ROWS[1] | {"loss": next_float32(4.5)}
     found = result(rows=[rows[3], rows[1], rows[2], rows[0]])
@@ -168,7 +168,7 @@ def test_the_cases_are_every_file_of_methods_and_settings(repo_root):
             assert f"{group}={path.stem}" in cases
     assert {case.ranks for case in cases.values()} == {1, 2}
     assert [case.name for case in cases.values() if case.cut] == ["pn=both, cut and resumed"]
-    assert "epochs=3" in cases["pn=both"].overrides, "42 steps of two epochs would end before 50"
+    assert "epochs=3" in cases["pn=both"].overrides, "two epochs have only 42 steps, fewer than the 50 to compare"
 
 
 def test_a_commit_s_own_words_are_put_into_a_case_s_overrides():
@@ -180,7 +180,7 @@ def test_a_commit_s_own_words_are_put_into_a_case_s_overrides():
 
 @pytest.mark.long
 def test_every_case_is_one_that_caco_accepts(repo_root):
-    """As caco.train checks a command, before anything is trained."""
+    """Each passes the checks that caco.train makes before it trains."""
     for case in cases_of(repo_root, 50).values():
         cfg = composition.compose([*case.overrides, *cut_settings(case, 50)])
         validation.check(cfg, overrides=list(cfg.hydra.overrides.task), choices=dict(cfg.hydra.runtime.choices))
@@ -214,7 +214,7 @@ def test_a_process_that_dies_costs_the_case_that_it_was_at_and_no_other(tmp_path
 
 
 def test_native_parts_are_compiled_once_for_the_same_sources(tmp_path):
-    """The compiler here is a script that counts its calls."""
+    """The compiler in this test is a script that counts its calls."""
     trees = {}
     for name, source in (("one", "1"), ("two", "1"), ("three", "2")):
         trees[name] = tmp_path / name
@@ -238,7 +238,7 @@ def test_native_parts_that_do_not_compile_are_said_with_the_compiler_s_words(tmp
 
 @pytest.fixture
 def clone(tmp_path, repo_root):
-    """A repository of its own with this checkout's code as its one commit."""
+    """A new repository whose only commit is the code of this checkout."""
     if shutil.which("git") is None:
         pytest.skip("needs git, which is not installed")
     clone = tmp_path / "clone"
@@ -296,7 +296,7 @@ def test_a_bug_is_no_refusal_and_keeps_its_traceback(clone, monkeypatch):
 
 
 def test_nothing_of_caco_is_imported(repo_root):
-    """It would be this commit's, where another one's is to be compared."""
+    """An imported module would be that of this commit, while another commit is to be compared."""
     for path in (repo_root / "experiments" / "compare").glob("*.py"):
         assert not re.search(r"^\s*(from|import) caco\b", path.read_text(), re.MULTILINE), path
 
@@ -306,7 +306,9 @@ SMALL = ["--steps", "3", "--no-native", "--set", "batch=64", "eval=[]"]
 
 @pytest.mark.long
 def test_one_changed_number_is_found_where_it_matters_and_nowhere_else(clone, tmp_path, capfd):
-    """Two commits' runs side by side: CaCo's temperature is another, SimCLR is itself, a broken setting fails alone."""
+    """In the second commit CaCo's temperature differs, SimCLR is unchanged, and one setting is broken, which fails
+    alone.
+    """
     changed = clone / "conf" / "method" / "caco.yaml"
     changed.write_text(changed.read_text().replace("\n  temperature: 0.08\n", "\n  temperature: 0.09\n"))
     broken = clone / "conf" / "pn" / "negative.yaml"

@@ -1,4 +1,4 @@
-"""Every row of every table is trained from end to end, at the smallest scale."""
+"""Every row of every table is trained and evaluated at the smallest scale."""
 
 import json
 import sys
@@ -8,16 +8,16 @@ import pytest
 from experiments import run, tables
 from experiments.tables import experiments, load_scale, load_table
 
-# Of two tables of ours only the rows that are unlike all others: the rest are settings of methods that the paper's
-# tables have.
+# From two of our own tables, only the rows that differ from all others; the rest are settings of methods that are in
+# the paper's tables, too.
 SOME = {"study_bank": ["weighted", "blended", "balanced", "renewed"], "cifar10_repetitions": ["mocov2_symmetric"]}
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1800)  # some ninety runs of five to ten seconds
+@pytest.mark.timeout(1800)  # about ninety runs of five to ten seconds each
 def test_every_row_of_every_table_is_trained_at_the_smallest_scale(monkeypatch, tmp_path):
-    """Digits for most; tiles of two photographs where digits are too small or too grey; AdCo's page on toy sets
-    besides.
+    """Most rows train on digits. Methods that need larger or coloured images use tiles of two photographs, and AdCo's
+    page is evaluated on toy sets.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "RECORDS", tmp_path / "records")
@@ -32,6 +32,6 @@ def test_every_row_of_every_table_is_trained_at_the_smallest_scale(monkeypatch, 
         assert end.value.code in (0, None), name
     made = json.loads((tmp_path / "runs/smoke/record.json").read_text())
     trained = {entry["config_hash"]: entry["summary"] for entry in made["runs"]}
-    for name in tables.tables():  # the rows of Table V are runs of Table II, evaluated on more
+    for name in tables.tables():  # rows of Table V are runs of Table II with more evaluations
         for one in experiments(load_table(name), scale, rows=SOME.get(name)):
             assert one.why_not is None and 0 <= trained[one.hash(0)]["knn20_top1"] <= 100, one.name

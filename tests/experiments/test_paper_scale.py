@@ -1,5 +1,5 @@
-"""scale=paper is the published recipe to the letter: what a run of it does in every epoch, written out from the
-publications.
+"""scale=paper follows the published recipes exactly: the tests write out from the publications what a run does in every
+epoch.
 """
 
 import math
@@ -11,13 +11,13 @@ from caco.engine.optimizers import OptimizerSchedule
 from caco.schedules import RunShape, cosine
 from experiments.tables import experiments, load_scale, load_table
 
-STEPS = 3  # of an epoch, here
+STEPS = 3  # per epoch in these tests
 
 
 @pytest.fixture(scope="module")
 def rows():
-    """The configurations of rows that caco runs, by table and row; those of Tables II, IV and V differ from them in
-    numbers alone.
+    """The configurations of all rows that caco runs, by table and row. Rows of Tables II, IV and V are left out,
+    because they differ from these only in numbers.
     """
     every = [
         one for name in "1367" for one in experiments(load_table(name), load_scale("paper")) if one.why_not is None
@@ -32,7 +32,7 @@ def of_method(rows, method):
 
 
 def rates(cfg):
-    """The optimiser's rate at every step."""
+    """The optimiser's learning rate at every step."""
     optimizer = cfg.optimizer
     base = optimizer.lr * cfg.batch / optimizer.reference_batch
     schedule = {key: value for key, value in cfg.schedule.items() if key != "unit"}
@@ -62,8 +62,8 @@ def test_all_is_float32_and_the_monitor_s_images_are_the_first(rows):
 
 
 def test_caco_s_rates_and_its_twin_s_m_change_once_an_epoch(rows):
-    """Ten epochs of (e + 1) / 10, then a cosine to a hundredth; the bank's 3.0 is warmed up alike and stays; m from
-    0.99 to 1.
+    """The rate is (e + 1) / 10 for ten epochs, then falls to a hundredth by a cosine. The bank's rate of 3.0 has the
+    same warm-up and then stays, and the momentum goes from 0.99 to 1.
     """
     for name, cfg in of_method(rows, "caco"):
         peak, E = cfg.optimizer.lr * cfg.batch / 256, cfg.epochs
@@ -92,7 +92,7 @@ def test_caco_s_rates_and_its_twin_s_m_change_once_an_epoch(rows):
 
 
 def test_adco_ends_at_the_same_rate_and_fills_at_its_own_temperature_whatever_its_bank(rows):
-    """0.0006 at the end of a cosine without a warm-up, whether from 0.03 or, with 8,192 rows, from 0.04."""
+    """The rate ends at 0.0006 after a cosine without warm-up; it starts at 0.03 or, with 8,192 rows, at 0.04."""
     for name, cfg in of_method(rows, "adco"):
         peak, tau, bank_tau = (0.04, 0.14, 0.03) if cfg.bank.size == 8192 else (0.03, 0.12, 0.02)
         E = cfg.epochs
@@ -121,7 +121,7 @@ def test_moco_s_rate_is_half_a_cosine_of_epochs_and_its_batchnorm_that_of_eight_
 
 
 def test_simclr_warms_up_from_0_by_step(rows):
-    """lr t / T_w in the warm-up, then a cosine to 0; LARS 0.3 x batch / 256."""
+    """The rate is lr t / T_w in the warm-up, then a cosine to 0; the base rate of LARS is 0.3 x batch / 256."""
     for name, cfg in of_method(rows, "simclr"):
         peak, W, T = 0.3 * cfg.batch / 256, 10 * STEPS, cfg.epochs * STEPS
         rate = [peak * t / W if t < W else peak * (1 + math.cos(math.pi * (t - W) / (T - W))) / 2 for t in range(T)]

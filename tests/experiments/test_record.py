@@ -1,4 +1,4 @@
-"""Records: what they hold, that they merge, and that nobody can pass off one run as another."""
+"""Records: what they contain, how they merge, and that a changed record is noticed."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from experiments.toy_sets import __main__ as toy_sets
 
 @pytest.fixture(scope="module")
 def run_dirs(tmp_path_factory):
-    """Two finished runs, of seeds 0 and 1, as caco.train leaves them."""
+    """The directories of two finished runs of caco.train, with seeds 0 and 1."""
     from tiny import BANK, TINY
 
     folder = tmp_path_factory.mktemp("runs")
@@ -60,7 +60,7 @@ def test_packing_loses_nothing(runs):
 
 
 def test_one_is_not_true_in_what_runs_share():
-    """In Python they are equal, and a hash tells them apart."""
+    """1 and True are equal in Python, but they give different configuration hashes."""
     common = {"environment": {}}
     packed = pack([{"config": {"bias": 1}, **common}, {"config": {"bias": True}, **common}])
     assert packed["config"] == {} and packed["runs"][1]["config"] == {"bias": True}
@@ -117,7 +117,7 @@ def test_an_unfinished_run_has_no_record(tmp_path):
 
 @pytest.mark.long
 def test_the_commands_of_the_drawn_pacs_give_all_three_lines_of_its_table(repo_root, run_dirs, tmp_path, monkeypatch):
-    """As experiments/records/README.md prints them, on a tiny run."""
+    """The commands are those of experiments/records/README.md, run on a tiny run."""
     page = (repo_root / "experiments/records/README.md").read_text().partition("## toy_pacs")[2].partition("\n## ")[0]
     draw, evaluation = (shlex.split(line)[3:] for line in page.splitlines() if line.startswith("    python -m"))
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""`python -m experiments.run`: what it starts, skips, resumes, retries and refuses."""
+"""`python -m experiments.run`: which runs it starts, skips, resumes and retries, and what it refuses."""
 
 import json
 import shlex
@@ -28,7 +28,7 @@ def here(monkeypatch, tmp_path):
 
 
 class Trainings:
-    """In place of caco.train: notes its command lines; each leaves what a run leaves that finished, or failed."""
+    """Replaces caco.train: records the command lines, and writes the files of a run that finished or failed."""
 
     def __init__(self, root):
         self.root, self.commands, self.failing = root, [], set()
@@ -48,7 +48,7 @@ class Trainings:
 
     @property
     def rows(self):
-        """(pn, seed) of every training, in order."""
+        """(pn, seed) of all trainings so far, in order."""
         return [
             tuple(next(o.partition("=")[2] for o in overrides if o.startswith(key)) for key in ("pn=", "seed="))
             for overrides in self.commands
@@ -77,7 +77,7 @@ def test_what_is_done_is_not_done_again(here, trainings):
 
 
 def test_what_another_table_has_trained_is_not_trained_again(here, trainings):
-    """At this scale Table VII's Positive+Negative and Table I's CaCo are one run."""
+    """At this scale Positive+Negative of Table VII and CaCo of Table I are the same run."""
     here("table7", "scale=smoke", "rows=both", "seed=0")
     assert here("table1", "scale=smoke", "rows=caco_256,caco_1024", "seed=0") == 0
     assert len(trainings.commands) == 1
@@ -92,7 +92,7 @@ def test_what_somebody_else_has_recorded_is_not_trained_again(here, trainings, t
     assert trainings.rows == [("both", "1")]
     assert "2 runs, 0 done already, 1 to do, 1 in the records of experiments/records" in capsys.readouterr().err
     assert here("table7", "scale=smoke", "rows=both", "seed=0,1", "--here") == 0
-    assert trainings.rows == [("both", "1"), ("both", "0")], "on request it is"
+    assert trainings.rows == [("both", "1"), ("both", "0")], "--here trains it again"
 
 
 def test_one_that_fails_does_not_stop_the_others_and_is_tried_again_on_request_alone(here, trainings, capsys):
@@ -169,7 +169,7 @@ def test_a_begun_run_goes_on_where_it_is(here, trainings, tmp_path, capsys):
         (["table7", "scale=smoke", "weights=x.pt"], "weights=x.pt: cannot be given here"),
         (["table7", "scale=smoke", "rowss"], "rowss: expected key=value; did you mean rows?"),
         (["table7", "scale=mini", "rows=none"], "data.root=PATH must be given"),
-        (["table7", "scale=mini", "rows=none", "data.root=/nowhere"], "data.root=/nowhere: there is nothing"),
+        (["table7", "scale=mini", "rows=none", "data.root=/nowhere"], "data.root=/nowhere: does not exist"),
         (["table5", "scale=mini"], "scale mini measures nothing of it"),
         (["table3", "scale=mini"], "table3 has no row that can be run at scale mini"),
         (["table7", "scale=smoke", "rows=none", "trackin.uri=x"], "trackin.uri=x: no such key; did you mean tracking?"),
@@ -193,7 +193,7 @@ def test_jobs_of_a_launcher_are_the_runs_that_are_left(here, monkeypatch, tmp_pa
     monkeypatch.setattr(sweep, "follow", follow)
     assert (
         here("table7", "scale=smoke", "rows=none", "launcher=local", "launcher.parallel=2") == 1
-    )  # nothing came of them
+    )  # neither run finished
     ((parallel, folder, run_dirs, overrides),) = seen
     assert parallel == 2 and folder == tmp_path / "runs/smoke" and len(run_dirs) == 2
     assert not any(o.startswith("launcher") for o in overrides) and "seed=0" in overrides
@@ -201,7 +201,7 @@ def test_jobs_of_a_launcher_are_the_runs_that_are_left(here, monkeypatch, tmp_pa
 
 
 def test_trained_for_real_a_row_has_caco_trains_own_command_in_its_record(here, monkeypatch, tmp_path):
-    """The one test here that trains; a tenth of the smoke scale."""
+    """This is the only test in this file that trains, at a tenth of the smoke scale."""
     original = load_scale("smoke")
     original.overrides += ["max_steps=2", "eval=[knn_all]"]
     monkeypatch.setattr(run, "load_scale", lambda name: original)

@@ -1,4 +1,4 @@
-"""The paper's tables as they are written down, and the commands that each scale makes of them."""
+"""The YAML files of the paper's tables, and the commands that the scales make from them."""
 
 import csv
 from collections import Counter
@@ -20,7 +20,7 @@ def experiment(table, row, scale):
 
 
 def published_facts():
-    """(table, method as it starts, column, value) of published.csv, the paper's seven tables."""
+    """(table, start of the method's name, column, value) from published.csv, for the paper's seven tables."""
     with open(HERE / "published.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["table"] in NUMERALS]
     column = {"V": "dataset"}
@@ -37,10 +37,10 @@ def test_every_published_number_of_the_seven_tables_is_in_its_yaml_and_no_other_
             continue
         if table.table not in NUMERALS:
             assert not any(row.published for row in table.rows.values()), (
-                "what the paper prints stands in its own tables"
+                "only the paper's own tables may have the paper's numbers"
             )
         for row in table.rows.values():
-            # Table VI says the bank's size in the label, the facts in a column of their own.
+            # In Table VI the label has the size of the bank; published.csv has it in a separate column.
             method = row.label.rsplit(" ", 1)[0] if row.label.endswith(("1M", "2M", "4M", "8M", "12M")) else row.label
             ours.update((table.table, method, column, value) for column, value in row.published.items())
     assert ours == published_facts()
@@ -59,7 +59,9 @@ def test_the_numbers_of_adco_s_page_are_those_of_the_facts_and_are_called_inferr
         value for row in page.rows.values() for value in row.published.values()
     } == facts and "inferred" in page.title
     at_paper = experiment("adco_page", "adco", "paper")
-    assert at_paper.hash(0) == experiment("2", "adco", "paper").hash(0), "AdCo is trained once"
+    assert at_paper.hash(0) == experiment("2", "adco", "paper").hash(0), (
+        "both rows must be the same run, so that AdCo is trained once"
+    )
     assert all(at_paper.scale.evaluator_of(at_paper.scale.metrics[column][0]) for column in page.columns)
     on_pacs = experiment("adco_page", "adco_pacs", "paper").cfg
     assert (on_pacs.data.target, on_pacs.backbone.name, list(on_pacs.eval)) == (
@@ -104,8 +106,8 @@ def test_the_published_recipes_are_those_of_the_facts():
 
 @pytest.fixture(scope="module")
 def paper():
-    """Rows that caco runs, at the paper's scale, by name; those of Tables II, IV and V differ from them in numbers
-    alone.
+    """All rows that caco runs, at the paper's scale, by name. Rows of Tables II, IV and V are left out, because they
+    differ from these only in numbers.
     """
     found = {}
     for name, rows in {
@@ -145,10 +147,12 @@ def test_the_study_of_negatives_differs_in_their_treatment_alone_and_begins_with
     assert len(hashes) == len(rows) == 5
     same = [{key: value for key, value in plain(one.cfg).items() if key != "negatives"} for one in rows.values()]
     assert all(other == same[0] for other in same)
-    assert rows["mixed"].cfg.negatives.warmup_epochs < rows["mixed"].cfg.epochs, "some are mixed"
+    assert rows["mixed"].cfg.negatives.warmup_epochs < rows["mixed"].cfg.epochs, (
+        "mixing must begin before the end of the run"
+    )
 
 
-CHANGED_BY = {  # keys of a row's identity that are not those of CaCo's
+CHANGED_BY = {  # row -> the settings in which it differs from CaCo
     "size_quarter": {"bank.size"}, "size_sixteenth": {"bank.size"}, "size_four": {"bank.size"},
     "no_warm_start": {"epochs", "method.warm_start_steps"}, "short_warm_start": {"epochs", "method.warm_start_steps"},
     "constant_rate": {"bank.final_lr"}, "low_rate": {"bank.lr"}, "full_push": {"bank.push"}, "no_push": {"bank.push"},
@@ -201,7 +205,7 @@ def test_a_scale_that_is_like_another_keeps_what_it_does_not_say():
     base, ours = load_scale("cifar10"), load_scale("cifar10_jpeg75")
     assert ours.overrides == [*base.overrides, "data=cifar10_jpeg75"]
     assert ours.where == base.where and ours.exactly == base.exactly and ours.title != base.title
-    assert base.controls and not ours.controls  # no published number is of those images
+    assert base.controls and not ours.controls  # there are no published numbers for those images
 
 
 def test_settings_of_a_scale_win_over_those_of_a_row():
@@ -217,7 +221,7 @@ def test_multi_crop_is_refused_where_images_are_small_and_not_left_out(scale):
 
 
 def test_one_head_for_all_is_not_forced_on_methods_that_it_would_break():
-    """cifar10 is MoCo's notebook for every row: one linear layer, one rate."""
+    """cifar10 trains every row as MoCo's notebook does, with one linear layer and one rate."""
     chosen = list(experiments(load_table("1"), load_scale("cifar10")))
     assert {one.row_id for one in chosen if one.why_not is None} == {
         "simclr",
@@ -238,7 +242,7 @@ SHORT = {"Barlow Twins": "barlow", "InfoMin Aug": "infomin", "PCL v2": "pcl"}
 
 
 def test_every_method_that_a_table_names_and_caco_has_is_run():
-    """By label: a row may be cited only where conf/method has nothing of that name."""
+    """A row may be cited only if conf/method has no method with its label."""
     ours = {
         "simclr",
         "mocov2",
@@ -255,7 +259,8 @@ def test_every_method_that_a_table_names_and_caco_has_is_run():
     }
     ours |= {"mochi", "ifm", "hcl", "debiased", "infomin", "cpcv2", "instdisc", "pirl", "cmc", "pic", "pcl", "sela"}
     assert ours == {name for name in refusals.groups()["method"] if "_" not in name}
-    settings = ("table7", "negatives", "study_bank", "cifar10_repetitions")  # whose rows are settings of a method
+    # tables whose rows are settings of one method
+    settings = ("table7", "negatives", "study_bank", "cifar10_repetitions")
     for name in tables.tables():
         for row in load_table(name).rows.values():
             label = row.label.removesuffix(" on PACS")
@@ -282,7 +287,7 @@ def test_rivals_train_for_the_same_steps():
     assert {(one.sized("epochs"), one.sized("batch")) for one in at_mini} == {(10, 128)}
     assert all("data.limit=10000" in one.overrides(0) and one.why_not is None for one in at_mini)
     assert experiment("rivals", "caco", "mini").hash(0) == experiment("7", "both", "mini").hash(0), (
-        "CaCo is trained once"
+        "both rows must be the same run, so that CaCo is trained once"
     )
 
 

@@ -1,10 +1,10 @@
-"""Command lines that nobody meant, composed and checked in one process: each is accepted, or refused in words.
+"""Compose and check random command lines in one process: each must be accepted, or refused with a message.
 
-    python -m tests.fuzz.command_lines --lines 10000              all of them, in batches that resume: --from 3000
-    python -m tests.fuzz.command_lines --line 'seed=1 batch=x'    one of them, with its traceback
+    python -m tests.fuzz.command_lines --lines 10000              the first 10,000 lines; --from 3000 starts later
+    python -m tests.fuzz.command_lines --line 'seed=1 batch=x'    this line, with its traceback
 
-A line is refused by a UserError. Whatever else is raised is a bug, and is printed with the line. The lines follow from
-their numbers, so that number 4711 is the same line on every machine.
+A refusal is a UserError. Any other exception is a bug, and is printed with the line. Each line follows from its number,
+so that number 4711 is the same line on every machine.
 """
 
 import argparse
@@ -189,9 +189,9 @@ OF_HYDRA = [
 PREFIXES = ["", "", "", "", "", "", "+", "++", "~"]
 
 
-@functools.cache  # one call in a process does
+@functools.cache  # one call per process is enough
 def quicker() -> None:
-    """Read each file of conf/ once, and not anew for each line: a third of a composition's time is YAML's."""
+    """Make Hydra read each file of conf/ only once; otherwise a third of the time would go into reading YAML."""
     source = file_config_source.FileConfigSource
     load = source.load_config
     read: dict = {}
@@ -206,13 +206,15 @@ def quicker() -> None:
 
 @functools.cache
 def keys(root: str) -> list[str]:
-    """Every dotted name of a root, inner ones too; and, of training's, what the other options of its groups set."""
+    """Every dotted name in the configuration of a command; for training also those that other options of its groups
+    set.
+    """
     line = (
         ["tracking=ledger"]
         if root == "config"
         else ["weights=x", "format=moco", "backbone=resnet18", "augmentation=caco"]
     )
-    ConfigStore.instance().store("of_the_run", {})  # the run of an earlier evaluation in this process
+    ConfigStore.instance().store("of_the_run", {})  # forgets the run of an earlier evaluation in this process
     leaves = list(flat(plain(composition.compose(line, root))))
     if root == "config":
         files = [
@@ -226,7 +228,7 @@ def keys(root: str) -> list[str]:
 
 
 def line(number: int) -> tuple[str, list[str]]:
-    """A root and a command line for it."""
+    """A command, and a command line for it."""
     rng = random.Random(number)
     root = rng.choices(["config", "sweep", "evaluate", "export"], [70, 15, 10, 5])[0]
     known = keys("config" if root == "sweep" else root)
@@ -296,10 +298,10 @@ def line(number: int) -> tuple[str, list[str]]:
 
 
 def outcome(root: str, words: list[str]) -> str | None:
-    """The refusal of a command line, or None where it is accepted.
+    """The message with which a command line is refused, or None if it is accepted.
 
     Raises:
-        Exception: whatever is no refusal; that is a bug.
+        Exception: anything other than a refusal, which is a bug.
     """
     try:
         if root in ("config", "sweep"):
@@ -307,17 +309,17 @@ def outcome(root: str, words: list[str]) -> str | None:
         else:
             pretrained.compose(root, words)
     except UserError as error:
-        return redacted(str(error))  # as it is shown
+        return redacted(str(error))  # as a user sees it
     finally:
         folders.use()
     return None
 
 
 def fault(root: str, words: list[str]) -> str | None:
-    """What is wrong with how a command line is treated; None where nothing is."""
+    """What is wrong with the treatment of a command line, or None."""
     try:
         refusal = outcome(root, words)
-    except (Exception, SystemExit):  # noqa: BLE001 - the bug that is looked for
+    except (Exception, SystemExit):  # noqa: BLE001 - these are the bugs that the fuzzer looks for
         return traceback.format_exc()
     if refusal is None:
         return None
@@ -328,7 +330,7 @@ def fault(root: str, words: list[str]) -> str | None:
 
 
 def faults(numbers: range, seconds: float = float("inf")) -> Iterator[tuple[int, str, list[str], str | None]]:
-    """(number, root, line, fault or None) of each line, until so many seconds of computing are over."""
+    """Yield (number, command, line, fault or None) for each line until this many seconds of processor time are used."""
     quicker()
     keys("config"), keys("evaluate"), keys("export")
     end = time.process_time() + seconds

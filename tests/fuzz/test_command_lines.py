@@ -1,5 +1,5 @@
-"""Every command line is accepted or refused in words: the first lines of the fuzzer, and what each kind of fault it
-found looks like now.
+"""Every command line is accepted or refused with a message: the first lines of the fuzzer, and one line for each kind
+of fault that it has found.
 """
 
 import shlex
@@ -9,7 +9,7 @@ from command_lines import fault, faults, line, outcome
 
 
 def test_the_first_command_lines_are_accepted_or_refused_in_words():
-    """`python -m tests.fuzz.command_lines` goes through all of them."""
+    """`python -m tests.fuzz.command_lines` tests more of them."""
     seen = [(number, shlex.join(words), wrong) for number, _, words, wrong in faults(range(40))]
     assert [one for one in seen if one[2]] == [] and len(seen) == 40
 
@@ -20,14 +20,14 @@ def test_lines_follow_from_their_numbers():
 
 REFUSED = [
     ("data=" + "x" * 300, "no such option. There are: beton"),
-    ("hydra.run.dir=" + "x" * 300, "its name is too long for a file system"),
+    ("hydra.run.dir=" + "x" * 300, "this name is too long for a file system"),
     ("schedule.final_lr='${name}'", "schedule.final_lr: "),
     ("batch='${nope}'", "batch=${nope}: Interpolation key 'nope' not found"),
     ("batch='${batch}'", "batch=${batch}: Recursive interpolation detected"),
     ("seed={a:1}", "seed: "),
     ("name=null", "name: "),
     ("~schedule.unit", "~schedule.unit"),
-    ("data.root=", "data.root= has no value after the =: is a variable of the shell unset"),
+    ("data.root=", "data.root= has no value after the =. Is a shell variable unset"),
     ("data.root=''", "has no value after the ="),
     ("hydra.run.dir=", "hydra.run.dir= has no value after the ="),
     ("augmentation.mean=[1,2]", "augmentation.mean: expected list of float, 3 of them, got [1, 2]"),
@@ -60,7 +60,10 @@ REFUSED = [
     ("launcher=local launcher.parallel=0", "launcher.parallel: expected int from 1"),
     ("eval.knn.temperature=0", "eval.knn.temperature: expected float above 0, got 0"),
     ("bank=8M bank=12M", "bank"),
-    ("data.root=/bilder/größe(1)", "Hydra takes such a value in quotes of its own, within the shell's: "),
+    (
+        "data.root=/bilder/größe(1)",
+        "Hydra needs quotes around such a value, and the shell needs its own around those: ",
+    ),
 ]
 
 
@@ -102,6 +105,6 @@ def test_no_refusal_repeats_a_password_wherever_it_was_typed(root, typed):
 def test_the_quoting_that_a_refusal_shows_is_taken(path):
     refusal = outcome("config", ["tracking=ledger", "data=folder", f"data.root={path}"])
     if refusal is None:
-        return  # taken as it is
-    shown = shlex.split(refusal.rpartition("within the shell's: ")[2])
+        return  # accepted without quoting
+    shown = shlex.split(refusal.rpartition("its own around those: ")[2])
     assert outcome("config", ["tracking=ledger", "data=folder", *shown]) is None

@@ -1,4 +1,4 @@
-"""Jobs as processes of this machine, and what needs no cluster; tests/slurm has the rest."""
+"""Jobs of the local launcher, and the parts of the SLURM launcher that need no cluster; tests/slurm tests the rest."""
 
 import json
 import math
@@ -63,7 +63,7 @@ def test_a_local_sweep_goes_on_after_a_failure_names_it_and_is_not_done_twice(tm
     assert (about["run_name"], about["sweep"]["jobs"], about["sweep"]["keys"]) == ("batch=64", 2, ["batch"])
     written = (run / "ledger.jsonl").stat().st_mtime_ns
     again = caco(*sweep, cwd=tmp_path)
-    assert "caco/b64: is done already" in again.stderr and again.returncode == 1
+    assert "caco/b64: is finished already" in again.stderr and again.returncode == 1
     assert (run / "ledger.jsonl").stat().st_mtime_ns == written
 
 
@@ -92,10 +92,11 @@ def test_what_this_machine_or_the_ranks_cannot_do_is_refused():
     cfg = compose("batch=64", "bank.size=128", "device=auto")
     with pytest.raises(ValueError, match="batch: expected a multiple of the 3 processes of a job, got 64"):
         Local(**LOCAL | {"tasks_per_job": 3}).check(cfg)
-    Local(**LOCAL | {"tasks_per_job": 64}).check(compose("bank.size=100"))  # the first of them have a row more
+    Local(**LOCAL | {"tasks_per_job": 64}).check(compose("bank.size=100"))  # the first ranks have one more row
     here = torch.cuda.device_count()
     with pytest.raises(
-        ValueError, match=f"launcher.gpus_per_job: expected at most {here}, as this machine has, got {here + 1}"
+        ValueError,
+        match=f"launcher.gpus_per_job: expected at most {here}, the number of this machine's GPUs, got {here + 1}",
     ):
         Local(**LOCAL | {"gpus_per_job": here + 1, "tasks_per_job": 1}).check(cfg)
 
@@ -115,7 +116,7 @@ def test_jobs_are_told_which_instructions_to_use(level, monkeypatch, tmp_path):
 
 def test_a_snapshot_is_the_code_and_knows_its_commit(tmp_path):
     code = snapshot(tmp_path)
-    assert snapshot(tmp_path) == code, "the same code is copied once"
+    assert snapshot(tmp_path) == code, "the same code must be copied only once"
     names = {path.relative_to(code).as_posix() for path in code.rglob("*.*") if path.is_file()}
     assert {
         "caco/engine/trainer.py",

@@ -1,5 +1,5 @@
-"""A method driven over a run's steps in the Trainer's order, in float64, on views that a test makes: for comparison
-with a plain loop.
+"""Drive a method through the steps of a run in the Trainer's order, in float64, on views made by a test. Tests compare
+the result with a plain loop that follows the publication.
 """
 
 import torch
@@ -11,7 +11,7 @@ from caco.methods.base import Now
 from caco.nn.heads import Encoder, Projector
 from caco.schedules import RunShape
 
-SIDES = (6, 6, 4)  # of the views in pixels: two large ones and a small one
+SIDES = (6, 6, 4)  # sizes of the views in pixels: two large views and a small one
 
 
 class Trunk(nn.Sequential):
@@ -19,7 +19,7 @@ class Trunk(nn.Sequential):
 
 
 def tiny_encoder(**projector) -> Encoder:
-    """BatchNorm in trunk and head, so that it shows which views go through them together."""
+    """An encoder with BatchNorm in backbone and projector, so that results show which views pass through together."""
     torch.manual_seed(0)
     backbone = Trunk(
         nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
@@ -38,8 +38,12 @@ def views_of(step: int, batch: int) -> list[torch.Tensor]:
 def drive(
     method, optimizer, schedule: OptimizerSchedule, run: RunShape, steps: int, after=lambda step: None, batch_at=None
 ) -> list[float]:
-    """The losses of so many steps; `after(step)` is called behind each, `batch_at(step)` gives its batch, `views_of`
-    where there is none."""
+    """Train `steps` steps and return their losses.
+
+    Args:
+        after: called as after(step) when a step is done.
+        batch_at: batch_at(step) makes the batch of a step; None for a batch of `views_of`.
+    """
     batch_at = batch_at or (lambda step: batch_of(views_of(step, run.batch)))
     optimisation, tables = Optimisation(optimizer, schedule, run), method.schedules(run)
     method.phases(run)

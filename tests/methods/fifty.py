@@ -1,7 +1,8 @@
-"""Fifty steps of a method as the Trainer makes them, to be compared with a loop that a test writes out from the
+"""Train a method for fifty steps as the Trainer does, for comparison with a loop that a test writes from the
 publication.
 
-Everything is float64. The network is small enough to be written as a formula: `backbone` below is that of `encoder`.
+Everything is float64. The network is small enough to be written as a formula: `backbone` below is the formula of the
+backbone in `encoder`.
 """
 
 import math
@@ -18,13 +19,13 @@ from caco.nn.heads import Encoder, Projector
 from caco.nn.twin import MomentumTwin
 from caco.schedules import RunShape
 
-B, PIXELS, FEATURES, D = 8, 12, 14, 5  # wide enough for no image to lose all its features to a ReLU
+B, PIXELS, FEATURES, D = 8, 12, 14, 5  # enough features that a ReLU never sets all features of an image to 0
 STEPS = 50
 FROM_ZERO = {"warmup_epochs": 2, "warmup_start": 0.0, "warmup_end": "next"}
 
 
 def encoder(**projector) -> Encoder:
-    """Pixels, a linear layer, BatchNorm, ReLU; then the projector."""
+    """A backbone of a linear layer on the pixels, BatchNorm and ReLU; then the projector."""
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, FEATURES), nn.BatchNorm1d(FEATURES), nn.ReLU())
     return Encoder(
@@ -33,7 +34,7 @@ def encoder(**projector) -> Encoder:
 
 
 def views_of(step: int, count: int = 2) -> list[torch.Tensor]:
-    """Each image's views are near one another."""
+    """Views in which those of one image are near one another."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(B, 3, 2, 2, generator=generator, dtype=torch.float64)
     return [images + 0.3 * torch.randn(images.shape, generator=generator, dtype=torch.float64) for _ in range(count)]
@@ -45,12 +46,12 @@ def train(
     images=None,
     patches=lambda step: None, **schedule,
 ) -> list[float]:  # fmt: skip
-    """The losses of fifty steps, each made in the Trainer's order, of so many views of images first(step), first(step)
-    + 1, ...
+    """Train fifty steps in the Trainer's order and return their losses. A step's batch are the images first(step),
+    first(step) + 1, ...
 
     Args:
-        images: for passes over all of them.
-        patches: of a step's images.
+        images: what the method gets for passes over all images.
+        patches: makes the patches of a step's images.
     """
     run = RunShape(epochs=10, steps_per_epoch=5, batch=B, unit=unit)
     optimisation, tables = Optimisation(optimizer, OptimizerSchedule(**schedule), run), method.schedules(run)
@@ -80,11 +81,11 @@ def train(
     return losses
 
 
-# The same network as a formula of named weights.
+# The same network as a formula of its weights, which are given by name.
 
 
 def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of what learns, by name."""
+    """Copies of the learned parameters, by name."""
     return {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters() if p.requires_grad}
 
 
@@ -105,7 +106,7 @@ def backbone(w, image):
 
 
 def from_zero(step: int, peak: float, final: float) -> float:
-    """lr t / T_w, then a cosine over the rest."""
+    """The rate lr t / T_w during the warm-up, then a cosine over the remaining steps."""
     warmup = 10
     if step < warmup:
         return peak * step / warmup
@@ -126,7 +127,9 @@ def lars(w, gradients, velocity, lr, decay, one_dimensional_lr=None):
 
 @torch.no_grad()
 def sgd(w, gradients, velocity, lrs, decay):
-    """One step with momentum 0.9 and decay on everything, in place; lrs by the beginning of the name."""
+    """One SGD step with momentum 0.9 and weight decay on all parameters, in place; `lrs` maps prefixes of names to
+    rates.
+    """
     for name, g in gradients.items():
         velocity[name] = 0.9 * velocity.get(name, 0.0) + g + decay * w[name]
         w[name] -= next(lr for start, lr in lrs.items() if name.startswith(start)) * velocity[name]
@@ -142,17 +145,21 @@ def cosine(a, b):
 
 @torch.no_grad()
 def follow(twin, w, momentum):
-    """The twin's step, in place."""
+    """The twin's moving average, in place."""
     for name, value in twin.items():
         value.copy_(momentum * value + (1 - momentum) * w[name])
 
 
 def assert_same_training(losses, method, by_hand, w, twin=None):
-    """Losses of all steps and what was learned, to ten digits or so: fifty steps make some 1e-13 of float64's 1e-16."""
+    """Compare the losses of all steps and the learned parameters to about ten digits; in fifty steps, the rounding
+    error of float64 grows from 1e-16 to about 1e-13.
+    """
     assert torch.allclose(
         torch.tensor(losses, dtype=torch.float64), torch.stack(by_hand).detach(), atol=1e-9, rtol=1e-9
     )
-    assert len({round(loss, 9) for loss in losses}) > STEPS - 2, "the first step, of rate 0, moves nothing"
+    assert len({round(loss, 9) for loss in losses}) > STEPS - 2, (
+        "only the first step, with rate 0, may leave the loss unchanged"
+    )
     for ours, theirs in ((weights_of(method), w), ({}, {}) if twin is None else (twin_of(method.twin), twin)):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():

@@ -1,4 +1,4 @@
-"""Barlow Twins is what its authors' code computes: correlations, their loss, two rates and fifty steps."""
+"""Barlow Twins computes what its authors' code computes: the correlations, the loss, two rates, fifty steps."""
 
 import fifty
 import pytest
@@ -24,7 +24,7 @@ def embedding(w, view):
 
 
 def loss_of(x, y, weight=0.0051):
-    """By a loop over the entries of c."""
+    """The loss by a loop over the entries of the cross-correlation matrix c."""
     x, y = normed(x), normed(y)
     loss = 0.0
     for d in range(x.shape[1]):
@@ -61,8 +61,8 @@ def test_the_rest_of_a_matrix_is_all_but_its_diagonal():
 
 
 def test_fifty_steps():
-    """Weights at one rate, parameters of one dimension at another, without decay; a warm-up from 0, an end at
-    1/1000.
+    """Weights have one rate; parameters of one dimension have another rate and no weight decay. Both rates warm up from
+    0 and end at 1/1000.
     """
     method = barlow()
     w, velocity, losses = fifty.weights_of(method), {}, []

@@ -1,4 +1,4 @@
-"""BYOL is what its authors' code computes: the loss, heads, the twin and fifty steps of LARS."""
+"""BYOL computes what its authors' code computes: the loss, the heads, the twin, fifty steps of LARS."""
 
 import math
 
@@ -19,7 +19,7 @@ def byol(**settings):
 
 
 def head(w, name, x):
-    """Linear with a bias, BatchNorm, ReLU, linear without."""
+    """A head: linear layer with a bias, BatchNorm, ReLU, linear layer without a bias."""
     x = normed(x @ w[f"{name}.0.weight"].T + w[f"{name}.0.bias"], w[f"{name}.1.weight"], w[f"{name}.1.bias"]).clamp_min(
         0
     )
@@ -27,7 +27,7 @@ def head(w, name, x):
 
 
 def by_hand(w, twin, views):
-    """4 - 2 cos(p1, z2') - 2 cos(p2, z1')."""
+    """The loss 4 - 2 cos(p1, z2') - 2 cos(p2, z1')."""
     p = [head(w, "predictor", head(w, "encoder.projector", backbone(w, view))) for view in views]
     with torch.no_grad():
         z = [head(twin, "encoder.projector", backbone(twin, view)) for view in views]
@@ -48,13 +48,13 @@ def test_loss_and_gradient():
 
 
 def test_a_prediction_of_zero_costs_what_its_target_is_and_no_nan():
-    """n(x) divides by sqrt(max(|x|^2, 1e-12))."""
+    """The normalisation n(x) divides by sqrt(max(|x|^2, 1e-12)), so a zero vector gives no NaN."""
     method = byol()
     with torch.no_grad():
         method.predictor[3].weight.zero_()
     outputs = method(batch_of(fifty.views_of(0)), now())
     outputs.loss.backward()
-    assert outputs.loss.item() == pytest.approx(2.0)  # |0 - n(z')|^2, twice
+    assert outputs.loss.item() == pytest.approx(2.0)  # |0 - n(z')|^2 = 1 in both directions
     assert method.predictor[3].weight.grad.isfinite().all()
 
 
@@ -65,12 +65,12 @@ def test_lightly_s_similarities_make_the_same_loss():
     z = [method.twin(view, unit=False) for view in views]
     theirs = (
         similarity(p[0], z[1]) + similarity(p[1], z[0])
-    ) / 2  # lightly's examples average the directions, the authors add them
+    ) / 2  # lightly's examples average the two directions, the authors add them
     assert torch.allclose(method(batch_of(views), now()).loss, 4 + 4 * theirs, atol=1e-12)
 
 
 def test_fifty_steps():
-    """EMA after the step, m by the number of steps before it, LARS that warms up from 0."""
+    """The twin moves after the step with the momentum for the number of steps before it; LARS warms up from 0."""
     method = byol(momentum=0.9)
     w, twin, velocity, losses = fifty.weights_of(method), fifty.twin_of(method.twin), {}, []
     optimizer = optimizers.lars(method.parameter_groups(), batch=B, reference_batch=None, lr=0.3, weight_decay=1e-2)

@@ -1,4 +1,6 @@
-"""CMC's loss, two networks and two banks are those of its sheet; written out here anew."""
+"""CMC's loss, its two networks and its two banks are as published; the expected values are computed independently
+here.
+"""
 
 import fifty
 import pytest
@@ -17,7 +19,7 @@ from caco.nn.heads import Encoder
 
 
 class Groups(nn.Module):
-    """Two backbones of `fifty`'s kind, for 4 and for 8 pixels."""
+    """Two backbones like that of `fifty`, for the first 4 and the other 8 pixels."""
 
     num_features = 2 * fifty.FEATURES
 
@@ -49,8 +51,8 @@ def embedding_by_hand(w, channels, number, name):
 
 @pytest.mark.parametrize("settings", [{}, {"loss": "softmax"}])
 def test_fifty_steps_are_those_of_a_plain_loop(settings):
-    """Each is contrasted with the other's bank, both with the same draws, each bank with a Z of its own; both banks
-    move halfway.
+    """Each half is contrasted with the bank of the other half. Both use the same draws, each bank has its own constant
+    Z, and rows of both banks move halfway to the new embedding.
     """
     method, peak = cmc(**settings), 0.05
     w, velocity = fifty.weights_of(method), {}
@@ -120,7 +122,7 @@ def test_a_network_sees_its_channels_alone_and_is_drawn_for_them():
         (1, 1),
         None,
     )
-    with pytest.raises(ValueError, match="needs a first convolution of three; Linear has none"):
+    with pytest.raises(ValueError, match="needs a first convolution that takes three channels.*; Linear has none"):
         with_channels(nn.Linear(3, 3), 2)
 
 
@@ -143,9 +145,9 @@ def test_parts_that_do_not_fit_are_refused(parts, projector, message):
 
 
 def test_all_rows_at_once_are_refused():
-    with pytest.raises(ValueError, match="contrasted with drawn rows alone"):
+    with pytest.raises(ValueError, match="this method can contrast with drawn rows only"):
         cmc(loss="softmax", num_noise=None)
-    with pytest.raises(ValueError, match="several parts is contrasted with drawn rows alone"):
+    with pytest.raises(ValueError, match="several parts can be contrasted with drawn rows only"):
         cmc().bank.score(torch.eye(2 * D)[:2], torch.arange(2), temperature=0.1)
 
 

@@ -1,4 +1,4 @@
-"""The Trainer runs any method that keeps the contract, and a run of it goes on to the same bits from the middle."""
+"""The Trainer runs every method that follows the contract, and an interrupted run of it resumes to the same bits."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ from caco.banks.fifo import FifoBank
 from caco.config import folders
 from caco.engine.assembly import run_training
 
-STEPS = 30  # an epoch is 21
+STEPS = 30  # an epoch has 21
 SETTINGS = {
     toys.PatchesAndSizes: MULTICROP,
     toys.LastLayerFrozenAtFirst: ["schedule.final_weight_decay=0.4", "schedule.clip_gradient_norm=0.5"],
@@ -41,7 +41,7 @@ def configured(toy, *overrides):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Each toy's directory after a run that was not interrupted, made when a test looks into it first."""
+    """{toy method: directory of its uninterrupted run}; a run is made when a test asks for it first."""
 
     class Folders(dict):
         def __missing__(self, toy):
@@ -62,14 +62,12 @@ def rows_of(runs, toy, kind="train"):
     return [row for row in record(runs[toy]) if row["kind"] == kind]
 
 
-FAST = (toys.Toy, toys.MemoryByImage)  # the whole contract, and what a memory adds to it
+FAST = (toys.Toy, toys.MemoryByImage)  # together they use the whole contract, memory included
 
 
 @pytest.mark.parametrize("toy", [pytest.param(toy, marks=() if toy in FAST else pytest.mark.long) for toy in toys.ALL])
 def test_it_goes_on_to_the_same_bits_from_the_middle_of_an_epoch_and_from_a_phase_s_end(runs, tmp_path, toy):
-    run_training(
-        configured(toy, "max_steps=15"), tmp_path
-    )  # ends within epoch 0, where a longer run saves at 11 and 22
+    run_training(configured(toy, "max_steps=15"), tmp_path)  # ends within epoch 0; longer runs save at steps 11 and 22
     for path in (tmp_path / "checkpoints").glob("*015.pt"):
         path.unlink()
     (tmp_path / "summary.json").unlink()
@@ -77,7 +75,7 @@ def test_it_goes_on_to_the_same_bits_from_the_middle_of_an_epoch_and_from_a_phas
     from caco.runs.checkpoint import load
 
     (at_11,) = (tmp_path / "checkpoints").glob("*011.pt")
-    state = load(at_11) | {"config_hash": whole["config_hash"]}  # the two runs differ in max_steps alone
+    state = load(at_11) | {"config_hash": whole["config_hash"]}  # the two runs differ only in max_steps
     torch.save(state, at_11)
     run_training(configured(toy), tmp_path)
     assert_same(whole, final(tmp_path))
@@ -95,7 +93,7 @@ def test_a_head_with_a_schedule_of_its_own_keeps_its_rate_while_the_others_fall(
 def test_labels_are_made_before_each_epoch_and_in_its_middle_and_never_again_on_going_on(runs):
     assert (
         int(final(runs[toys.LabelsMadeAnew])["method"]["times_made"]) == 4
-    )  # two epochs begun, each with its fifth step
+    )  # two epochs were begun, and both reached their fifth step
 
 
 def test_images_come_in_the_order_that_the_method_gives(runs):
@@ -150,13 +148,15 @@ def test_its_values_and_scalars_are_logged_under_its_own_names(runs, toy):
 
 
 def test_a_method_whose_batch_must_stay_whole_is_not_cut(tmp_path):
-    with pytest.raises(ValueError, match="accumulate: the images of a batch meet one another in this method's loss"):
+    with pytest.raises(
+        ValueError, match="accumulate: this method's loss compares the images of a batch with one another"
+    ):
         run_training(configured(toys.Toy, "accumulate=2"), tmp_path)
 
 
 @pytest.fixture
 def printed(repo_root, tmp_path, monkeypatch):
-    """The files under mine/ of docs/own.md, written here; and its commands that use them."""
+    """Write the files that docs/own.md prints for mine/, and return the page's commands that use them."""
     section = (repo_root / "docs/own.md").read_text(encoding="utf-8")
     for block in re.findall(r"```(?:python|yaml)\n(.*?)```", section, re.DOTALL):
         file = tmp_path / re.search(r"^# (mine/.*)$", block, re.MULTILINE)[1]
@@ -169,7 +169,7 @@ def printed(repo_root, tmp_path, monkeypatch):
 
 
 def typed(monkeypatch, *words):
-    """A training as it is typed, with the ledger alone; returns the rows of its training steps."""
+    """Train with these words of a command line and without trackers; returns the ledger's rows of training steps."""
     monkeypatch.setattr(sys, "argv", ["caco-train", *words, "tracking=ledger", "eval=[]", "hydra.run.dir=run"])
     caco.train.main()
     return [row for row in record(Path("run")) if row["kind"] == "train"]

@@ -1,4 +1,4 @@
-"""Every P/N setting of Table VII computes the loss that the paper defines for it."""
+"""Each row of the paper's Table VII (each setting of pn) computes the loss that the paper defines for it."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ B, D, K, TAU = 6, 5, 11, 0.2
 
 
 class Flat(nn.Module):
-    """An encoder one can compute by hand: pixels, a matrix, the unit sphere."""
+    """An encoder that is easy to compute by hand: a matrix applied to the pixels, normalised to length 1."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ def build(positives, negatives, bank, **settings):
     method = Contrastive(
         encoder=encoder, bank=bank, positives=positives, negatives=negatives, temperature=TAU, **settings
     ).double()
-    if method.twin is not None:  # a twin that differs from its encoder, or the tests could not tell them apart
+    if method.twin is not None:  # make the twin differ from the encoder, so that tests can tell them apart
         with torch.no_grad():
             method.twin.encoder.matrix.weight.add_(0.1 * torch.randn(D, 12, dtype=torch.float64))
     generator = torch.Generator().manual_seed(1)
@@ -47,12 +47,12 @@ def dense_logits(positive_B, others_BE):
 
 
 def others_of(q, k):
-    """Cosines with the keys of the other images, by a loop."""
+    """Cosines of each query with the keys of the other images, by a loop."""
     return torch.stack([torch.cat([q[i] @ torch.cat([k[:i], k[i + 1 :]]).T]) for i in range(len(q))])
 
 
 def expected(setting, q, k, m):
-    """One direction of each row of Table VII, written out as paper and notes define it."""
+    """The expected loss of one direction for each row of Table VII, written out from the paper."""
     if setting == "both":
         return eq.contrastive_loss(q, m, eq.most_probable_positive(k, m), TAU).mean()
     if setting == "negative":
@@ -144,7 +144,7 @@ def test_adco_s_denominator_has_the_bank_and_the_batch():
 
 
 def test_without_a_twin_keys_carry_gradients_and_both_views_are_negatives():
-    """SimCLR: 2B - 2 negatives, written out as the usual matrix over all 2B embeddings."""
+    """SimCLR with 2B - 2 negatives, computed with the usual matrix over all 2B embeddings."""
     method, views = build(sources.OtherView(), sources.BatchBothViews(), None, momentum=None, reduction="mean")
     loss = method.loss(views).loss
     loss.backward()
@@ -162,16 +162,19 @@ def test_which_view_queries_which_key():
     assert pair_terms(2, 0, symmetric=True, reduction="sum") == [Term(1, 0, 1.0), Term(0, 1, 1.0)]
     assert pair_terms(2, 0, symmetric=True, reduction="mean") == [Term(1, 0, 0.5), Term(0, 1, 0.5)]
     assert pair_terms(2, 0, symmetric=False, reduction="sum") == [Term(0, 1, 1.0)]
-    many = pair_terms(2, 6, symmetric=True, reduction="mean")  # CaCo's multi-crop: 2 large and 12 small terms
+    # CaCo with multi-crop: 2 terms of large views and 12 of small views
+    many = pair_terms(2, 6, symmetric=True, reduction="mean")
     assert [term.weight for term in many] == pytest.approx([1 / 2] * 2 + [1 / 12] * 12)
     assert {term.key for term in many} == {0, 1}
     assert {(t.query, t.key) for t in many[2:]} == {(q, k) for q in range(2, 8) for k in (0, 1)}
-    adco = pair_terms(2, 4, symmetric=False, reduction="sum")  # AdCo's: one key, five queries, summed
+    adco = pair_terms(2, 4, symmetric=False, reduction="sum")  # AdCo with multi-crop: one key and five queries, summed
     assert adco == [Term(q, 1, 1.0) for q in (0, 2, 3, 4, 5)]
 
 
 def test_multi_crop_by_hand():
-    """Two large views and two small: labels from the large ones' keys; the mean of 2 terms plus the mean of 4."""
+    """Two large and two small views: the keys of the large views choose the positives, and the loss is the mean of 2
+    terms plus the mean of 4.
+    """
     method, large = build(sources.BankRow(), sources.BankRows(), LearnableBank(size=K, dim=D, seed=0), reduction="mean")
     method.encoder.backbone = method.twin.encoder.backbone = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
     large = [F.interpolate(view, size=4) for view in large]
@@ -204,7 +207,7 @@ def test_the_warm_start_writes_the_keys_in_order_and_then_copies_the_encoder_to_
     method.after_step(now("warm start", 1))
     assert torch.allclose(method.bank.rows.weight, torch.cat([k, method.twin(views[0])[:4]]))
     method.warm_start_loss(views)
-    method.after_step(now("warm start", 2))  # a second pass begins at the first row again
+    method.after_step(now("warm start", 2))  # a second pass starts at the first row again
     assert torch.equal(method.bank.rows.weight[:B], k)
     method.after_phase(now("warm start"))
     assert torch.equal(method.twin.encoder.matrix.weight, method.encoder.matrix.weight)
@@ -212,7 +215,9 @@ def test_the_warm_start_writes_the_keys_in_order_and_then_copies_the_encoder_to_
 
 
 def test_the_warm_start_may_take_its_key_from_the_last_view():
-    """AdCo's multi-crop: a large query, the keys of the smallest crop, which also fill the bank."""
+    """AdCo with multi-crop: the query is a large view; the keys of the smallest crop are its positives and fill the
+    bank.
+    """
     bank = LearnableBank(size=10, dim=D, seed=0, pull=0.0)
     method, large = build(
         sources.OtherView(), sources.BankRowsAndBatchKeys(), bank, warm_start_key="last", symmetric=False
@@ -229,7 +234,7 @@ def test_the_warm_start_may_take_its_key_from_the_last_view():
     warm_start_key=key)[0]
                   for key in ("second", "last"))  # fmt: skip
     assert torch.equal(two.warm_start_loss(large).loss, other.warm_start_loss(large).loss), (
-        "of two views the second is the last"
+        "with two views, the last view is the second"
     )
     assert not torch.equal(two.warm_start_loss(views).loss, other.warm_start_loss(views).loss)
     with pytest.raises(ValueError, match="warm_start_key: expected second . last, got 'first'"):
@@ -279,7 +284,9 @@ def test_a_queue_takes_the_keys_of_the_warm_start_as_it_takes_all_others():
 @pytest.mark.parametrize("momentum", [0.9, None])
 @pytest.mark.parametrize("bank", [None, LearnableBank(size=K, dim=D, seed=0, initialisation="random")])
 def test_where_no_rows_are_filled_the_warm_start_s_negatives_are_the_batch_s_other_keys(momentum, bank):
-    """No bank, or rows that stay random; without a twin the keys are the encoder's and have gradients."""
+    """The bank is missing, or its rows stay random. Without a twin, the keys come from the encoder and have
+    gradients.
+    """
     method, views = build(sources.OtherView(), sources.BatchKeys(), bank, momentum=momentum, warm_start_steps=2)
     assert method.needs.whole_batch
     rows = None if bank is None else bank.rows.weight.detach().clone()
@@ -299,7 +306,7 @@ def test_where_no_rows_are_filled_the_warm_start_s_negatives_are_the_batch_s_oth
 @pytest.mark.parametrize(
     ("bank", "settings", "steps"),
     [
-        (LearnableBank, {}, 2),  # as published: the rows once
+        (LearnableBank, {}, 2),  # as published: the warm start fills each row once
         (FifoBank, {}, 0),
         (LearnableBank, {"warm_start_passes": 3}, 6),
         (FifoBank, {"warm_start_passes": 3}, 6),
@@ -319,7 +326,7 @@ def test_how_long_the_warm_start_is(bank, settings, steps):
     ("settings", "message"),
     [
         ({"warm_start_steps": 5, "warm_start_passes": 1}, "warm_start: expected steps or passes, got both, 5 and 1"),
-        ({"warm_start_passes": 1}, "warm_start.passes go over the rows of a bank, and this method has none; got 1"),
+        ({"warm_start_passes": 1}, "warm_start.passes counts passes over a bank, but this method has no bank; got 1"),
         ({"warm_start_steps": -1}, "warm_start_steps: expected int from 0 or None, got -1"),
     ],
 )

@@ -1,5 +1,5 @@
-"""CPC v2: contexts see only what is above, predictions are told from all patches; loss and fifty steps written out from
-its sheet.
+"""CPC v2: a context sees only the patches above, and a prediction must be told apart from all patches of the batch.
+Loss and fifty steps are compared with code written independently from the publication.
 """
 
 import copy
@@ -36,12 +36,12 @@ def batch_at(step: int, images: int = B):
     return batch_of([], patches=torch.randn(images, H * H, 3, 4, 4, generator=generator, dtype=torch.float64))
 
 
-# The networks, one place at a time.
+# The networks, computed for one place of the grid at a time.
 
 
 def context_by_hand(network, z):
-    """z[b][i][j], vectors; 1 x 1, ReLU, 1 x 3 with zeros outside, 2 x 1 with a row of zeros above, ReLU, 1 x 1, added;
-    a ReLU at last."""
+    """The context network on z[b][i][j], vectors of the places. A block is a 1 x 1 convolution, ReLU, 1 x 3 with zeros
+    outside, 2 x 1 with a row of zeros above, ReLU, 1 x 1, added to its input; a ReLU comes last."""
     images, rows, columns, _ = z.shape
     x = z
     for one, _, row, _, column, _, last in network.blocks:
@@ -58,7 +58,7 @@ def context_by_hand(network, z):
 
 
 def turned(grid, turns):
-    """[b][i][j] by quarter turns: what was the right column is the top row."""
+    """[b][i][j] rotated by quarter turns; one turn makes the right column the top row."""
     for _ in range(turns):
         side = grid.shape[1]
         grid = torch.stack([torch.stack([grid[:, j, side - 1 - i] for j in range(side)], 1) for i in range(side)], 1)
@@ -66,8 +66,8 @@ def turned(grid, turns):
 
 
 def loss_by_hand(method, patches, groups=1):
-    """The pseudocode: predictions of rows k to H - 1 from the rows k above them, each told from the targets of all
-    patches.
+    """The loss of the published pseudocode: rows k to H - 1 are predicted from the contexts k rows above, and each
+    prediction is classified among the targets of all patches.
     """
     images, total = len(patches), 0.0
     z = method.encoder.backbone(patches.reshape(-1, *patches.shape[2:])).reshape(images, H, H, F)
@@ -111,7 +111,7 @@ def test_a_context_sees_its_row_and_those_above_and_nothing_below():
 
 
 def test_the_other_directions_look_from_the_other_sides():
-    """As the grid is turned, what a context sees lies to the right of it, below, to the left."""
+    """When the grid is rotated, a context sees what is to the right of it, below it, or to the left."""
     method = cpc(distances=[2])
     for turns, (axis, ahead) in enumerate([(0, 1), (1, -1), (0, -1), (1, 1)]):
         z = torch.randn(1, H, H, F, dtype=torch.float64, requires_grad=True)
@@ -123,7 +123,7 @@ def test_the_other_directions_look_from_the_other_sides():
 
 
 @pytest.mark.parametrize("settings", [{}, {"distances": [3], "directions": 1}, {"group_size": 2}])
-def test_loss_and_gradients_are_those_of_the_sheet(settings):
+def test_loss_and_gradients_are_those_of_the_publication(settings):
     method, batch = cpc(**settings), batch_at(0)
     net = copy.deepcopy(method)
     loss = method(batch, now()).loss
@@ -138,14 +138,14 @@ def test_loss_and_gradients_are_those_of_the_sheet(settings):
 
 
 def test_chance_is_the_logarithm_of_the_patches():
-    """Predictions of nothing: log of B H W for each direction and distance."""
+    """Predictions that are all zero give a loss of log(B H W) for each direction and distance."""
     method = cpc(scale=1e-9)
     assert method(batch_at(0), now()).loss.item() == pytest.approx(4 * 2 * math.log(B * H * H), abs=1e-6)
 
 
 def test_fifty_steps_are_those_of_a_plain_loop():
-    """Adam (0.8, 0.999) at a constant rate, the gradient's norm over all parameters cut, the weights' average after
-    each step.
+    """Adam (0.8, 0.999) at a constant rate with gradient clipping by the norm over all parameters, and a moving average
+    of the weights after each step.
     """
     method = cpc(distances=[2], directions=2, group_size=2)
     net, average = copy.deepcopy(method), copy.deepcopy(method.encoder)
@@ -173,7 +173,7 @@ def test_fifty_steps_are_those_of_a_plain_loop():
             for mine, its in zip(average.parameters(), net.encoder.parameters(), strict=True):
                 mine.copy_(0.9 * mine + 0.1 * its)
         theirs.append(loss.item())
-    assert 0 < was_cut < 50, "or the test could not see the clipping"
+    assert 0 < was_cut < 50, "some but not all gradients must be clipped, or the test would not notice clipping"
     assert ours == pytest.approx(theirs, abs=1e-8) and len({round(loss, 9) for loss in ours}) == 50
     for name, p in learned.items():
         assert torch.allclose(dict(method.named_parameters())[name], p, atol=1e-7), name
@@ -209,7 +209,9 @@ def test_layer_normalisation_is_over_channels_and_places_of_an_image_and_nowhere
         layers[0](x), centred / (centred.square().mean((1, 2, 3), keepdim=True) + 1e-5).sqrt(), atol=1e-12
     )
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
-    assert torch.allclose(backbone(images)[:1], backbone(images[:1]), atol=1e-10), "an image's features are its own"
+    assert torch.allclose(backbone(images)[:1], backbone(images[:1]), atol=1e-10), (
+        "an image's features do not depend on the other images"
+    )
     with pytest.raises(UserError, match="backbone.layer_norm is for ResNets"):
         timm_backbone(name="vit_tiny_patch16_224", layer_norm=True)
 
@@ -243,7 +245,10 @@ def test_the_published_recipe():
 
 def test_views_and_images_that_it_cannot_take_are_refused(tmp_path):
     told = refused("preset=demo", "method=cpcv2")
-    assert "no view here is cut into patches; choose one of cpcv2, cpcv2_cifar. Images of fewer than 24 pixels" in told
+    assert (
+        "no view of this augmentation is cut into patches; choose one of cpcv2, cpcv2_cifar."
+        " Images with sides below 24 pixels" in told
+    )
     small = ["method=cpcv2", *OF_PATCHES["cpcv2"], "projector=small", "projector.dim=8", "optimizer=sgd"]
     with pytest.raises(UserError, match="takes 25 patches of each image; got a grid of 6 x 6"):
         run_training(compose(*small, "method.grid=5", "method.distances=[3]", bank=False), tmp_path)

@@ -1,5 +1,5 @@
-"""DINO's student predicts its teacher, whose centre, temperature and weights move as its sheet says; written out here
-anew.
+"""DINO's student predicts its teacher, whose centre, temperature and weights change as published; the expected values
+are computed independently here.
 """
 
 import copy
@@ -32,7 +32,7 @@ HEAD = {"layers": 3, "activation": "gelu"}
 
 
 def dino(**settings):
-    """A teacher and a centre that differ from what they start as, or a test could not tell them apart."""
+    """DINO with a teacher that differs from the student, and a centre that is not 0, so that tests notice mistakes."""
     method = DINO(encoder=tiny_encoder(**HEAD), num_prototypes=K, **settings).double()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -43,7 +43,9 @@ def dino(**settings):
 
 
 def scores_by_hand(encoder, prototypes, views):
-    """By view; the trunk takes the views of a size together, the head all of them; rows v / |v| times g."""
+    """Scores by view. The backbone takes all views of one size together, the head takes all views; the rows of its last
+    layer are g v / |v|.
+    """
     small = [encoder.backbone(views[2])] if len(views) > 2 else []
     z = encoder.projector(torch.cat([encoder.backbone(torch.cat(views[:2])), *small]))
     z = z / z.norm(dim=1, keepdim=True)
@@ -52,7 +54,7 @@ def scores_by_hand(encoder, prototypes, views):
 
 
 def taught_by_hand(method, views, centre, temperature):
-    """The teacher's raw scores of the two large views, and the targets made of them."""
+    """The teacher's raw scores for the two large views, and the targets computed from them."""
     with torch.no_grad():
         y = scores_by_hand(method.twin.encoder, method.twin_prototypes.encoder, views[:2])
     targets = []
@@ -63,7 +65,7 @@ def taught_by_hand(method, views, centre, temperature):
 
 
 @pytest.mark.parametrize("norm_last_layer", [True, False])
-def test_loss_and_gradients_are_those_of_the_sheet(norm_last_layer):
+def test_loss_and_gradients_are_those_of_the_publication(norm_last_layer):
     method, views = dino(norm_last_layer=norm_last_layer), views_of(0, B)
     if not norm_last_layer:
         with torch.no_grad():
@@ -80,7 +82,7 @@ def test_loss_and_gradients_are_those_of_the_sheet(norm_last_layer):
     assert len(learning) == len(list(other.encoder.parameters())) + (1 if norm_last_layer else 2)
     for p, q in zip(learning, [*other.encoder.parameters(), *other.prototypes.parameters()], strict=True):
         assert torch.allclose(p.grad, q.grad, atol=1e-12)
-    assert all(p.grad is None for p in method.twin.parameters()), "the teacher learns nothing"
+    assert all(p.grad is None for p in method.twin.parameters()), "the teacher must not get gradients"
 
 
 def test_lightly_computes_the_same_loss_centre_and_temperatures():
@@ -104,7 +106,9 @@ def test_lightly_computes_the_same_loss_centre_and_temperatures():
 
 
 def test_the_temperature_changes_with_the_epoch_and_the_momentum_with_the_step():
-    """linspace(0.04, 0.07, 4), then 0.07, whatever the unit; m from 0.996 to 1 by a cosine over the steps."""
+    """The temperature is linspace(0.04, 0.07, 4) and then 0.07, for both units of the schedule; the momentum goes from
+    0.996 to 1 by a cosine over the steps.
+    """
     method = DINO(encoder=tiny_encoder(), num_prototypes=K, teacher_temperature=0.07, teacher_temperature_epochs=4)
     for unit in ("step", "epoch"):
         tables = method.schedules(RunShape(6, 3, B, unit))
@@ -130,7 +134,7 @@ def test_centre_and_teacher_move_after_the_step_from_raw_scores_and_new_weights(
     )
     at = now(twin_momentum=0.75, teacher_temperature=0.04)
     method(batch_of(views), at).loss.backward()
-    assert torch.equal(method.centre, centre), "a loss that may not be finite changes nothing"
+    assert torch.equal(method.centre, centre), "the centre must not change before the loss is known to be finite"
     with torch.no_grad():
         for p in (*method.encoder.parameters(), *method.prototypes.parameters()):
             p.sub_(0.1 * p.grad)
@@ -144,8 +148,8 @@ def test_centre_and_teacher_move_after_the_step_from_raw_scores_and_new_weights(
 
 
 def test_a_batch_in_two_parts_has_the_centre_of_the_whole():
-    """Images do not meet but in BatchNorm, so `accumulate` is allowed; without BatchNorm loss and centre are those of
-    the whole.
+    """Images influence each other only in BatchNorm, so `accumulate` is allowed; without BatchNorm, loss and centre are
+    those of the whole batch.
     """
 
     def without_norm():
@@ -167,8 +171,8 @@ def test_a_batch_in_two_parts_has_the_centre_of_the_whole():
 
 
 def test_fifty_steps_are_those_of_a_plain_loop():
-    """Five steps an epoch: AdamW with decay schedule, each gradient clipped, last layer frozen for an epoch, all
-    schedules by hand.
+    """Five steps per epoch, with AdamW, a schedule of weight decay, each gradient clipped, the last layer frozen for an
+    epoch, and all schedules computed by hand.
     """
     method = dino(teacher_temperature=0.07, teacher_temperature_epochs=4, momentum=0.9)
     net = copy.deepcopy(method)
@@ -222,7 +226,9 @@ def test_fifty_steps_are_those_of_a_plain_loop():
                 for a, b in zip(t.parameters(), s.parameters(), strict=True):
                     a.copy_(m * a + (1 - m) * b)
             net.centre.copy_(0.9 * net.centre + 0.1 * raw.mean(0))
-    assert 50 < clipped < 50 * len(parameters), "or the clipping is not seen"
+    assert 50 < clipped < 50 * len(parameters), (
+        "some but not all gradients must be clipped, or the test would not notice clipping"
+    )
     assert ours == pytest.approx(theirs, abs=1e-8)
     assert abs(ours[-1] - ours[0]) > 0.1
     for (name, p), q in zip(method.named_parameters(), net.parameters(), strict=True):
@@ -240,7 +246,7 @@ def test_its_head_starts_as_published():
     method = DINO(encoder=Encoder(backbone=nn.Flatten(), projector=projector), num_prototypes=9)
     z = F.normalize(torch.randn(3, 256), dim=1)
     rows = torch.linalg.lstsq(torch.eye(256), method.prototypes(torch.eye(256))).solution.T
-    assert torch.allclose(rows.norm(dim=1), torch.ones(9), atol=1e-5), "g is 1"
+    assert torch.allclose(rows.norm(dim=1), torch.ones(9), atol=1e-5), "the rows must have the norm g = 1"
     assert torch.equal(method.prototypes(z), method.twin_prototypes(z)), "the teacher starts as a copy"
 
 
@@ -273,7 +279,7 @@ def test_its_configurations_are_the_published_ones(name, peak, end, sizes, decay
 
 @pytest.mark.parametrize("optimizer", [sgd, lars, lars_timm, functools.partial(adamw, decay_one_dimensional=True)])
 def test_biases_and_norms_decay_with_no_optimiser(optimizer):
-    """As get_params_groups of its code has it for each."""
+    """As in get_params_groups of the published code, for each optimiser."""
     method = dino(norm_last_layer=False)
     groups = optimizer(method.parameter_groups(), batch=256, lr=1.0, weight_decay=0.1).param_groups
     decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
@@ -296,7 +302,9 @@ def test_a_vit_takes_both_sizes_and_its_teacher_drops_no_path():
     )
     method = DINO(encoder=Encoder(backbone=backbone, projector=projector), num_prototypes=K).train()
     views = [torch.randn(4, 3, side, side) for side in (32, 32, 16)]
-    assert torch.equal(method.twin(views[:2]), method.twin(views[:2])), "in training mode"
+    assert torch.equal(method.twin(views[:2]), method.twin(views[:2])), (
+        "in training mode the teacher drops no path, so its output is the same twice"
+    )
     assert not torch.equal(method.encoder(views[:2]), method.encoder(views[:2]))
     loss = method(batch_of(views), now()).loss
     loss.backward()

@@ -1,5 +1,5 @@
-"""InfoMin: two queries for one key, one of them of shuffled patches; the loss and fifty steps written out from its
-sheet.
+"""InfoMin: two queries for one key, one of them made of shuffled patches. Loss and fifty steps are compared with code
+written independently from the publication.
 """
 
 import copy
@@ -48,12 +48,14 @@ def unit(x):
 
 
 def embedded(net, images):
-    """n(MLP(f(x)))."""
+    """The embedding n(MLP(f(x))), where n normalises to length 1."""
     return unit(net.encoder.projector(net.encoder.backbone(images)))
 
 
 def puzzled(net, patches):
-    """Each patch through the backbone and an MLP of its own kind, the nine side by side through one linear layer."""
+    """The embedding of patches: each goes through the backbone and an MLP, and all nine together through a linear
+    layer.
+    """
     features = net.encoder.backbone(patches.reshape(-1, *patches.shape[2:]))
     first, second = net.jigsaw.each[0], net.jigsaw.each[2]
     each = (features @ first.weight.T + first.bias).clamp_min(0) @ second.weight.T + second.bias
@@ -62,7 +64,7 @@ def puzzled(net, patches):
 
 
 def loss_by_hand(q, q_jigsaw, k, queue):
-    """0.5 CE(q) + 0.5 CE(q_jig), the positive first, one image at a time."""
+    """The loss 0.5 CE(q) + 0.5 CE(q_jig) with the positive in the first column, one image at a time."""
     total = 0.0
     for query in (q, q_jigsaw):
         for i in range(len(q)):
@@ -71,7 +73,7 @@ def loss_by_hand(q, q_jigsaw, k, queue):
     return total
 
 
-def test_loss_and_gradients_are_those_of_the_sheet():
+def test_loss_and_gradients_are_those_of_the_publication():
     method, batch = infomin(), batch_at(0)
     net, queue = copy.deepcopy(method), unit(method.bank.rows.weight.detach())
     outputs = method(batch, now())
@@ -110,8 +112,8 @@ def test_the_order_of_the_patches_counts():
 
 
 def test_fifty_steps_are_those_of_a_plain_loop():
-    """SGD with decay on everything, an epoch's rate by a cosine to a thousandth; the twin and the queue after the
-    optimiser's step.
+    """SGD with weight decay on all parameters, and a rate that falls by a cosine to a thousandth, constant within an
+    epoch. The twin and the queue change after the optimiser's step.
     """
     method = infomin()
     net, twin = copy.deepcopy(method), copy.deepcopy(method.encoder)
@@ -169,7 +171,9 @@ def test_its_warm_start_is_without_patches_and_moves_the_twin():
 
 
 def test_the_published_recipe():
-    """MoCo v2's head and optimiser; tau 0.15, K 65,536, a rate that ends at a thousandth by a cosine of epochs."""
+    """The head and optimiser are those of MoCo v2; tau is 0.15, K is 65,536, and the rate falls to a thousandth by a
+    cosine over the epochs.
+    """
     cfg = composition.job_config(composition.compose(["method=infomin", "batch=256"]))
     tree = plain(cfg)
     assert {key: tree["method"][key] for key in ("temperature", "momentum", "final_momentum", "jigsaw_weight",
@@ -190,7 +194,7 @@ def test_the_published_recipe():
         head = JigsawHead(in_dim=2048, hidden_dim=tree["method"]["jigsaw_hidden_dim"], dim=128)
     assert layers_of(encoder.projector) == layers_of(head.each) == "2048-2048b ReLU 2048-128b"
     assert tuple(head.together.weight.shape) == (128, 1152) and head.together.bias is not None
-    assert layers_of(JigsawHead(in_dim=2048, dim=128, layers=1).each) == "2048-128b", "PIRL's"
+    assert layers_of(JigsawHead(in_dim=2048, dim=128, layers=1).each) == "2048-128b", "PIRL's head has one layer"
     views = instantiate(cfg.augmentation)
     both = views.kinds.kinds[0][0]
     assert (
@@ -214,7 +218,10 @@ def refused(*overrides):
 
 def test_views_without_patches_are_refused_before_anything_is_built_with_those_that_have_some():
     told = refused("preset=demo", "method=infomin")
-    assert "augmentation: this method takes patches of each image, and no view here is cut into patches" in told
+    assert (
+        "augmentation: this method takes patches of each image, and no view of this augmentation is cut into patches"
+        in told
+    )
     assert "choose one of infomin, infomin_cifar, pirl, pirl_cifar." in told
     assert "as the digits, are too small for patches" in told and "cpcv2" not in told
     told = refused("method=mocov2", "augmentation=infomin", "data.root=/tmp")

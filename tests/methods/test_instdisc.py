@@ -1,4 +1,6 @@
-"""InstDisc's losses, bank, Z and draws are those of its sheet; written out here anew."""
+"""InstDisc's losses, bank, constant Z and draws are as published; the expected values are computed independently
+here.
+"""
 
 import math
 
@@ -32,7 +34,7 @@ def instdisc(**settings) -> InstDisc:
 
 
 def drawn_by_hand(stream: int, image: int, count: int, size: int) -> list[int]:
-    """SplitMix64 in unlimited integers, cut to 64 bits by hand; a number's 53 highest bits are a share of `size`."""
+    """SplitMix64 in Python's integers, cut to 64 bits; the 53 highest bits of a number, as a fraction, times `size`."""
     cut, step = 2**64 - 1, 0x9E3779B97F4A7C15
 
     def mix(bits):
@@ -49,7 +51,7 @@ def test_the_draws_are_splitmix_s_of_stream_and_image_alone():
     rows = noise.noise_rows(stream, images, 50, 1_281_167)
     assert rows.tolist() == [drawn_by_hand(stream, image, 50, 1_281_167) for image in images.tolist()]
     assert torch.equal(noise.noise_rows(stream, images[1:2], 20, 1_281_167)[0], rows[1, :20]), (
-        "whoever draws, and however many"
+        "the draws do not depend on the batch or on their number"
     )
     assert not torch.equal(noise.noise_rows(mixed_seed(0, 8), images, 50, 1_281_167), rows)
 
@@ -63,7 +65,7 @@ def test_the_draws_are_uniform_with_replacement_and_may_be_the_image_itself():
 
 
 def nce_by_hand(v, V, images, draws, tau, Z, epsilon=1e-7):
-    """-1/B sum_i [log P_i / (P_i + M/N + eps) + sum_j log (M/N) / (P_j + M/N + eps)], one number at a time."""
+    """The loss -1/B sum_i [log P_i / (P_i + M/N + eps) + sum_j log (M/N) / (P_j + M/N + eps)], one number at a time."""
     total, c = 0.0, len(draws[0]) / len(V)
     for i, image in enumerate(images):
         p = (v[i] @ V[image] / tau).exp() / Z
@@ -79,7 +81,7 @@ def normaliser_by_hand(v, V, images, draws, tau):
 
 
 def softmax_by_hand(v, V, images, draws, tau):
-    """Over the drawn rows and the image's own; over all where nothing is drawn."""
+    """Cross entropy over the drawn rows and the image's own row; over all rows if none are drawn."""
     losses = []
     for i, image in enumerate(images):
         others = draws[i] if draws is not None else [j for j in range(len(V)) if j != image]
@@ -132,10 +134,10 @@ def test_z_is_that_of_the_first_step_for_ever_and_in_the_state():
         draws = draws_of(step, images)
         with torch.no_grad():
             v = method.encoder(view)
-            Z = normaliser_by_hand(v, V, images, draws, TAU) if step == 0 else Z  # noqa: F821 - of the first step
+            Z = normaliser_by_hand(v, V, images, draws, TAU) if step == 0 else Z  # noqa: F821 - Z stays that of step 0
             expected = nce_by_hand(v, V, images, draws, TAU, Z)
             assert torch.allclose(method(batch_of([view], first=step), now(step=step)).loss, expected, atol=1e-12)
-        assert (method.bank.normaliser == 0) == (step == 0), "kept only after the step"
+        assert (method.bank.normaliser == 0) == (step == 0), "Z is stored only after the step"
         method.after_step(now(step=step))
         assert method.state_dict()["bank.normaliser"].item() == pytest.approx(Z, abs=1e-12)
     assert method.statistics()["bank/normaliser"] == pytest.approx(Z)
@@ -152,7 +154,7 @@ def test_a_row_moves_halfway_to_its_image_s_embedding_and_the_last_of_two_counts
         [torch.tensor([half, half]), torch.tensor([0.0, 1.0]), torch.tensor([0.6, 0.8]), last / last.norm()]
     )
     assert torch.allclose(bank.rows.weight, expected)
-    with pytest.raises(ValueError, match="a bank by image is written by index"):
+    with pytest.raises(ValueError, match="a bank by image is updated by the images' indices"):
         bank.update(lr=0.0, keys_GD=keys)
 
 
@@ -163,7 +165,7 @@ def test_the_rows_begin_uniform_with_norms_about_1():
 
 
 def test_over_all_rows_unit_ones_and_those_as_they_are_stored_score_alike_and_in_float32_too():
-    """Where every row is unit the fused kernel serves, which makes them unit itself."""
+    """The fused kernel normalises rows itself, so it is used only where every row already has length 1."""
     bank = ImageBank(size=300, dim=16, seed=0, norms="unit")
     q = F.normalize(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     assert bank.rows.are_unit()
@@ -173,7 +175,7 @@ def test_over_all_rows_unit_ones_and_those_as_they_are_stored_score_alike_and_in
     )
     assert torch.allclose(
         fused.double(), expected, atol=2e-2
-    )  # a bfloat16 pair on AMX tiles: cosines to 2^-14, over 0.07
+    )  # AMX tiles compute with pairs of bfloat16: cosines are exact to 2^-14, and are divided by 0.07
     with torch.no_grad():
         bank.rows.weight[17] *= 1.5
     assert not bank.rows.are_unit()
@@ -183,7 +185,7 @@ def test_over_all_rows_unit_ones_and_those_as_they_are_stored_score_alike_and_in
     )
     assert torch.allclose(stored.double(), expected, atol=1e-4)
     with torch.no_grad():
-        bank.rows.weight[17] *= 40  # e^(60 / 0.07) is no float32
+        bank.rows.weight[17] *= 40  # e^(60 / 0.07) overflows float32
     expected = F.cross_entropy(
         q.double() @ bank.rows.weight.detach().double().T / 0.07, torch.arange(8), reduction="none"
     )
@@ -196,8 +198,8 @@ def test_over_all_rows_unit_ones_and_those_as_they_are_stored_score_alike_and_in
     "settings", [{}, {"loss": "softmax"}, {"loss": "softmax", "num_noise": None}, {"proximal_weight": 0.5}]
 )
 def test_fifty_steps_are_those_of_a_plain_loop(settings):
-    """Four epochs of some images each; SGD with decay on everything, its rate a tenth from epoch 6 of 10 on and a
-    hundredth from 8.
+    """SGD with weight decay on all parameters; its rate is a tenth from epoch 6 of 10 on and a hundredth from epoch 8
+    on.
     """
     method = instdisc(**settings)
     w, velocity = fifty.weights_of(method), {}
@@ -235,7 +237,7 @@ def test_a_batch_in_parts_gives_the_whole_one_s_loss_and_rows_once_z_is_known():
     for parts in (1, 4):
         method = instdisc(proximal_weight=0.3)
         method.bank.normaliser.fill_(40.0)
-        method.encoder.eval()  # BatchNorm sees the parts
+        method.encoder.eval()  # in training mode BatchNorm would depend on the parts
         (view,) = fifty.views_of(0, 1)
         losses = [method(part, now(step=2)).loss for part in batch_of([view], first=2).parts(parts)]
         torch.stack(losses).mean().backward()

@@ -1,7 +1,7 @@
-"""MoCo v3 is what its authors' code computes: the loss, heads, a twin that moves before the keys, fifty steps, the
-ViT's start.
+"""MoCo v3 computes what its authors' code computes: the loss, the heads, a twin that moves before the keys, fifty
+steps, and the initialisation of the ViT.
 
-lightly has no loss of this method.
+There is no comparison with lightly, which has no loss for this method.
 """
 
 import math
@@ -61,7 +61,7 @@ def test_loss_and_gradient(vit):
     with torch.no_grad():
         method.twin.encoder.projector[0].weight.add_(
             0.1
-        )  # a twin that differs, or it could not be told from the encoder
+        )  # make the twin differ from the encoder, so that the test can tell them apart
     w, twin = fifty.weights_of(method), fifty.twin_of(method.twin)
     outputs = method(batch_of(views), now())
     outputs.loss.backward()
@@ -74,7 +74,7 @@ def test_loss_and_gradient(vit):
 
 
 def test_fifty_steps():
-    """The twin moves by this step's m before the keys are made, hence before the optimiser's step."""
+    """The twin moves with this step's momentum before the keys are computed, so before the optimiser's step."""
     method = mocov3(momentum=0.9)
     w, twin, velocity, losses = fifty.weights_of(method), fifty.twin_of(method.twin), {}, []
     optimizer = optimizers.lars(method.parameter_groups(), batch=B, reference_batch=None, lr=0.3, weight_decay=1e-2)
@@ -129,7 +129,7 @@ def test_the_patch_projection_is_uniform_without_bias_and_stays(vit):
 def test_positions_are_sines_and_cosines_of_row_and_column_and_none_for_the_class_token(vit):
     place = vit.pos_embed[0]
     assert (place[0] == 0).all()
-    row, column = 1, 0  # token 2 of a grid of 2 x 2
+    row, column = 1, 0  # token 2 in a grid of 2 x 2
     frequency = [10000 ** (-i / 96) for i in range(96)]
     by_hand = [f(at * w) for at in (row, column) for f in (math.sin, math.cos) for w in frequency]
     assert torch.allclose(place[1 + 2], torch.tensor(by_hand), atol=1e-6)
@@ -159,7 +159,7 @@ def test_its_feature_is_the_class_token_s_at_any_size_of_whole_patches(vit):
 @pytest.mark.parametrize(
     ("name", "heads", "message"),
     [
-        ("resnet50", 12, "must be a ViT of timm's"),
+        ("resnet50", 12, "must be a ViT of timm's for MoCo v3's backbone"),
         ("vit_smal", 12, "must be a model of timm"),
         ("vit_wee_patch16_reg1_gap_256", 8, "a ViT with a class token"),
         ("vit_wee_patch16_reg1_gap_256", 12, "no vit_wee_patch16_reg1_gap_256 with .*num_heads=12"),

@@ -1,4 +1,6 @@
-"""PCL's prototypes, their temperatures and its loss are those of its sheet; clustering is resumed to the bits."""
+"""PCL's prototypes, their temperatures and the loss are as published; an interrupted clustering resumes to the same
+bits.
+"""
 
 import math
 from collections import Counter
@@ -27,7 +29,7 @@ LAYERS = {"layers": 2, "batch_norm": False, "bias": True}
 
 
 class Images:
-    """Thirty images, in parts of 12, for passes over all of them."""
+    """Thirty images that a pass over all images yields in parts of 12."""
 
     views = torch.randn(N, 3, 2, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 
@@ -45,7 +47,7 @@ def pcl(**settings) -> PCL:
 
 
 def widths_by_hand(x, centroids, cluster, temperature):
-    """One cluster at a time."""
+    """The temperatures, one cluster at a time."""
     phi = []
     for k in range(len(centroids)):
         members = [x[i] for i in range(len(x)) if cluster[i] == k]
@@ -65,8 +67,8 @@ def widths_by_hand(x, centroids, cluster, temperature):
 
 
 def test_the_widths_by_hand():
-    """Of twelve clusters one has one member and one none; the distance is not squared, and centroids are means, not
-    unit.
+    """Twelve clusters, one of them with a single member and one empty. Distances are not squared, and centroids are
+    means that are not normalised.
     """
     generator = np.random.default_rng(0)
     centroids, cluster = generator.normal(size=(12, D)), generator.integers(0, 10, 200)
@@ -97,8 +99,8 @@ def test_k_means_finds_groups_far_apart_and_gives_each_vector_its_nearest_mean(l
 
 
 def proto_nce_by_hand(q, clustering, images, drawn, num_columns):
-    """One number at a time: each column has its own temperature, and two images of one cluster are each other's
-    negatives.
+    """The loss, one number at a time. Each column has its own temperature, and two images of the same cluster are
+    negatives of each other.
     """
     own = [int(clustering.cluster[image]) for image in images]
     columns = own + drawn
@@ -110,7 +112,7 @@ def proto_nce_by_hand(q, clustering, images, drawn, num_columns):
     return total / len(images)
 
 
-def test_the_loss_and_its_gradient_are_those_of_the_sheet():
+def test_the_loss_and_its_gradient_are_those_of_the_publication():
     method, views = pcl(), fifty.views_of(0)
     method.before_epoch(now(), Images())
     assert all(clustering.width.mean() == pytest.approx(TAU) for clustering in method.clusterings)
@@ -130,7 +132,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_sheet():
         own = clustering.cluster[images].long()
         drawn = drawn_by_the_method(method, number, own)
         assert not set(drawn) & set(own.tolist()) and len(set(drawn)) == len(drawn), (
-            "without replacement, from those nobody is in"
+            "drawn without replacement from prototypes of no image in the batch"
         )
         free = K[number] - len(set(own.tolist()))
         loss = loss + proto_nce_by_hand(q, clustering, images, drawn, B + min(2, free)) / 2
@@ -156,7 +158,7 @@ def test_other_steps_draw_other_prototypes_all_as_often():
     counts = Counter(j for others, _ in drawn for j in others.tolist())
     assert set(counts) == {0, 1, 3, 4, 6, 7}
     assert all(abs(count - 1500) < 6 * math.sqrt(1500 / 2) for count in counts.values()), (
-        "three of the six that are free"
+        "each of the six free prototypes is drawn in half of the steps"
     )
 
 
@@ -185,20 +187,22 @@ def test_the_embeddings_are_the_twin_s_in_evaluation_mode_and_nothing_moves():
     theirs = KMeans(K[1], init="random", n_init=5, max_iter=20, tol=0, random_state=1, algorithm="lloyd").fit(x.numpy())
     assert torch.equal(largest.cluster, torch.from_numpy(theirs.labels_))
     means = torch.from_numpy(theirs.cluster_centers_)
-    assert torch.allclose(largest.centroids, means / means.norm(dim=1, keepdim=True), atol=1e-12), "unit only at last"
+    assert torch.allclose(largest.centroids, means / means.norm(dim=1, keepdim=True), atol=1e-12), (
+        "means are normalised only at the end"
+    )
     assert largest.width.tolist() == pytest.approx(widths_by_hand(x.tolist(), means.tolist(), theirs.labels_, TAU))
 
 
 def test_fifty_steps_are_those_of_a_plain_loop():
-    """Ten epochs of five steps, of which the last eight begin with clusters; the twin moves before the keys; a queue of
-    24.
+    """Ten epochs of five steps with a queue of 24 rows; the last eight epochs begin with a clustering, and the twin
+    moves before the keys are computed.
     """
     method, peak = pcl(first_clustering_epoch=2), 0.05
     w, twin, velocity = fifty.weights_of(method.encoder), fifty.twin_of(method.twin), {}
     w = {f"encoder.{name}": value for name, value in w.items()}
     queue, at = F.normalize(method.bank.rows.weight.detach(), dim=1), 0
     first = lambda step: 3 * step % (N - B)  # noqa: E731
-    reference = pcl()  # its clusterings and running statistics, given the loop's weights
+    reference = pcl()  # makes clusterings and running statistics from the loop's weights
     optimizer = sgd_of(method.parameter_groups(), batch=B, lr=peak, reference_batch=None, weight_decay=1e-4)
     losses = fifty.train(
         method, optimizer, first=first, images=Images(), unit="epoch", warmup_epochs=0, final_fraction=0.0
@@ -215,7 +219,7 @@ def test_fifty_steps_are_those_of_a_plain_loop():
     def of_encoder(weights):
         return {name.removeprefix("encoder."): value for name, value in weights.items()}
 
-    norm = reference.twin.encoder.backbone[2]  # gathers the running statistics that evaluation mode reads
+    norm = reference.twin.encoder.backbone[2]  # keeps the running statistics that evaluation mode uses
     by_hand, made = [], False
     for step in range(fifty.STEPS):
         views, images = fifty.views_of(step), list(range(first(step), first(step) + B))
@@ -251,8 +255,8 @@ TINY_PCL = ["method=pcl", "augmentation=digits", "projector=small", "projector.h
 
 
 def test_a_run_cut_in_the_middle_of_a_clustering_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    """Four steps an epoch; cut when the second of the third epoch's three clusterings is to begin, and in the middle of
-    the second epoch."""
+    """Four steps per epoch. The run is interrupted before the second of the third epoch's three clusterings, and in the
+    middle of the second epoch."""
     train(tmp_path / "whole", *TINY_PCL, *EVERY)
     original, calls = clusters.k_means, []
 
@@ -270,7 +274,7 @@ def test_a_run_cut_in_the_middle_of_a_clustering_goes_on_to_the_same_bits(tmp_pa
     assert saved["step"] == 8 and saved["method"]["made"] == 2
     sorted((tmp_path / "cut" / "checkpoints").glob("*.pt"))[
         -1
-    ].unlink()  # so that it goes on from step 6, with the clusters of step 4
+    ].unlink()  # so that the run resumes from step 6, with the clusters made at step 4
     train(tmp_path / "cut", *TINY_PCL, *EVERY)
     whole = final(tmp_path / "whole")
     assert_same(whole, final(tmp_path / "cut"))

@@ -1,4 +1,4 @@
-"""SimCLR, NNCLR and MoCo v2 agree with lightly's losses, written by others."""
+"""SimCLR, NNCLR and MoCo v2 give the same losses as lightly, an independent library."""
 
 import pytest
 import torch
@@ -45,7 +45,8 @@ def test_nnclr_is_the_paper_s_pseudocode():
     queue = F.normalize(method.bank.rows.weight.detach(), dim=1)
     projected = [view.flatten(1) @ encoder.projector[0].weight.T for view in views]
     z = [F.normalize(x, dim=1) for x in projected]
-    p = [F.normalize(method.predictor(x), dim=1) for x in projected]  # of what the projector gives, not of z
+    # the predictor takes the projector's output before it is normalised to z
+    p = [F.normalize(method.predictor(x), dim=1) for x in projected]
 
     def direction(a, b):
         neighbour = queue[(z[a].detach() @ queue.T).argmax(1)]

@@ -1,4 +1,6 @@
-"""PIC's loss, class weights and order of images are those of its sheet; written out here anew."""
+"""PIC's loss, class weights and order of images are as published; the expected values are computed independently
+here.
+"""
 
 import math
 
@@ -35,13 +37,15 @@ def loss_by_hand(v, weights, images, tau=TAU):
 
 
 def test_loss_and_gradients_of_encoder_and_class_weights_are_autograd_s():
-    """In one batch an image is twice, as a stand-in is, and most classes are nobody's."""
+    """One image is twice in the batch, as happens when it replaces an unreadable one, and most classes have no
+    image.
+    """
     method = pic()
     (view,), images = fifty.views_of(0, 1), [4, 4, 6, 0, 20, 1, 2, 3]
     batch = batch_of([view])
     batch.index.copy_(torch.tensor(images))
     before = method.bank.rows.weight.detach().clone()
-    assert before.std().item() == pytest.approx(0.01, rel=0.2), "normal, of spread 0.01"
+    assert before.std().item() == pytest.approx(0.01, rel=0.2), "the rows start with a standard deviation of 0.01"
     loss = method(batch, now()).loss
     loss.backward()
     ours = {name: p.grad.clone() for name, p in method.encoder.named_parameters()}
@@ -60,7 +64,7 @@ def test_loss_and_gradients_of_encoder_and_class_weights_are_autograd_s():
     assert torch.allclose(method.bank.rows.weight, before - 0.01 * method.bank.rows.velocity, atol=1e-12)
     moved = method.bank.rows.weight.detach().clone()
     method.bank.update(lr=0.01)
-    assert torch.equal(method.bank.rows.weight, moved), "nothing was asked for since"
+    assert torch.equal(method.bank.rows.weight, moved), "without a loss since the last update, the rows stay"
 
 
 def test_small_views_leave_the_class_weights_alone_and_count_as_much():
@@ -86,7 +90,7 @@ def test_small_views_leave_the_class_weights_alone_and_count_as_much():
 
 
 class _Cut(torch.nn.Module):
-    """Takes views of 2 and of 3 pixels."""
+    """A backbone for views of 2 and of 3 pixels."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -97,7 +101,7 @@ class _Cut(torch.nn.Module):
 
 
 def test_fifty_steps_are_those_of_a_plain_loop():
-    """One SGD for all: the classifier is a parameter of the loop's, with the encoder's rate, decay and momentum."""
+    """One SGD for all parameters: the classifier has the same rate, weight decay and momentum as the encoder."""
     method, peak, final = pic(), 0.05, 1e-6
     w = fifty.weights_of(method.encoder)
     w = {f"encoder.{name}": value for name, value in w.items()}
@@ -139,10 +143,12 @@ def test_a_window_moves_on_by_its_stride_and_an_image_is_in_eight_of_them_one_af
     windows = windows_of("window", 50)
     assert all(len(window) == 32 for window in windows), "a visit has each of its images once"
     assert all(len(a & b) == 28 for a, b in zip(windows, windows[1:], strict=False))
-    assert windows[25] == windows[0], "100 images, by 4 at a time: from the last to the first again"
+    assert windows[25] == windows[0], "100 images with a stride of 4: the window returns after 25 visits"
     seen = [[number for number, window in enumerate(windows[:25]) if image in window] for image in range(100)]
     assert all(len(visits) == 8 for visits in seen)
-    assert sum(visits[-1] - visits[0] == 7 for visits in seen) >= 100 - 32, "but those that the count begins within"
+    assert sum(visits[-1] - visits[0] == 7 for visits in seen) >= 100 - 32, (
+        "all images except those in a window at the start or end of the count"
+    )
     assert windows_of("window", 8, seed=1) != windows[:8]
 
 
@@ -160,14 +166,14 @@ def test_any_part_of_the_sequence_is_the_whole_one_s_and_no_batch_holds_an_image
     whole = images_in_windows(0, 960, kind=kind, **WINDOWS)
     assert np.array_equal(images_in_windows(104, 400, kind=kind, **WINDOWS), whole[104:400])
     assert all(len(set(batch)) == 8 for batch in whole.reshape(-1, 8).tolist())
-    five = images_in_windows(0, 300, kind=kind, **{**WINDOWS, "batch": 5})  # 30 of 32 in each visit
+    five = images_in_windows(0, 300, kind=kind, **{**WINDOWS, "batch": 5})  # 30 of the 32 images of a visit
     assert all(len(set(batch)) == 5 for batch in five.reshape(-1, 5).tolist())
 
 
 def test_the_method_s_epochs_cut_the_sequence_and_a_window_of_all_images_is_the_loader_s_order():
     method = pic(window_size=12, window_stride=4)
     epochs = [method.order(epoch) for epoch in range(3)]
-    assert [len(epoch) for epoch in epochs] == [16] * 3, "two whole batches of 8 of 21 images"
+    assert [len(epoch) for epoch in epochs] == [16] * 3, "21 images make two whole batches of 8"
     whole = images_in_windows(0, 48, num_images=N, size=12, stride=4, batch=B, seed=0, kind="window")
     assert np.array_equal(np.concatenate(epochs), whole)
     assert pic().order(0) is None and pic(window_size=12, order="epoch").order(0) is None
@@ -214,7 +220,7 @@ def test_its_configuration_is_the_published_one():
     assert all(
         (group["lr"], group["weight_decay"], group["momentum"]) == (0.06, 1e-4, 0.9) for group in optimizer.param_groups
     )
-    assert id(method.bank.rows.weight) not in learning, "its own SGD moves it"
+    assert id(method.bank.rows.weight) not in learning, "the class weights are moved by the bank's own SGD"
     schedule = {name: value for name, value in cfg.schedule.items() if name != "unit"}
     rates = OptimizerSchedule(**schedule).learning_rate(RunShape(200, 4, 512), 0.06)
     assert (rates[0], rates[10], rates[20]) == pytest.approx((0.01, 0.505, 1.0)) and rates[-1] * 0.06 == pytest.approx(

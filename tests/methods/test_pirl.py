@@ -1,4 +1,4 @@
-"""PIRL's loss, heads and bank are those of its sheet; written out here anew."""
+"""PIRL's loss, heads and bank are as published; the expected values are computed independently here."""
 
 import fifty
 import pytest
@@ -28,8 +28,8 @@ def patches_of(step):
 
 
 def embeddings_by_hand(w, view, patches):
-    """Of images; and of patches: one linear layer for each of nine, in their order, and one for the nine together; no
-    ReLU anywhere."""
+    """Embeddings of images and of their nine patches. Each patch goes through a linear layer, and all nine, in their
+    order, through another one; there is no ReLU."""
     v = fifty.backbone(w, view) @ w["encoder.projector.0.weight"].T + w["encoder.projector.0.bias"]
     features = fifty.backbone(w, patches.flatten(0, 1))
     each = features @ w["jigsaw.each.0.weight"].T + w["jigsaw.each.0.bias"]
@@ -46,8 +46,8 @@ def draws_of(step, which, images):
     "settings", [{}, {"loss": "softmax"}, {"patches_weight": 0.2}, {"loss": "softmax", "num_noise": None}]
 )
 def test_fifty_steps_are_those_of_a_plain_loop(settings):
-    """Draws for each loss, Z of the first step's patches for both, rows written with the image's embedding alone, no
-    decay of biases and BN."""
+    """Each of the two losses has its own draws; both use the Z of the first step's patches. Rows are written with the
+    image's embedding alone, and biases and BatchNorm have no weight decay."""
     method, peak = pirl(**settings), 0.05
     w, velocity, Z = fifty.weights_of(method), {}, None
     V = method.bank.rows.weight.detach().clone()
@@ -81,7 +81,7 @@ def test_fifty_steps_are_those_of_a_plain_loop(settings):
             + 0.999 * peak * (1 + torch.cos(torch.tensor(torch.pi * (step // 5) / 10, dtype=torch.float64)).item()) / 2
         )
         gradients = fifty.gradients_of(loss, w)
-        for name, value in w.items():  # one at a time, as the decay differs
+        for name, value in w.items():  # one at a time, because their weight decay differs
             own = {name: velocity[name]} if name in velocity else {}
             sgd({name: value}, {name: gradients[name]}, own, {"": rate}, 1e-3 if value.ndim > 1 else 0.0)
             velocity |= own
@@ -100,7 +100,7 @@ def test_the_order_of_an_image_s_patches_is_part_of_what_is_embedded():
 
 
 def test_batches_without_patches_and_weights_without_a_meaning_are_refused():
-    with pytest.raises(ValueError, match="takes patches of each image, and its batches have none"):
+    with pytest.raises(ValueError, match="needs patches of each image, but its batches have none"):
         pirl()(batch_of(fifty.views_of(0, 1)), now())
     with pytest.raises(ValueError, match="patches_weight: expected float from 0 up to 1, got 1.5"):
         pirl(patches_weight=1.5)

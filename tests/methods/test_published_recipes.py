@@ -1,4 +1,6 @@
-"""`method=NAME` alone is the published recipe, to the constant: heads, optimiser, schedules, views."""
+"""`method=NAME` without other overrides gives the published recipe: heads, optimiser, schedules and views, with every
+constant.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from caco.runs.identity import plain
 
 ZERO_START = {"warmup_start": 0.0, "warmup_end": "next", "unit": "step"}
 LARS = "caco.engine.optimizers.lars"
-RECIPES = {  # optimiser; schedule; method; views; the layers of projector and predictor
+RECIPES = {  # name -> optimiser; schedule; method; views; the layers of projector and predictor
     "byol": (
         {"_target_": LARS, "lr": 0.2, "reference_batch": 256, "weight_decay": 1.5e-6, "momentum": 0.9,
         "trust_coefficient": 1e-3},

@@ -1,5 +1,5 @@
-"""What helps a bank that young keys use badly: several positives by weight, the other view first, rows renewed, rows in
-even use.
+"""Remedies for a bank of which early keys use few rows: several weighted positives, the other view as the positive at
+first, renewed rows, and a loss term for even use.
 """
 
 import pytest
@@ -41,7 +41,9 @@ def at(step, steps=10, name="row_share"):
 
 
 def scored(source, bank, q_BD, k_BD, now=None):
-    """The loss of queries with all that a source gives them, and the queries' gradient; the rows' is the bank's."""
+    """The queries' loss with all positives that a source gives, and their gradient; the bank keeps the rows'
+    gradient.
+    """
     q_BD = q_BD.clone().requires_grad_()
     positives = source.all_of(k_BD, bank, now)
     score = contrast([q_BD] * len(positives), [k_BD] * len(positives), positives, BankRows(), bank, TAU)
@@ -62,8 +64,8 @@ def test_nearest_rows_are_the_published_loss_each_by_the_softmax_of_its_cosine_a
     wanted.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
     assert torch.allclose(q_grad, q_BD.grad, atol=1e-12)
-    # A row that is a positive of one query and a negative of another is pulled and pushed: with pull and push 1 as Eq.
-    # 6 has it.
+    # A row can be a positive of one query and a negative of another; then it is both pulled and pushed. With pull and
+    # push 1 this is Eq. 6.
     gradient = sum(
         equations.bank_gradient(q_BD.detach(), w_KD.detach(), row_B, TAU, weight_B=weight_B / B)
         for row_B, weight_B in zip(row_BC.T, weight_BC.T, strict=True)
@@ -114,7 +116,7 @@ def test_the_other_view_is_the_positive_at_first_and_the_row_at_last():
 
 def test_positives_of_both_kinds_go_with_plain_negatives_alone():
     with pytest.raises(
-        UserError, match="OtherViewThenRow has positives of two kinds.*got Reweighted, expected negatives=plain"
+        UserError, match="OtherViewThenRow gives positives of two kinds.*got Reweighted, expected negatives=plain"
     ):
         build_method(compose("pn=both_blended", "negatives=hard"))
 
@@ -132,7 +134,8 @@ def test_the_divergence_of_the_mean_activation_and_its_gradient_are_those_of_the
     q_BD, given_BD = (unit(40, 16, seed=5).requires_grad_() for _ in range(2))
     wanted = equations.mean_activation_divergence(q_BD, F.normalize(rows.weight.detach(), dim=1), 0.1)
     wanted.backward()
-    monkeypatch.setattr("caco.banks.scoring.BLOCK_ELEMENTS", 40 * 70)  # 300 rows are five blocks, the last of 20
+    # so 300 rows make five blocks, the last of 20 rows
+    monkeypatch.setattr("caco.banks.scoring.BLOCK_ELEMENTS", 40 * 70)
     given = mean_activation_divergence(given_BD, rows, 0.1)
     (2 * given).backward()
     assert given.item() == pytest.approx(wanted.item(), rel=1e-12)
@@ -159,7 +162,7 @@ def test_rows_that_no_key_has_chosen_for_so_many_steps_become_keys_in_order_and_
         bank.anchors.clear()
         bank.rows.renew(keys)
         if step == 0:
-            assert torch.equal(bank.rows.weight, before), "none has been idle for two steps"
+            assert torch.equal(bank.rows.weight, before), "no row has been idle for two steps yet"
     renewed = [
         1,
         4,
@@ -171,7 +174,7 @@ def test_rows_that_no_key_has_chosen_for_so_many_steps_become_keys_in_order_and_
         10,
         11,
         12,
-    ]  # five after the second step, five after the third; 0, 2 and 3 are in use
+    ]  # five rows after the second step, five after the third; rows 0, 2 and 3 are in use
     assert torch.equal(bank.rows.weight[renewed], torch.cat([keys, keys]))
     assert (bank.rows.velocity[renewed] == 0).all() and (bank.rows.velocity[[0, 2, 3, 13]] == 1).all()
     rest = [0, 2, 3, *range(13, K)]
@@ -193,5 +196,5 @@ def test_in_one_s_own_loop_rows_become_the_keys_that_the_loss_was_given():
 
 
 def test_rows_that_do_not_learn_are_not_renewed():
-    with pytest.raises(UserError, match="bank.renewed_after_steps: rows that do not learn are not renewed"):
+    with pytest.raises(UserError, match="bank.renewed_after_steps: rows that do not learn cannot be renewed"):
         LearnableBank(size=K, dim=D, seed=0, pull=0.0, push=0.0, renewed_after_steps=2)

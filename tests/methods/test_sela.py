@@ -1,4 +1,6 @@
-"""SeLa's labels, moments and loss are those of its sheet; labelling is resumed to the bits."""
+"""SeLa's labels, the moments of labelling and the loss are as published; an interrupted labelling resumes to the same
+bits.
+"""
 
 import math
 
@@ -29,7 +31,7 @@ LAYERS = {"layers": 1, "batch_norm": False, "bias": True, "dim": H * K}
 
 
 class FewImages:
-    """Thirty images in whole batches of eight, of which the last is filled with two that were there before."""
+    """Thirty images in batches of eight; two images that came before fill up the last batch."""
 
     def __init__(self):
         self.streams = []
@@ -56,7 +58,7 @@ def sela(**settings) -> SeLa:
 
 
 def labels_by_loops(p, power, tolerance):
-    """cpu_sk in plain numbers."""
+    """The published function cpu_sk, computed with loops."""
     p = [[value**power for value in row] for row in p]
     images, labels = len(p), len(p[0])
     c, error, count = [1 / images] * images, math.inf, 0
@@ -77,16 +79,18 @@ def test_labels_are_those_of_the_published_loop_and_balanced(power, tolerance):
     ours = assignments.balanced_labels(F.log_softmax(logits, 1), power=power, tolerance=tolerance)
     assert ours.tolist() == expected and count > 10
     counts = torch.bincount(ours, minlength=4)
-    assert counts.min() >= 20, "about thirty each"
-    assert torch.bincount(logits.argmax(1), minlength=4)[0] > 60, "where most would take the first"
+    assert counts.min() >= 20, "each label must have about thirty images"
+    assert torch.bincount(logits.argmax(1), minlength=4)[0] > 60, (
+        "without balancing, most images would take the first label"
+    )
 
 
 def test_a_label_that_no_image_has_any_probability_of_is_said():
-    """The published loop's numbers are nan there."""
+    """In the published loop the numbers become NaN in this case."""
     logits = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + torch.tensor(
         [0.0, 0.0, -2000.0]
     )
-    with pytest.raises(ValueError, match="1 of 3 labels have no probability for any image"):
+    with pytest.raises(ValueError, match="1 of 3 labels have a probability of 0 for every image"):
         assignments.balanced_labels(F.log_softmax(logits, 1), power=25, tolerance=0.1)
 
 
@@ -99,22 +103,23 @@ def test_the_first_labels_are_balanced_and_in_another_order_for_each_head():
 
 
 def test_the_moments_are_dense_at_first():
-    """t_j = (E + 1.01)(j/5)^2 epochs of 30 images: 0, 6.0, 24.0, 54.1, 96.1, 150.2 images of 4 epochs, a step at a
-    time.
+    """The moments are t_j = (E + 1.01)(j/5)^2 epochs. For E = 4 and 30 images per epoch that is after 0, 6.0, 24.0,
+    54.1, 96.1 and 150.2 images, rounded to whole steps.
     """
     run = RunShape(epochs=4, steps_per_epoch=3, batch=8)
     table = sela().schedules(run)["labels_made"]
-    assert [step for step, made in enumerate(table) if made] == [0, 1, 4, 7]  # the fifth and sixth are past the end
+    # the fifth and sixth moment are after the end
+    assert [step for step, made in enumerate(table) if made] == [0, 1, 4, 7]
     assert sum(sela(num_moments=0).schedules(run)["labels_made"]) == 0
     linear = sela(spacing="linear").schedules(run)["labels_made"]
-    assert [step for step, made in enumerate(linear) if made] == [0, 4, 8], "every 30.06 images"
+    assert [step for step, made in enumerate(linear) if made] == [0, 4, 8], "one moment every 30.06 images"
     crowded = sela(num_moments=100).schedules(run)["labels_made"]
-    assert crowded[:10] == [1.0] * 10, "one a step at most; the others wait"
+    assert crowded[:10] == [1.0] * 10, "at most one labelling per step; the others wait"
 
 
 def published_moments(epochs, batches, batch, num_images, moments):
-    """Of the released loop: a list of times in images, the last of which is compared with the images so far, and taken
-    off.
+    """The moments in the released code: a list of times in images, whose last entry is compared with the number of
+    images so far, and removed.
     """
     times = ((epochs + 1.01) * num_images * (np.linspace(0, 1, moments) ** 2)[::-1]).tolist()
     made = []
@@ -140,7 +145,7 @@ def forward_by_hand(w, view):
 
 
 def loss_by_hand(logits, labels, images):
-    """Mean over the heads and images of -log softmax at the label."""
+    """The loss: -log softmax at the label, averaged over heads and images."""
     total = 0.0
     for h in range(H):
         log_p = torch.log_softmax(logits[:, h * K : (h + 1) * K], 1)
@@ -149,8 +154,8 @@ def loss_by_hand(logits, labels, images):
 
 
 def test_labels_are_made_by_a_pass_as_in_training():
-    """Augmented, in training mode: BatchNorm's statistics are those of each batch, the filled one too, and its running
-    ones move.
+    """The pass uses augmented views and training mode: BatchNorm uses the statistics of each batch, also of the
+    filled-up one, and its running statistics change.
     """
     method, images = sela().train(), FewImages()
     w = fifty.weights_of(method)
@@ -174,7 +179,7 @@ def test_one_head_at_a_time():
     before, at = method.labels.clone(), now(labels_made=1.0)
     method.before_step(type(at)(9, "training", 9, False, 3, 0, at.values), images)
     assert torch.equal(method.labels[0], before[0]) and not torch.equal(method.labels[1], before[1]), (
-        "epoch 3 modulo two heads"
+        "in epoch 3 only head 3 modulo 2 = 1 is labelled"
     )
 
 
@@ -222,14 +227,14 @@ def test_fifty_steps_are_those_of_a_plain_loop():
         by_hand.append(loss)
         rate = (
             peak * (0.1 if step >= 20 else 1) * (0.1 if step >= 40 else 1) * (0.1 if step >= 45 else 1)
-        )  # of ten epochs 4, 8 and 9
+        )  # in epochs 4, 8 and 9 of ten
         fifty.sgd(w, fifty.gradients_of(loss, w), velocity, {"": rate}, 1e-5)
     fifty.assert_same_training(losses, method, by_hand, w)
     assert torch.equal(method.labels.long(), labels)
 
 
 def test_a_pass_over_the_training_s_views_has_every_image_once_and_whole_batches():
-    """1,400 images in batches of 64: 21 of them, and one of 56 images that is filled with 8 others."""
+    """1,400 images make 21 batches of 64, and one of 56 images that is filled up with 8 others."""
     cfg = compose("pn=none", bank=False)
     source, views = instantiate(cfg.data).pretrain, instantiate(cfg.augmentation)
 
@@ -256,8 +261,8 @@ TINY_SELA = ["method=sela", "augmentation=digits", "projector=small", "projector
 
 
 def test_a_run_cut_in_the_middle_of_a_labelling_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    """Three steps an epoch; cut between the two heads of the fourth moment: BatchNorm's statistics have moved, one head
-    has its labels."""
+    """Three steps per epoch. The run is interrupted between the two heads of the fourth labelling, when BatchNorm's
+    statistics have changed and one head has its new labels."""
     train(tmp_path / "whole", *TINY_SELA, *EVERY, bank=False)
     original, calls = assignments.balanced_labels, []
 
@@ -320,7 +325,9 @@ def test_its_configuration_is_the_published_one():
     assert not any("Norm" in kind for kind in kinds) and isinstance(backbone.norm, nn.Identity)
     x = torch.randn(2, 3, 64, 64)
     last = backbone.stages(backbone.stem(x))
-    assert torch.equal(backbone.eval()(x), backbone(x)) and (backbone.eval()(x) < 0).any(), "no ReLU before the pooling"
+    assert torch.equal(backbone.eval()(x), backbone(x)) and (backbone.eval()(x) < 0).any(), (
+        "there must be no ReLU before the pooling"
+    )
     assert last.shape[1] == 2048
     assert all(block.norm3.weight.abs().min() > 0 for stage in backbone.stages for block in stage.blocks)
     assert all(p.requires_grad for p in backbone.parameters())

@@ -1,4 +1,6 @@
-"""SimSiam is what its authors' code computes: the loss, heads, a predictor of constant rate and fifty steps of SGD."""
+"""SimSiam computes what its authors' code computes: the loss, the heads, a constant rate for the predictor, fifty steps
+of SGD.
+"""
 
 import math
 
@@ -46,7 +48,7 @@ def test_loss_and_gradient():
 
 
 def test_a_bias_before_the_last_batchnorm_would_change_nothing():
-    """The published projector has one there, drawn at random and not learned."""
+    """The published projector has such a bias, drawn at random and not learned; BatchNorm cancels it."""
     method, views = simsiam(), fifty.views_of(0)
     loss = method(batch_of(views), now()).loss
     method.encoder.projector[6].bias = torch.nn.Parameter(
@@ -66,7 +68,7 @@ def test_lightly_s_similarities_make_the_same_loss():
 
 @pytest.mark.parametrize("constant", [True, False])
 def test_fifty_steps(constant):
-    """The encoder's rate follows a cosine by epochs, the predictor's stays; decay on biases and BatchNorm too."""
+    """The encoder's rate follows a cosine over epochs, the predictor's is constant; biases and BatchNorm also decay."""
     method = simsiam(constant_predictor_rate=constant)
     w, velocity, losses = fifty.weights_of(method), {}, []
     optimizer = optimizers.sgd(method.parameter_groups(), batch=B, reference_batch=None, lr=0.05, weight_decay=1e-2)

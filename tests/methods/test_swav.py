@@ -1,5 +1,5 @@
-"""SwAV assigns fairly over all ranks, predicts across views and keeps its queue as its sheet says; written out here
-anew.
+"""SwAV's balanced assignment over all ranks, its prediction across views and its queue are as published; the expected
+values are computed independently here.
 """
 
 import copy
@@ -30,7 +30,7 @@ def swav(**settings):
 
 
 def codes_by_loops(scores, epsilon, iterations=3):
-    """The assignment in plain numbers: columns to 1/K each, rows to 1/B each, in turn; at last every row to 1."""
+    """The assignment by loops: scale the columns to 1/K and the rows to 1/B in turn; finally scale each row to 1."""
     q = [[math.exp(s / epsilon) for s in row] for row in scores.tolist()]
     images, prototypes = len(q), len(q[0])
     total = sum(map(sum, q))
@@ -43,8 +43,8 @@ def codes_by_loops(scores, epsilon, iterations=3):
 
 
 def test_an_assignment_by_hand():
-    """exp(s / epsilon) of [[2, 1], [4, 1]]: columns over (6, 2), rows over (5/6, 7/6): [[.4, .6], [4/7, 3/7]], which
-    sum to 1.
+    """For exp(s / epsilon) = [[2, 1], [4, 1]], dividing the columns by (6, 2) and the rows by (5/6, 7/6) gives [[.4,
+    .6], [4/7, 3/7]], whose rows sum to 1.
     """
     score = torch.tensor([[2.0, 1.0], [4.0, 1.0]], dtype=torch.float64).log() * 0.05
     by_hand = torch.tensor([[0.4, 0.6], [4 / 7, 3 / 7]], dtype=torch.float64)
@@ -70,7 +70,7 @@ def test_the_assignment_is_the_equation_s_and_uses_every_prototype_alike():
 
 
 def test_a_small_epsilon_is_no_infinity_in_float32():
-    """exp(1 / 0.01) is none in float32, and users of small images take it."""
+    """exp(1 / 0.01) overflows float32, but recipes for small images use this epsilon."""
     score = torch.cat([cosines(50), torch.ones(1, K, dtype=torch.float64)]).float()
     codes = assignments.balanced(score, epsilon=0.01, iterations=3)
     assert codes.dtype == torch.float32 and codes.isfinite().all()
@@ -86,7 +86,9 @@ def test_two_ranks_assign_as_one(tmp_path):
 
 
 def scores_by_hand(method, views):
-    """Two large views and a small one: the trunk by size, the head once, the unit sphere, prototypes."""
+    """Scores of two large views and a small one. The backbone takes the views of one size together, the head takes all;
+    embeddings are normalised and multiplied by the prototypes.
+    """
     large, small = torch.cat(views[:2]), views[2]
     features = torch.cat([method.encoder.backbone(large), method.encoder.backbone(small)])
     z = method.encoder.projector(features)
@@ -95,8 +97,8 @@ def scores_by_hand(method, views):
 
 
 def loss_by_hand(scores, codes, temperature=0.1):
-    """1/2 sum over the assigned views c, 1/(V - 1) sum over v != c, mean over images of -sum_k q log p, one number at a
-    time.
+    """The loss, one number at a time: -sum_k q log p, averaged over images, over the other views v != c and over the
+    two assigned views c.
     """
     total = 0.0
     for c in range(2):
@@ -109,7 +111,7 @@ def loss_by_hand(scores, codes, temperature=0.1):
     return total
 
 
-def test_loss_and_gradients_are_those_of_the_sheet():
+def test_loss_and_gradients_are_those_of_the_publication():
     method, views = swav(), views_of(0, B)
     other = copy.deepcopy(method)
     outputs = method(batch_of(views), now())
@@ -128,7 +130,7 @@ def test_loss_and_gradients_are_those_of_the_sheet():
 
 
 def test_lightly_computes_the_same_loss_with_and_without_a_queue():
-    """Theirs appends the queue behind the batch and divides by no K; both make no difference."""
+    """lightly appends the queue after the batch and does not divide by K; neither makes a difference."""
     theirs = pytest.importorskip("lightly.loss").SwaVLoss()
     for settings in ({}, {"queue_size": 2 * B, "queue_start_epoch": 0}):
         method, views = swav(**settings), views_of(0, B)
@@ -144,8 +146,8 @@ def test_lightly_computes_the_same_loss_with_and_without_a_queue():
 
 
 def test_the_queue_by_hand():
-    """Ten rows hold two batches of four. Filled from its epoch on, newest in front; used once full, with today's
-    prototypes.
+    """A queue of ten rows holds two batches of four. It is filled from its first epoch on, with the newest in front,
+    and used when it is full, with the current prototypes.
     """
     method = swav(queue_size=10, queue_start_epoch=1)
     embeddings = []
@@ -158,13 +160,13 @@ def test_the_queue_by_hand():
         assert torch.allclose(method.prototypes.weight.norm(dim=1), torch.ones(K, dtype=torch.float64))
         other, before = copy.deepcopy(method), method.queue.clone()
         loss = method(batch_of(views), at).loss
-        assert torch.equal(method.queue, before), "a loss that may not be finite changes nothing"
+        assert torch.equal(method.queue, before), "the queue must not change before the loss is known to be finite"
         method.after_step(at)
         z, scores = scores_by_hand(other, views)
         codes = []
         for c in range(2):
             rows = scores[c].detach()
-            if step == 3:  # the first that finds it full, of steps 2 and 1
+            if step == 3:  # the first step with a full queue, filled by steps 2 and 1
                 old = torch.cat([embeddings[2][c], embeddings[1][c]])
                 rows = torch.cat([old @ other.prototypes.weight.T, rows]).detach()
             codes.append(codes_by_loops(rows, 0.05)[-4:])
@@ -175,15 +177,15 @@ def test_the_queue_by_hand():
             rows = torch.cat([*(each[c] for each in newest), torch.zeros(10, D, dtype=torch.float64)])[:10]
             assert torch.allclose(method.queue[c], rows, atol=1e-12), step
     without = codes_by_loops(scores[0].detach(), 0.05)
-    assert (codes[0] - without).abs().max() > 1e-2, "or the test could not see the queue"
+    assert (codes[0] - without).abs().max() > 1e-2, "the queue must change the codes, or the test would not notice it"
 
 
 def test_fifty_steps_are_those_of_a_plain_loop():
-    """Five steps an epoch; the queue of two batches from epoch 2 on; prototypes frozen for 7 steps; LARC with a warm-up
-    of an epoch.
+    """Five steps per epoch, a queue of two batches from epoch 2 on, prototypes frozen for 7 steps, and LARC with a
+    warm-up of one epoch.
     """
     method = swav(prototypes_frozen_steps=7, queue_size=2 * B, queue_start_epoch=2)
-    net = copy.deepcopy(method)  # its networks; its state is kept below
+    net = copy.deepcopy(method)  # only its networks are used; the loop below keeps its own state
     peak, final, decay, frozen = 0.6, 0.0006, 1e-2, {}
 
     def remember(step):
@@ -238,14 +240,14 @@ def test_the_prototypes_use_is_counted_and_a_collapse_is_said():
     method = swav()
     method(batch_of(views_of(0, B)), now())
     counts = method.uses.clone()
-    assert counts.sum() == 2 * B, "the nearest prototype of each image in both assigned views"
+    assert counts.sum() == 2 * B, "one nearest prototype is counted for each image and assigned view"
     share = (counts / counts.sum())[counts > 0]
     statistics = method.statistics()
     assert statistics["prototypes/use_perplexity"] == pytest.approx(
         (-(share * share.log()).sum()).exp().item(), rel=1e-5
     )
     assert statistics["prototypes/used"] == 100 * len(share) / K
-    assert method.statistics() == {}, "each epoch anew"
+    assert method.statistics() == {}, "the counts start again in each epoch"
     even = assignments.use_statistics(torch.full((K,), 7))
     assert even == pytest.approx(
         {"prototypes/used": 100, "prototypes/use_perplexity": K, "prototypes/use_entropy": 100}
@@ -260,7 +262,7 @@ def test_the_prototypes_use_is_counted_and_a_collapse_is_said():
     outputs = collapsed(batch_of(views_of(0, B)), now())
     assert diagnostics.spread(outputs.embedding) == pytest.approx(0, abs=1e-9)
     assert outputs.metrics["target_entropy"] == pytest.approx(math.log(K)), (
-        "one embedding for all has an even code, which is easy to predict"
+        "equal embeddings get even codes, which are easy to predict"
     )
 
 
@@ -297,7 +299,7 @@ def test_its_configuration_is_the_published_one():
     ]
     assert all(group["weight_decay"] == 1e-6 and group["lr"] == pytest.approx(4.8) for group in optimizer.param_groups)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(method.parameters())), (
-        "biases and BatchNorm too"
+        "the optimiser must also have biases and BatchNorm"
     )
     assert method.prototypes.weight.shape == (3000, D) and method.queue.shape[1] == 0
     assert [type(layer) for layer in instantiate(cfg.projector, in_dim=4)] == [

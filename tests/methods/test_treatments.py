@@ -1,5 +1,5 @@
-"""Negatives reweighted, kept at a margin, mixed: over every source, what the equations say, and the published methods
-for fifty steps.
+"""Treatments of negatives (reweighting, a margin, mixing): with every source of negatives they give what the equations
+say, and the published methods agree with plain loops for fifty steps.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ OBJECTIVES = {
     "margin": (lambda: Margin(**MARGIN), functools.partial(eq.margin_loss, **MARGIN)),
 }
 MIXED = {"hardest": 4, "pairs": 3, "with_query": 2, "warmup_epochs": 0, "seed": 5}
-SETTINGS = {  # positives, negatives, bank
+SETTINGS = {  # name -> positives, negatives, bank
     "none": (sources.OtherView, sources.BatchKeys, None),
     "positive": (sources.NearestKey, sources.BatchKeys, FifoBank),
     "negative": (sources.OtherView, sources.BankRows, LearnableBank),
@@ -61,8 +61,8 @@ def step_of(number=0, first=0, count=BATCH, epoch=0):
 
 
 def dense(setting, loss, q, k, m, made=None):
-    """One direction of a setting, over columns that are written out: the bank's rows, the other view, the batch's other
-    keys, what was made.
+    """The loss of one direction, with a column for each row of the bank, the other view, the batch's other keys and the
+    synthetic negatives.
     """
     columns = [] if made is None else [made]
     if setting == "both":
@@ -92,10 +92,10 @@ def test_loss_encoder_s_gradient_and_the_bank_s_motion_over_every_source(setting
     expected.backward(retain_graph=True)
     assert near(outputs.loss, expected)
     assert near(gradient, method.encoder.matrix.weight.grad)
-    if setting in ("negative", "adco"):  # no row is a positive: all of its gradient is a push
+    if setting in ("negative", "adco"):  # no row is a positive, so the rows' whole gradient is the push
         method.bank.pull, method.bank.push = 0.0, 1.0
         assert near(method.bank.gradient(), -w.grad)
-    if setting == "both":  # of each query alone the positive's part is known
+    if setting == "both":  # the part of the positive is computed for each query alone
         total = torch.zeros_like(w)
         for a, b in ((0, 1), (1, 0)):
             loss_B = dense(setting, loss, q[a], k[b], rows)
@@ -110,7 +110,7 @@ def test_loss_encoder_s_gradient_and_the_bank_s_motion_over_every_source(setting
 
 
 def mixed_by_hand(treatment, q, m, left_out, step, term):
-    """Each query's synthetic rows [B, E, D], one at a time, as the publication says."""
+    """The synthetic rows of each query, [B, E, D], computed one at a time from the publication's definition."""
     made = []
     at, share = treatment.draws(step, (term + 1) * len(q), min(treatment.candidates, len(m) - (left_out is not None)))
     at, share = at[-len(q) :], share[-len(q) :]
@@ -132,7 +132,9 @@ def mixed_by_hand(treatment, q, m, left_out, step, term):
 @pytest.mark.parametrize("setting", ["both", "negative", "mocov2", "adco"])
 @pytest.mark.parametrize("candidates", [4, 1024])
 def test_mixed_negatives_over_every_bank(monkeypatch, setting, candidates):
-    """What is mixed are constants: encoder and rows have the gradients of the loss with these in its denominator."""
+    """The mixed negatives are constants: encoder and rows get the gradients of the loss with them in its
+    denominator.
+    """
     monkeypatch.setattr("caco.methods.treatments.PART_ELEMENTS", 60)  # two queries at a time
     treatment = Mixed(**MIXED | {"hardest": candidates})
     method, views = built(setting, treatment)
@@ -172,7 +174,7 @@ def test_draws_are_of_seed_step_direction_and_image_alone():
     treatment = Mixed(hardest=50, pairs=400, with_query=300, seed=0)
     at, share = treatment.draws(step_of(7), 2 * BATCH, 50)
     assert at.shape == (2 * BATCH, 1100) and share.shape == (2 * BATCH, 700)
-    for part in range(2):  # a part of the batch, or another rank's, has its images' draws
+    for part in range(2):  # the draws belong to the images, also in a part of the batch or on another rank
         of_part = treatment.draws(step_of(7, first=3 * part, count=3), 6, 50)
         for whole, some in zip((at, share), of_part, strict=True):
             assert torch.equal(whole.unflatten(0, (2, BATCH))[:, 3 * part : 3 * part + 3], some.unflatten(0, (2, 3)))
@@ -181,9 +183,9 @@ def test_draws_are_of_seed_step_direction_and_image_alone():
         Mixed(hardest=50, pairs=400, with_query=300, seed=1).draws(step_of(7), 2 * BATCH, 50),
     ):
         assert (other[0] == at).float().mean() < 0.05 and (other[1] == share).float().mean() < 0.05
-    assert (at[:BATCH] == at[BATCH:]).float().mean() < 0.05, "the two directions"
+    assert (at[:BATCH] == at[BATCH:]).float().mean() < 0.05, "the two directions draw differently"
     assert set(at.unique().tolist()) == set(range(50))
-    # A mean of n uniform draws is within 4 of its standard deviations, sqrt(1 / 12 n) of the range.
+    # The mean of n uniform draws has the standard deviation sqrt(1 / 12 n) times the range; allow 4 of these.
     for values, middle in ((at / 49, 0.5), (share[:, :400], 0.5), (share[:, 400:] * 2, 0.5)):
         assert values.min() >= 0 and values.max() <= 1
         assert abs(values.double().mean() - middle) < 4 / math.sqrt(12 * values.numel()) + 0.01
@@ -242,7 +244,7 @@ def test_mixing_is_refused_where_no_row_of_a_bank_is_a_negative(setting):
     with pytest.raises(
         ValueError,
         match=(
-            "Mixed makes negatives of the bank's rows, and these are no negatives with BatchKeys; expected"
+            "Mixed makes further negatives from the bank's rows, but with BatchKeys the rows are no negatives; expected"
             " method=mocov2"
         ),
     ):
@@ -257,7 +259,7 @@ def test_a_bank_that_knows_no_other_loss_is_refused_with_one_and_serves_without(
     def make(treatment):
         return build(sources.OtherView(), sources.BankRows(), Old(size=K, dim=WIDTH, seed=0), treatment=treatment)
 
-    with pytest.raises(ValueError, match="Margin is another loss than InfoNCE, and Old.score takes no `objective`"):
+    with pytest.raises(ValueError, match="Margin has a loss other than InfoNCE, but Old.score takes no `objective`"):
         make(Margin())
     for treatment in (None, Mixed(**MIXED)):
         method, views = make(treatment)
@@ -270,7 +272,7 @@ def test_a_bank_that_knows_no_other_loss_is_refused_with_one_and_serves_without(
         ({"hardest": 0}, "hardest: expected int from 1, got 0"),
         (
             {"pairs": 0, "with_query": 0},
-            r"one of negatives\.pairs and negatives\.with_query must be above 0; got 0 of both",
+            r"one of negatives\.pairs and negatives\.with_query must be above 0; got 0 for both",
         ),
         ({"warmup_epochs": -1}, "warmup_epochs: expected int from 0, got -1"),
     ],
@@ -280,7 +282,7 @@ def test_impossible_mixtures_are_refused(settings, message):
         Mixed(**settings)
 
 
-# Fifty steps of the published methods, against loops that know nothing of sources, banks and treatments.
+# Fifty steps of the published methods, compared with loops that do not use caco's sources, banks and treatments.
 
 
 def unit_output(w, view):
@@ -302,7 +304,9 @@ def queue_method(treatment):
 
 
 def ifm_by_hand(q, k, queue, t):
-    """l+ - eps and l- + eps before the temperature, and the mean of the two cross entropies."""
+    """IFM: the mean of the plain cross entropy and that of l+ - eps and l- + eps, with eps applied before the
+    temperature.
+    """
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1)
     moved = logits + 0.1
     moved[:, 0] = logits[:, 0] - 0.1
@@ -311,8 +315,8 @@ def ifm_by_hand(q, k, queue, t):
 
 
 def mochi_by_hand(q, k, queue, t):
-    """The queue stays whole; from the third epoch on there are six and three further negatives of each query's ten
-    hardest.
+    """MoCHi: all rows of the queue are negatives; from the third epoch on, six and three further ones are mixed from
+    the ten hardest of each query.
     """
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1)
     if t >= 10:
@@ -348,7 +352,7 @@ def test_fifty_steps_of_a_queue_s_method(treatment, by_hand):
 
 
 def hcl_by_hand(u, beta):
-    """Over all 2B embeddings; tau 0.5, tau+ 0.1."""
+    """HCL's loss over all 2B embeddings, with tau 0.5 and tau+ 0.1."""
     similarity = torch.exp(u @ u.T / 0.5)
     partner = torch.arange(2 * B).roll(B)
     others = ~(torch.eye(2 * B, dtype=torch.bool) | F.one_hot(partner, 2 * B).bool())
@@ -361,7 +365,7 @@ def hcl_by_hand(u, beta):
 
 @pytest.mark.parametrize("beta", [1.0, 0.0], ids=["hcl", "debiased"])
 def test_fifty_steps_of_simclr_s_methods(beta):
-    """Adam, whose decay is part of the gradient, at a constant rate."""
+    """Adam at a constant rate, with weight decay as part of the gradient."""
     encoder = fifty.encoder(layers=2, batch_norm=False, bias=True)
     method = Contrastive(
         encoder=encoder, positives=sources.OtherView(), negatives=sources.BatchBothViews(), temperature=0.5,

@@ -1,4 +1,4 @@
-"""VICReg is what its authors' code computes: three terms, and fifty steps."""
+"""VICReg computes what its authors' code computes: the three terms, and fifty steps."""
 
 import fifty
 import pytest
@@ -21,7 +21,7 @@ def embedding(w, view):
 
 
 def terms_of(x, y):
-    """Invariance, variance and covariance by loops over the coordinates."""
+    """The invariance, variance and covariance terms, by loops over the coordinates."""
     variance = covariance = 0.0
     for z in (x, y):
         centred = z - z.mean(0)
@@ -50,7 +50,7 @@ def test_loss_and_gradient():
     for name, p in method.named_parameters():
         assert torch.allclose(p.grad, gradients[name], atol=1e-11), name
     terms = terms_of(*(embedding(w, view) for view in views))
-    assert terms[1] > 0, "some coordinate varies by less than 1"
+    assert terms[1] > 0, "the variance term must not be 0: some coordinate must vary by less than 1"
     for name, value in zip(("invariance", "variance", "covariance"), terms, strict=True):
         assert torch.allclose(outputs.metrics[name], value, atol=1e-12), name
 
@@ -80,7 +80,8 @@ def test_small_views_are_near_the_large_ones_and_vary_as_these_do():
     method.encoder.backbone = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d((2, 2)), method.encoder.backbone)
     z = [method.encoder(view, unit=False) for view in views]
     near = [terms_of(z[a], z[b])[0] for a, b in ((0, 1), (0, 2), (1, 2))]
-    alone = [terms_of(x, x) for x in z]  # of which the variance is one view's, the covariance twice that
+    # compared with itself, a view gives its own variance term and twice its covariance term
+    alone = [terms_of(x, x) for x in z]
     metrics = method(batch_of(views), now()).metrics
     assert torch.allclose(metrics["invariance"], sum(near) / 3, atol=1e-12)
     assert torch.allclose(metrics["variance"], sum(variance for _, variance, _ in alone) / 3, atol=1e-12)

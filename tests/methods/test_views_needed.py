@@ -1,4 +1,4 @@
-"""What methods declare of the views that they take, and what becomes of a run whose recipe or images have it not."""
+"""Methods declare which views they need, and a run whose recipe or images do not provide them is refused."""
 
 import pytest
 import toys
@@ -11,7 +11,7 @@ from caco.methods.base import Needs
 
 
 class LightnessAgainstColour(toys.Toy):
-    """CMC in small: the lightness of a view and its colours are two inputs."""
+    """A small version of CMC: the lightness and the colours of a view are two inputs."""
 
     needs = Needs(whole_batch=True, lightness_first=True)
 
@@ -33,7 +33,7 @@ def configured(*overrides):
 
 def test_a_class_s_needs_are_read_without_importing_it():
     assert signatures.declared("caco.methods.infomin.InfoMin", "needs") == {"patches": "shuffled"}
-    assert signatures.declared("caco.methods.nnclr.NNCLR", "needs") == {}, "of the base: none"
+    assert signatures.declared("caco.methods.nnclr.NNCLR", "needs") == {}, "the needs of the base class are none"
     assert signatures.declared(NAME, "needs") == {"whole_batch": True, "lightness_first": True}
     assert signatures.declared("caco.methods.terms.terms_of", "needs") is None
 
@@ -46,7 +46,7 @@ def test_views_in_rgb_are_refused_at_once_with_those_that_are_not():
         validation.check(cfg)
     told = str(error.value)
     assert "needs colours=lab, ydbdr, ycbcr; got rgb; choose one of cmc, cmc_cifar, cmc_ydbdr" in told
-    assert "Grey images, as the digits" in told
+    assert "Grey images, such as the digits" in told
 
 
 def test_grey_images_are_refused_by_looking_at_them_and_coloured_ones_train(tmp_path):

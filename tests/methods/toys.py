@@ -1,4 +1,4 @@
-"""Small methods that each use one part of the contract which none of caco's own needs yet, as published ones will."""
+"""Small methods for tests. Each uses a part of the methods' contract as some published method does."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from caco.schedules import constant, cosine
 
 
 class Toy(Method):
-    """Both views' embeddings agree, and no image's is another's."""
+    """Makes the embeddings of both views of an image agree, and those of different images differ."""
 
     needs = Needs(whole_batch=True)
 
@@ -32,7 +32,7 @@ class Toy(Method):
 
 
 class PredictorAtItsOwnRate(Toy):
-    """SimSiam: the predictor keeps the full rate while the encoder's falls."""
+    """As in SimSiam, the predictor keeps the full rate while the encoder's rate falls."""
 
     def __init__(self, *, encoder: Encoder):
         super().__init__(encoder=encoder)
@@ -55,8 +55,8 @@ class PredictorAtItsOwnRate(Toy):
 
 
 class LabelsMadeAnew(Toy):
-    """SeLa, PCL: a label an image, from a pass over all images: plain before each epoch, augmented in the middle of
-    it.
+    """As in SeLa and PCL, each image gets a label from a pass over all images: with plain views before each epoch, and
+    with augmented views in the middle of it.
     """
 
     def __init__(self, *, encoder: Encoder, num_images: int = 1400, num_labels: int = 4):
@@ -73,7 +73,7 @@ class LabelsMadeAnew(Toy):
             label = self.prototypes(self.encoder(batch.views[0])).argmax(1)
             self.labels[batch.index[batch.index >= 0]] = label[
                 batch.index >= 0
-            ]  # -1: it fills the last batch of a pass
+            ]  # -1 marks an image that only fills up the last batch of a pass
         self.times_made += 1
         self.train(was_training)
 
@@ -91,7 +91,7 @@ class LabelsMadeAnew(Toy):
 
 
 class OrderOfItsOwn(Toy):
-    """PIC: consecutive steps see overlapping windows of the images."""
+    """As in PIC, consecutive steps see overlapping windows of the images."""
 
     def __init__(self, *, encoder: Encoder, num_images: int = 1400):
         super().__init__(encoder=encoder)
@@ -110,7 +110,7 @@ class OrderOfItsOwn(Toy):
 
 
 class LastLayerFrozenAtFirst(Toy):
-    """DINO: the last layer stays for the first steps; the decay rises."""
+    """As in DINO, the last layer is frozen for the first steps, and the weight decay rises."""
 
     def __init__(self, *, encoder: Encoder, frozen_steps: int = 3):
         super().__init__(encoder=encoder)
@@ -129,7 +129,9 @@ class LastLayerFrozenAtFirst(Toy):
 
 
 class TwinThatMovesAfter(Toy):
-    """BYOL, with a warm start by the embedding itself at whose end the twin becomes a copy of the encoder."""
+    """As in BYOL, the twin moves after the step; there is also a warm start, after which it is a copy of the
+    encoder.
+    """
 
     def __init__(self, *, encoder: Encoder, warm_start_steps: int = 3):
         super().__init__(encoder=encoder)
@@ -156,7 +158,7 @@ class TwinThatMovesAfter(Toy):
 
 
 class MemoryByImage(Toy):
-    """InstDisc: a row an image, found by its index, moved after the step."""
+    """As in InstDisc, there is a row for each image, found by the image's index and moved after the step."""
 
     def __init__(self, *, encoder: Encoder, num_images: int = 1400):
         super().__init__(encoder=encoder)
@@ -177,7 +179,7 @@ class MemoryByImage(Toy):
 
 
 class PatchesAndSizes(Toy):
-    """PIRL, SwAV: the first view as a grid of patches, beside smaller views."""
+    """As in PIRL and SwAV, the first view is also seen as a grid of patches, and there are smaller views."""
 
     def forward(self, batch, now):
         large, *small = batch.views

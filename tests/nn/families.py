@@ -1,5 +1,5 @@
-"""Files as each family's own code saves them, name by name, from the tensors of a backbone. Values are noise, heads are
-narrow.
+"""Checkpoint files with the tensor names that each family's own code saves, made from the tensors of a backbone. Values
+are noise, and heads are narrow.
 """
 
 from collections import OrderedDict
@@ -11,8 +11,8 @@ State = dict[str, Tensor]
 
 
 def layers(prefix: str, spec: str) -> State:
-    """Of a Sequential: "0" is a Linear without bias, "0b" with one, "1n" a BatchNorm, "1s" one without weight and
-    bias.
+    """The tensors of a Sequential: "0" is a Linear without a bias, "0b" one with a bias, "1n" a BatchNorm, "1s" a
+    BatchNorm without weight and bias.
     """
     state = {}
     for item in spec.split():
@@ -38,7 +38,7 @@ def below(prefix: str, state: State) -> State:
 
 
 def other(state: State) -> State:
-    """Another network of the same names: the twin's."""
+    """Another network with the same names, for the twin."""
     return {name: torch.randn_like(value) if value.is_floating_point() else value + 1 for name, value in state.items()}
 
 
@@ -119,7 +119,7 @@ def swav(net: State) -> dict:
 def swav_training(net: State) -> dict:
     import numpy as np
 
-    optimizer = {"state": {}, "param_groups": [{"lr": np.float64(0.6)}]}  # its schedule is an array
+    optimizer = {"state": {}, "param_groups": [{"lr": np.float64(0.6)}]}  # the schedule of the rate is an array
     return {"epoch": 3, "state_dict": swav(net), "optimizer": optimizer}
 
 
@@ -266,7 +266,7 @@ LIGHTNING = {
 
 
 def lightly_byol(net: State) -> dict:
-    """Of its ImageNet benchmarks."""
+    """A file of lightly's ImageNet benchmarks."""
     head = layers("layers.", "0 1n 3b")
     state = (
         below("backbone.", net)
@@ -283,7 +283,7 @@ def lightly_byol(net: State) -> dict:
 
 
 def lightly_dino(net: State) -> dict:
-    """Of its ImageNet benchmarks: `backbone` is the teacher's."""
+    """A file of lightly's ImageNet benchmarks, in which `backbone` belongs to the teacher."""
     head = layers("layers.", "0b 2b 4b") | {
         "last_layer.weight_g": torch.randn(4, 1),
         "last_layer.weight_v": torch.randn(4, 4),
@@ -298,7 +298,7 @@ def lightly_dino(net: State) -> dict:
 
 
 def lightly_moco_example(net: State) -> dict:
-    """Of its examples: the backbone is a Sequential of a ResNet's children."""
+    """A file of lightly's examples, whose backbone is a Sequential of a ResNet's children."""
     head = layers("layers.", "0b 2b")
     state = below("backbone.", children(net)) | below("backbone_momentum.", children(other(net)))
     return {

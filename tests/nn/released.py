@@ -1,4 +1,4 @@
-"""Files as those that were released, made from networks of known weights."""
+"""Files in the formats of released checkpoints, made from networks with known weights."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from caco.methods.contrastive import Contrastive
 from caco.methods.sources import BankRow, BankRows, BatchBothViews, OtherView
 from caco.nn.heads import Encoder, Projector
 
-PROJECTORS: dict[str, dict[str, Any]] = {  # as the papers have them, narrow
+PROJECTORS: dict[str, dict[str, Any]] = {  # as in the papers, but narrow
     "caco": {"hidden_dim": 16, "dim": 8, "layers": 3, "batch_norm": True, "bias": False},
     "adco": {"hidden_dim": 64, "dim": 8, "layers": 2, "batch_norm": False, "bias": True},
     "moco": {"hidden_dim": 64, "dim": 8, "layers": 2, "batch_norm": False, "bias": True},
@@ -39,13 +39,13 @@ def new_method(
 
 
 def noise(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Values that no initialisation gives, so that none can be taken for one that was loaded."""
+    """Values that no initialisation gives, so that a loaded tensor can be told from an initialised one."""
     return {name: torch.randn(v.shape) if v.is_floating_point() else v + 5 for name, v in state.items()}
 
 
 def released(kind: str, *, keys: bool = True) -> dict:
-    """A checkpoint as the authors' code saves it: DistributedDataParallel's names, the projector at the
-    classifier's.
+    """A checkpoint as the authors' code saves it, with the names of DistributedDataParallel and the projector in the
+    place of the classifier.
     """
     state: dict[str, torch.Tensor] = {}
     for side in ["encoder_q", "encoder_k"] if keys else ["encoder_q"]:
@@ -82,7 +82,7 @@ def assert_holds(module: torch.nn.Module, expected: dict[str, torch.Tensor]) -> 
 
 
 def side(file: dict, name: str) -> dict[str, torch.Tensor]:
-    """One encoder of a released file under the names of ours."""
+    """One encoder of a released file under caco's names."""
     prefix = f"module.{name}."
     inner = {key.removeprefix(prefix): v for key, v in file["state_dict"].items() if key.startswith(prefix)}
     head = {f"projector.{key.removeprefix('fc.')}": v for key, v in inner.items() if key.startswith("fc.")}

@@ -1,5 +1,5 @@
-"""Released checkpoints of other families: known by their keys, read whole or refused, everything in them counted,
-nothing in them run.
+"""Released checkpoints of other families are recognised by their keys and read completely or refused; every tensor is
+accounted for, and no code in them is run.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def vit(**options):
     return timm.create_model("vit_tiny_patch16_224", **{**VIT, **options})
 
 
-# The maker of a file, the format, what it is called, whose backbone is taken, what is left out.
+# (function that makes a file, format, name in messages, network whose backbone is used, tensors that are left out)
 MOMENTUM, LABELS = "bank's momentum", "classifier trained with labels"
 CASES = [
     ("moco_v1", "moco", "MoCo v1 or PCL v1", "online", {}),
@@ -108,7 +108,7 @@ def test_the_twins_backbone_is_taken_where_it_is_asked_for_and_only_where_there_
     load_backbone(path, f"{format}:twin", backbone)
     assert not torch.equal(backbone.conv1.weight, net["conv1.weight"])
     with pytest.raises(
-        UserError, match="expects a momentum twin, or an average of the weights; one network has none here"
+        UserError, match="expects a file with a momentum twin or an average of the weights; this file of one network"
     ):
         load_backbone(saved(tmp_path / "bare.pth", net), "timm:twin", backbone)
 
@@ -134,7 +134,7 @@ def test_vits_of_dino_mocov3_and_their_heads_of_attention(tmp_path):
 
 @pytest.mark.parametrize("registers", [0, 4])
 def test_dinov2_by_the_names_that_timm_gives_it(tmp_path, registers):
-    """Timm's own conversion is the oracle."""
+    """The expected result is timm's own conversion."""
     options = {"patch_size": 4, "init_values": 1e-5, "reg_tokens": registers, "no_embed_class": bool(registers)}
     backbone = vit(**options)
     theirs = noise(backbone.state_dict()) | {"mask_token": torch.randn(1, 48)}
@@ -154,7 +154,7 @@ def test_dinov2_by_the_names_that_timm_gives_it(tmp_path, registers):
 
 def test_transformers_names_of_a_resnet_and_of_a_vit(tmp_path):
     net, state = noise(resnet().state_dict()), {}
-    for name, value in net.items():  # the table of docs/weights.md, turned round
+    for name, value in net.items():  # the table of docs/weights.md in the other direction
         part = name.split(".")
         if len(part) == 2:
             at = {"conv1": "embedder.embedder.convolution", "bn1": "embedder.embedder.normalization"}[part[0]]
@@ -205,11 +205,11 @@ def test_transformers_names_of_a_resnet_and_of_a_vit(tmp_path):
     assert_holds(backbone, net)
 
 
-# By the packages themselves.
+# Files saved by the packages themselves.
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore")  # lightly's own
+@pytest.mark.filterwarnings("ignore")  # warnings of lightly itself
 @pytest.mark.parametrize("kind", ["byol", "dino", "moco"])
 def test_what_lightlys_own_modules_save(tmp_path, kind):
     heads = pytest.importorskip("lightly.models.modules.heads")
@@ -241,11 +241,11 @@ def test_what_lightlys_own_modules_save(tmp_path, kind):
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore")  # solo-learn's own
+@pytest.mark.filterwarnings("ignore")  # warnings of solo-learn itself
 @pytest.mark.parametrize("kind", ["BarlowTwins", "MoCoV2Plus"])
 def test_what_solo_learns_own_modules_save(tmp_path, monkeypatch, kind):
-    """pip install --no-deps solo-learn einops. It imports pl_bolts, which today's Lightning has outgrown, for one
-    class: a schedule, of which nothing is in a checkpoint.
+    """This needs `pip install --no-deps solo-learn einops`. solo-learn imports pl_bolts, which does not work with
+    today's Lightning, for a single class, a schedule that leaves nothing in a checkpoint.
     """
     for name in ("pl_bolts", "pl_bolts.optimizers", "pl_bolts.optimizers.lr_scheduler"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
@@ -307,7 +307,7 @@ def test_a_method_takes_projector_predictor_and_twin_too(tmp_path):
 
 
 class Anything:
-    """Of a package that is not here."""
+    """Stands for any class of a package that is not installed."""
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ class Anything:
         {"a": torch.ones(1)}) | {"other": torch.ones(1)}},
          "solo-learn, which has no place for 1 of them: other"),
         ({"blocks.0.ls1.gamma": torch.ones(1), "mask_token": torch.ones(1), "register_tokens": torch.ones(1)},
-        "its tensors are not"),
+        "its tensors do not fit together"),
         (families.swav({"conv1.weight": torch.ones(128, 3, 7, 7)}), "another architecture than the backbone's"),
     ],
 )  # fmt: skip
@@ -370,8 +370,10 @@ def test_files_of_other_programs_are_named(tmp_path, name, expected):
         load_backbone(tmp_path / name, None, resnet())
 
 
-def test_a_networks_tensors_are_as_many_as_the_sheet_of_layouts_counts():
-    """Whole state dicts of a ResNet-50, so that what is synthetic here has the layouts' names and no others."""
+def test_a_networks_tensors_are_as_many_as_in_the_published_layouts():
+    """Compares with the state dicts of whole ResNet-50s, so that the synthetic files have the real names and no
+    others.
+    """
     with torch.device("meta"):
         names = [name for name in torchvision.models.resnet50().state_dict() if not name.startswith("fc.")]
     net = {name: torch.zeros(1) for name in names}

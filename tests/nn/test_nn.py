@@ -1,4 +1,4 @@
-"""Backbones, projectors and the twin are what the paper's recipe says."""
+"""Backbones, projectors and the twin follow the paper's recipe."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ from caco.nn.twin import MomentumTwin
 
 
 def test_resnet50_is_torchvision_s_resnet50():
-    """The published code trains torchvision's; timm's must have the same parameters and initial scale."""
+    """The published code trains torchvision's ResNet-50; timm's must have the same parameters and initial scale."""
     import torchvision
 
     ours, theirs = timm_backbone(name="resnet50"), torchvision.models.resnet50()
     del theirs.fc
     assert [(n, p.shape) for n, p in ours.named_parameters()] == [(n, p.shape) for n, p in theirs.named_parameters()]
     assert ours.num_features == 2048
-    assert (ours.layer1[0].bn3.weight == 1).all(), "no residual branch starts at zero"
+    assert (ours.layer1[0].bn3.weight == 1).all(), "no residual branch may start at zero"
 
 
 def test_blocks_may_start_as_the_identity():
@@ -57,14 +57,14 @@ def test_a_vit_takes_crops_of_two_sizes():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: timm_backbone(name="resnet5"), "'resnet5'; near: .*resnet50"),
+        (lambda: timm_backbone(name="resnet5"), "'resnet5'; similar names: .*resnet50"),
         (lambda: timm_backbone(name="vit_tiny_patch16_224", cifar_stem=True), "cifar_stem is for ResNets"),
         (lambda: timm_backbone(name="vit_tiny_patch16_224", zero_init_last=True), "zero_init_last is for ResNets"),
         (lambda: small_resnet(width=7), "even width.*got width=7"),
         (lambda: small_resnet(blocks=[1, 1]), r"4 stages; got width=16, blocks=\[1, 1\]"),
         (lambda: small_resnet(stem_stride=4), "must be 1 or 2; got 4"),
         (lambda: Projector(in_dim=4, dim=0), "dim: expected int from 1 up to 1048576, got 0"),
-        (lambda: Projector(in_dim=4, last_affine=False), "last_affine=false is of the last BatchNorm"),
+        (lambda: Projector(in_dim=4, last_affine=False), "last_affine=false is for the last BatchNorm"),
         (lambda: feature_width(nn.Linear(2, 2)), "num_features; Linear has None"),
     ],
 )
@@ -91,7 +91,9 @@ def test_heads_with_biases_in_some_layers_and_a_last_batchnorm_without_scale():
         in_dim=8, hidden_dim=16, dim=4, layers=2, bias=True, last_bias=False, initialisation="truncated_normal_fan_in"
     )
     assert biases_of(byol) == [True, False] and (byol[0].bias == 0).all()
-    assert 0 < byol[0].weight.abs().max() <= 2 / 8**0.5, "cut at twice the spread, 1 / sqrt(inputs)"
+    assert 0 < byol[0].weight.abs().max() <= 2 / 8**0.5, (
+        "the weights must be truncated at two standard deviations, 2 / sqrt(inputs)"
+    )
     predictor = Projector(in_dim=8, hidden_dim=16, dim=4, layers=2, last_bias=True)
     assert biases_of(predictor) == [False, True]
     simsiam = Projector(in_dim=8, hidden_dim=16, dim=4, last_batch_norm=True, last_affine=False)
@@ -105,7 +107,9 @@ def test_simclr_s_head_is_drawn_from_a_normal_law_of_a_hundredth():
     for layer in (head[0], head[3]):
         w = layer.weight.detach()
         assert w.std().item() == pytest.approx(0.01, rel=0.01) and w.mean().abs() < 2e-4
-        assert w.abs().max() > 0.035, "not cut: of 65,536 and more numbers some are beyond 3.5 spreads"
+        assert w.abs().max() > 0.035, (
+            "the normal law must not be truncated: some of 65,536 or more numbers are beyond 3.5 standard deviations"
+        )
         assert (layer.bias == 0).all()
 
 
@@ -130,7 +134,7 @@ def test_a_twin_from_another_draw_has_the_encoder_s_values_in_another_order():
     assert torch.equal(ours.sort().values, theirs.sort().values)
     assert torch.corrcoef(torch.stack([ours, theirs]))[0, 1].abs() < 0.2
     assert (twin[1].weight == 1).all() and torch.equal(twin[2].weight, encoder[2].weight), (
-        "what is not learned is not drawn anew"
+        "parameters that are not learned must not be drawn again"
     )
     assert not any(p.requires_grad for p in twin.parameters())
 
@@ -146,10 +150,9 @@ def test_the_twin_follows_parameters_only():
     twin.update(encoder, 0.9)
     assert torch.allclose(twin.encoder[0].weight, 0.9 * before + 0.1 * encoder[0].weight)
     assert torch.equal(twin.encoder[0].weight, before.lerp(encoder[0].weight, 1 - 0.9)), (
-        "torch.optim.swa_utils averages in another way: a run that goes on would not come to the bits of one that was"
-        " never stopped"
+        "torch.optim.swa_utils averages differently now, so a resumed run would differ from an uninterrupted one"
     )
-    assert (twin.encoder[1].running_mean == 0).all(), "BatchNorm's statistics are the twin's own"
+    assert (twin.encoder[1].running_mean == 0).all(), "the twin must keep its own BatchNorm statistics"
     twin.update(encoder, 1.0)
     assert torch.allclose(twin.encoder[0].weight, 0.9 * before + 0.1 * encoder[0].weight)
     twin.update(encoder, 0.0)

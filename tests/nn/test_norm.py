@@ -1,4 +1,4 @@
-"""BatchNorm over several processes computes what it computes in one, with whatever the layer does besides."""
+"""BatchNorm over several processes computes the same as in one process, including whatever else the layer does."""
 
 from collections import Counter
 
@@ -14,7 +14,9 @@ from caco.nn.norm import AllRanksBatchNorm, over_all_ranks
 
 @pytest.fixture
 def two_ranks(monkeypatch):
-    """As far as layers are replaced; two real processes train in tests/test_ranks.py."""
+    """Pretend to be one of two ranks, which is enough for replacing layers; tests/test_ranks.py trains with two
+    processes.
+    """
     monkeypatch.setattr(distributed, "world", lambda: 2)
 
 
@@ -41,7 +43,7 @@ def test_a_layer_with_drop_out_and_activation_computes_the_same(training):
     for one in (
         AllRanksBatchNorm(layer),
         layer,
-    ):  # ours first: it has statistics of its own, and the parameters in common
+    ):  # ours first: it has its own statistics, and shares the parameters
         torch.manual_seed(1)
         y = one(x)
         (gradient,) = torch.autograd.grad(y.square().sum(), x)

@@ -1,4 +1,4 @@
-"""BatchNorm of groups of the batch, and keys that are embedded in another order."""
+"""BatchNorm over groups of the batch, and keys that are embedded in a shuffled order."""
 
 import copy
 
@@ -34,8 +34,8 @@ def layer_with_a_past(kind=nn.BatchNorm2d, **settings):
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("shape", [(), (4, 5)])
 def test_each_group_is_normalised_by_itself_and_the_statistics_are_their_mean(views, shape):
-    """Eight images in four groups; the second view's rows follow the first's, and an image is in one group with all of
-    its views.
+    """Eight images in four groups. The rows of the second view follow those of the first, and an image is in one group
+    with all of its views.
     """
     plain = layer_with_a_past(nn.BatchNorm2d if shape else nn.BatchNorm1d)
     ours = GroupedBatchNorm(copy.deepcopy(plain), groups=4, images=8)
@@ -47,7 +47,9 @@ def test_each_group_is_normalised_by_itself_and_the_statistics_are_their_mean(vi
         normalised = F.batch_norm(x[rows], mean, variance, plain.weight, plain.bias, True, 0.1)
         expected = expected.index_copy(0, torch.tensor(rows), normalised)
         over = x[rows].transpose(0, 1).flatten(1)
-        assert torch.allclose(mean, 0.9 * plain.running_mean + 0.1 * over.mean(1)), "torch's way, by hand"
+        assert torch.allclose(mean, 0.9 * plain.running_mean + 0.1 * over.mean(1)), (
+            "the running mean must follow torch's rule"
+        )
         means.append(mean), variances.append(0.9 * plain.running_var + 0.1 * over.var(1, correction=1))
     assert torch.allclose(out, expected, atol=1e-12)
     assert torch.allclose(ours.running_mean, torch.stack(means).mean(0), atol=1e-12)
@@ -62,11 +64,11 @@ def test_each_group_is_normalised_by_itself_and_the_statistics_are_their_mean(vi
     ):
         assert torch.allclose(a, b, atol=1e-12)
     learned = F.batch_norm(x, ours.running_mean, ours.running_var, ours.weight, ours.bias)
-    assert torch.allclose(ours.eval()(x), learned, atol=1e-12), "as every BatchNorm, once it has learned"
+    assert torch.allclose(ours.eval()(x), learned, atol=1e-12), "in evaluation mode it must be an ordinary BatchNorm"
 
 
 def test_it_computes_what_moco_s_notebook_computes_of_the_same_groups():
-    """There a view of the batch has the groups as channels: group g is every fourth image from g on."""
+    """The notebook turns groups into channels: group g has every fourth image from image g on."""
     layer = layer_with_a_past()
     ours = GroupedBatchNorm(copy.deepcopy(layer), groups=4, images=8)
     x = torch.randn(8, 3, 5, 5, dtype=torch.float64)
@@ -111,7 +113,7 @@ def test_every_layer_of_a_network_is_replaced_and_images_of_other_groups_change_
     others = torch.cat([images[:2], torch.randn_like(images[2:])])
     assert torch.equal(grouped(images)[:2], grouped(others)[:2])
     whole = over_all_ranks(copy.deepcopy(grouped), CPU)
-    assert not torch.allclose(whole(images)[:2], whole(others)[:2]), "a copy for fine-tuning has groups no more"
+    assert not torch.allclose(whole(images)[:2], whole(others)[:2]), "a copy for fine-tuning must not use groups"
     assert torch.equal(grouped(images)[:2], grouped(others)[:2])
 
 
@@ -124,7 +126,7 @@ def twin_of(network, *, images, groups=2):
 
 
 class Mean(nn.Sequential):
-    """Images [B, 3, H, W] to features [B, 8]."""
+    """A backbone from images [B, 3, H, W] to features [B, 8]."""
 
     num_features = 8
 
@@ -149,15 +151,17 @@ def test_keys_meet_other_statistics_and_come_back_in_order(views):
     torch.manual_seed(3)
     assert torch.allclose(twin(given), expected, atol=1e-12)
     assert not torch.allclose(expected, copy.deepcopy(plain)(given), atol=1e-3), (
-        "neighbours have statistics of their own"
+        "in the given order, other images share the statistics"
     )
     first, second = twin(given), twin(given)
-    assert not torch.allclose(first, second, atol=1e-3), "an order is drawn anew"
-    assert torch.allclose(twin.eval()(given), twin.encoder(given), atol=1e-12), "in order"
+    assert not torch.allclose(first, second, atol=1e-3), "each call draws a new order"
+    assert torch.allclose(twin.eval()(given), twin.encoder(given), atol=1e-12), (
+        "in evaluation mode keys are not shuffled"
+    )
 
 
 def test_two_parts_of_one_group_each_are_two_groups_of_the_whole():
-    """With `accumulate` the groups are of what goes through at once."""
+    """With `accumulate`, each part of the batch is divided into groups on its own."""
     losses, gradients = [], []
     for groups, parts in ((4, 1), (2, 2)):
         cfg = compose("method=mocov2", *SMALL)
@@ -218,13 +222,13 @@ def test_groups_are_shared_out():
             MomentumTwin(nn.BatchNorm1d(2)),
             "rank",
             True,
-            "^shuffle_keys: with one group of images it changes nothing; .* got rank",
+            "^shuffle_keys: shuffling changes nothing with one group of images; .* got rank",
         ),
         (
             MomentumTwin(nn.BatchNorm1d(2)),
             1,
             True,
-            "^shuffle_keys: with one group of images it changes nothing; .* got 1",
+            "^shuffle_keys: shuffling changes nothing with one group of images; .* got 1",
         ),
     ],
 )
@@ -250,11 +254,11 @@ def test_a_group_for_each_rank_asks_for_the_same_ranks_again(tmp_path, monkeypat
     train(tmp_path, *command)
     refuse_other_groups(1)
     with pytest.raises(
-        ValueError, match="had 2 groups, one for each process, and would go on with 1; start 2 processes"
+        ValueError, match="had 2 groups, one for each process, and would have 1 from here on; start 2 processes"
     ):
         refuse_other_groups(2)
     seen = []
     monkeypatch.setattr("caco.engine.assembly.refuse_other_groups", seen.append)
     train(tmp_path, *command)
-    assert seen == [1], "whoever goes on is asked"
+    assert seen == [1], "the number of ranks must be checked when the run resumes"
     assert distributed.world() == 1

@@ -1,4 +1,4 @@
-"""Files of weights of a few bytes that would take hours to read are refused at once; what a training writes is not."""
+"""Small weight files that would take hours to read are refused at once; files that a training writes are not."""
 
 import io
 import pickle
@@ -16,8 +16,8 @@ from caco.nn.weights import read
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kind", ["key", "set", "numbers"])
 def test_a_file_whose_keys_would_take_hours_to_hash_is_refused_at_once(tmp_path, kind, zipped):
-    """A tuple that holds one tuple twice, 60 deep, has 2**60 paths; 60,000 multiples of Python's modulus have one
-    hash.
+    """Two such files: nested tuples that contain the same tuple twice, 60 levels deep, have 2**60 paths; and 60,000
+    multiples of Python's hash modulus all have the same hash.
     """
     nested = b"X\x01\0\0\0x" + 60 * b"q\x00h\x00\x86"
     numbers = b"".join(pickle.dumps(number * (2**61 - 1), 2)[2:-1] + b"K\x01" for number in range(9, 60_000))
@@ -36,7 +36,7 @@ def test_a_file_whose_keys_would_take_hours_to_hash_is_refused_at_once(tmp_path,
     else:
         path.write_bytes(content.replace(b"\x80\x02}q\x00.", b"\x80\x02" + made))
     begun = time.monotonic()
-    with pytest.raises(UserError, match="what is nested in it would take hours to read"):
+    with pytest.raises(UserError, match="its objects are nested so deeply that reading it would take hours"):
         read(path, "timm")
     assert time.monotonic() - begun < 5
 
@@ -44,13 +44,13 @@ def test_a_file_whose_keys_would_take_hours_to_hash_is_refused_at_once(tmp_path,
 def test_a_pickle_before_a_zip_file_is_not_read(tmp_path):
     torch.save({}, tmp_path / "whole.pth")
     (tmp_path / "two.pth").write_bytes(b"\x80\x02}" + (tmp_path / "whole.pth").read_bytes())
-    with pytest.raises(UserError, match="does not begin as a file of torch.save does"):
+    with pytest.raises(UserError, match="does not begin like a file of torch.save"):
         read(tmp_path / "two.pth", "timm")
 
 
 def test_what_is_shared_and_large_in_earnest_is_read(tmp_path):
-    """A name that 10,000 keys hold, long tuples, sets, a tensor in many places: nothing that a training writes is near
-    the limit.
+    """10,000 references to one name, long tuples, sets, and a tensor in many places: files that a training writes stay
+    far below the limit.
     """
     state = {("group", i): {"params": tuple(range(30)), "kind": "a" * 50, "seen": {1, 2, 2**70}} for i in range(2_000)}
     torch.save(

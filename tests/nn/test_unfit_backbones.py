@@ -1,4 +1,4 @@
-"""Models of timm's that make no features of a run's images are refused before a weight is drawn, with what helps."""
+"""timm models that cannot make features from a run's images are refused before weights are drawn, with advice."""
 
 import pytest
 import timm
@@ -42,7 +42,7 @@ def test_what_is_made_for_other_sizes_says_which_setting_helps():
     with pytest.raises(
         UserError,
         match=(
-            r"vit_small_patch14_dinov2 makes no features .* of 224 x 224 pixels: .* With backbone\.image_size=224 it"
+            r"vit_small_patch14_dinov2 gives no features .* of 224 x 224 pixels: .* With backbone\.image_size=224 it"
             r" does"
         ),
     ):
@@ -68,7 +68,10 @@ def test_what_gives_no_one_feature_an_image_names_its_nearest_that_do(monkeypatc
     )
     why_unfit.__globals__["_why_unfit"].cache_clear()
     try:
-        message = r"resnet18 makes no features .*: it gives \[2, 49, 8\] for two\. Near are resnet\w+, \w+, \w+$"
+        message = (
+            r"resnet18 gives no features .*: it gives \[2, 49, 8\] for two images\."
+            r" Similar models that fit: resnet\w+, \w+, \w+$"
+        )
         with pytest.raises(UserError, match=message):
             refuse_unfit([32], name="resnet18")
     finally:

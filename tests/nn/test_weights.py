@@ -1,4 +1,6 @@
-"""Released checkpoints of every layout start a run, key by key; what does not fit is refused before a step is made."""
+"""Released checkpoints of every format can start a run, and every key is checked; a file that does not fit is refused
+before the first step.
+"""
 
 import os
 import subprocess
@@ -106,7 +108,7 @@ def test_torchvisions_names_are_timms_and_its_classifier_is_left_out(tmp_path):
     backbone = timm_backbone(name="resnet18")
     load_backbone(saved(tmp_path / "resnet18.pth", theirs), "torchvision", backbone)
     assert_holds(backbone, {name: v for name, v in theirs.items() if not name.startswith("fc.")})
-    for name in ("resnet34", "resnet50"):  # that they agree on these is all that loading rests on
+    for name in ("resnet34", "resnet50"):  # loading relies only on timm and torchvision agreeing on these
         with torch.device("meta"):
             shapes = {key: v.shape for key, v in getattr(torchvision.models, name)().state_dict().items()}
             ours = {key: v.shape for key, v in timm_backbone(name=name).state_dict().items()}
@@ -220,7 +222,7 @@ OWN = {"method": {f"encoder.backbone.{name}": value for name, value in resnet().
         ({"epoch": 3, "arch": "resnet50"}, "moco", "expected a network's state_dict; got epoch, arch"),
         (torch.ones(3), "moco", "expected a network's state_dict; got Tensor"),
         (OWN, "moco3", "expected one of caco, adco, moco, torchvision, timm, "),
-        (OWN, "moco:key", "with :online or :twin after it or not; got 'moco:key'"),
+        (OWN, "moco:key", "or one of them followed by :online or :twin; got 'moco:key'"),
     ],
 )
 def test_another_format_is_refused_with_what_the_keys_look_like(tmp_path, content, format, expected):
@@ -250,7 +252,8 @@ def test_damaged_files_are_refused_whatever_torch_makes_of_them(tmp_path):
         torch.save({"conv1.weight": torch.full((4,), 7.0)}, path, _use_new_zipfile_serialization=zipped)
         whole[zipped] = path.read_bytes()
     flipped = bytearray(whole[True])
-    flipped[whole[True].index(torch.tensor(7.0).numpy().tobytes())] = 1  # in a value: only a checksum shows it
+    # one bit of a value, which only a checksum can reveal
+    flipped[whole[True].index(torch.tensor(7.0).numpy().tobytes())] = 1
     for content in [
         b"",
         b"<html>404</html>",
@@ -288,14 +291,17 @@ def test_a_missing_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "overrides, expected",
     [
-        (["weights=none.pth", "format=moco"], "weights: expected a file that is there and can be read, got 'none.pth'"),
+        (["weights=none.pth", "format=moco"], "weights: expected a file that exists and can be read, got 'none.pth'"),
         (
             ["weights={file}", "format=moco3"],
-            "format: expected null, for what the keys of weights={file} say, or one of caco, adco, moco, ",
+            "format: expected null, to detect the format from the keys of weights={file}, or one of caco, adco, moco, ",
         ),
-        (["weights={file}", "format=moco:key"], "with :online or :twin after it or not, got 'moco:key'"),
-        (["format=moco"], "format: expected null, as there is no weights=FILE, got 'moco'"),
-        (["weights_digest=0123"], "weights_digest: expected it not to be set; weights=FILE does, got '0123'"),
+        (["weights={file}", "format=moco:key"], "optionally followed by :online or :twin, got 'moco:key'"),
+        (["format=moco"], "format: expected null, because no weights=FILE is given, got 'moco'"),
+        (
+            ["weights_digest=0123"],
+            "weights_digest: expected this key left out; it follows from weights=FILE, got '0123'",
+        ),
     ],
 )
 def test_weights_and_format_go_together_and_are_checked_before_anything_starts(tmp_path, overrides, expected):
@@ -317,7 +323,7 @@ FROM = ["bank_learning.initialisation=random", "max_steps=4", "eval=[]"]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A checkpoint of a run of a few steps."""
+    """The checkpoint of a run of a few steps."""
     run_dir = tmp_path_factory.mktemp("source")
     train(run_dir, *FROM)
     return run_dir / "checkpoints" / "step_000000004.pt"

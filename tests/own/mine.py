@@ -1,4 +1,4 @@
-"""What somebody who uses caco might write: one component of each kind, found through --config-dir
+"""Components as a user might write them, one of each kind, which caco finds through --config-dir
 (tests/test_config_dir.py).
 """
 
@@ -15,7 +15,7 @@ from caco.methods.sources import Positive, Positives
 
 
 class Agree(Method):
-    """Both views' embeddings agree, and no image's is another's of the rank's batch."""
+    """A method that makes the embeddings of both views of an image agree, and those of different images differ."""
 
     needs = Needs(whole_batch=True)
 
@@ -33,7 +33,7 @@ class Agree(Method):
 
 
 class Halfway(Positives):
-    """The mean of the other view's key and the nearest row."""
+    """A source of positives: the mean of the other view's key and the nearest row."""
 
     needs_bank = True
     searches = lookups = 1
@@ -43,7 +43,7 @@ class Halfway(Positives):
 
 
 class Spread(Evaluator):
-    """How far the test images' features lie apart."""
+    """An evaluator: how far apart the features of the test images are."""
 
     def __init__(self, *, when: When = "epoch"):
         self.when = when
@@ -56,7 +56,7 @@ class Spread(Evaluator):
 
 
 class Stripes(Source):
-    """Noisy stripes in one of four directions, drawn when they are asked for; the label is the direction."""
+    """Images of noisy stripes in one of four directions, drawn when they are read; the label is the direction."""
 
     classes = ["-", "/", "|", "\\"]
 
@@ -90,7 +90,7 @@ def stripes(*, count: int = 256, size: int = 16) -> Splits:
 
 
 class Flat(nn.Module):
-    """A few pixels, one layer."""
+    """A backbone of one layer on a few pixels."""
 
     def __init__(self, *, width: int = 32):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there; a damaged one is named and the one before is taken."""
+"""A checkpoint is either complete or not there; a damaged one is reported, and the one before it is used."""
 
 import errno
 import io
@@ -79,7 +79,7 @@ def test_a_damaged_newest_falls_back_with_a_message(tmp_path, capsys, damage):
     if damage == "cut":
         content = content[: len(content) // 2]
     elif damage == "flip":
-        content[len(content) // 2] ^= 1  # one bit of a weight
+        content[len(content) // 2] ^= 1  # flips one bit of a weight
     elif damage == "empty":
         content = b""
     elif damage == "empty zip":
@@ -90,7 +90,7 @@ def test_a_damaged_newest_falls_back_with_a_message(tmp_path, capsys, damage):
         content = out.getvalue()
     elif (
         damage == "folder"
-    ):  # one byte of the table calls a tensor's file a folder, for which torch's reader gives what lies in memory
+    ):  # one byte in the zip's table marks a tensor's file as a folder; torch then returns whatever is in memory
         with zipfile.ZipFile(path) as archive:
             place = archive.start_dir + content[archive.start_dir :].index(b"archive/data/0")
         content[place - 8] = 0x10
@@ -120,7 +120,7 @@ def save_much(folder):
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
-    """A child with a limit on file size stands for a disk that fills up in the middle of a write."""
+    """A child process with a limit on file sizes simulates a disk that becomes full during a write."""
     saved(tmp_path, 1)
     _, _, errors = Process(save_much, tmp_path).end()
     assert "FileError: checkpoint" in errors and "could not be written" in errors

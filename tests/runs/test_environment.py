@@ -1,4 +1,4 @@
-"""What a run ran on is found without torch, and what cannot be found is said to be unknown."""
+"""The record of machine, versions and code is made without torch; what cannot be found is recorded as unknown."""
 
 import shutil
 import subprocess
@@ -47,7 +47,7 @@ def git(directory, *arguments):
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """A source tree with this module in it."""
+    """A source tree that contains this module."""
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
     file = tmp_path / "environment.py"

@@ -1,5 +1,5 @@
-"""One directory has one writer, also on file systems without locks and under srun; what killed writers left is gone at
-the next start.
+"""A run directory has only one writer, also on file systems without locks and under srun; files that killed writers
+left are removed at the next start.
 """
 
 import errno
@@ -39,7 +39,9 @@ HOLDER = """
 
 @pytest.fixture
 def holder():
-    """holder(run_dir, host, locks): a process that holds it, on this machine ("here") or as if on another."""
+    """holder(run_dir, host, locks) starts a process that holds the directory, on this machine ("here") or as if on
+    another.
+    """
     started = []
 
     def start(run_dir, host="here", locks="locks"):
@@ -78,7 +80,7 @@ def test_a_holder_on_another_machine_is_seen_where_locks_are_not_shared(tmp_path
     process = holder(tmp_path, "elsewhere", "no locks")
     with pytest.raises(UserError, match=f"in use: process {process.pid} on elsewhere trains or evaluates there now"):
         hold(tmp_path)
-    assert "looking for 2 s whether it lives" in capsys.readouterr().err
+    assert "checking for 2 s whether that process still runs" in capsys.readouterr().err
 
 
 def test_a_holder_on_another_machine_that_was_killed_is_not_waited_for_long(tmp_path, holder, no_locks):
@@ -114,12 +116,14 @@ def test_of_two_that_write_at_once_without_locks_the_last_one_stays(tmp_path, no
 
 
 def test_what_srun_alone_starts_several_times_is_not_two_writers(tmp_path, holder, monkeypatch):
-    """Both processes write, as far as their environment tells: the second is refused, and told what srun has done."""
+    """By their environment variables, both processes are the only writer; the second is refused with a hint about
+    srun.
+    """
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert is_first_rank()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     holder(tmp_path)
-    with pytest.raises(UserError, match="srun has started 2 of them, each a run of its own: say srun --ntasks=1"):
+    with pytest.raises(UserError, match="srun has started 2 processes, each a run of its own: use srun --ntasks=1"):
         hold(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Paths and texts as people have them: homes, long names, folders of others, files of any editor."""
+"""Paths and text files of real users: home folders, long names, folders without write access, files of any editor."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,8 @@ def test_a_tilde_is_the_home_folder_also_where_no_shell_has_seen_it(monkeypatch,
 
 
 def test_without_a_home_that_is_said(monkeypatch):
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as of a container's user that is in no list
+    # as for a container's user without an entry in /etc/passwd
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     with pytest.raises(UserError, match="~/x: this user has no home folder"):
         expanded("~/x")
 
@@ -30,11 +31,11 @@ def test_without_a_home_that_is_said(monkeypatch):
 def test_a_directory_that_cannot_be_is_refused_with_its_cause(tmp_path, monkeypatch):
     require_writable(tmp_path / "a" / "b", "to")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=f"cannot be made: {tmp_path}/file is no folder; choose another one with to"):
+    with pytest.raises(UserError, match=f"cannot be made: {tmp_path}/file is not a folder; choose another one with to"):
         require_writable(tmp_path / "file" / "x", "to")
     with pytest.raises(UserError, match="too long for a file system; choose another one with hydra.run.dir"):
         require_writable(tmp_path / ("x" * 300), "hydra.run.dir")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # because root may write everywhere
     with pytest.raises(UserError, match=f"this user may not write into {tmp_path}"):
         require_writable(tmp_path / "new", "to")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

@@ -1,5 +1,5 @@
-"""The table of what was renamed: its new names are there, and through it old configurations and numbers are read as
-today's.
+"""The table of renamed settings and metrics: its new names exist, and with it old configurations and results are read
+under today's names.
 """
 
 import copy
@@ -15,7 +15,7 @@ from caco.runs.identity import AS_BEFORE, flat, plain, run_hash
 from experiments.run import RECORDS
 from experiments.tables import experiments, load_scale, load_table, tables
 
-# What conf/ named at a06a4e7 and names otherwise now.
+# Names in conf/ at commit a06a4e7 that have changed since.
 THEN = [
     *(
         f"caco.data.datasets.{name}"
@@ -36,7 +36,7 @@ KNN = {"_target_": "caco.evals.knn.KNN", "k": 20, "temperature": 0.2, "fraction"
 def test_every_target_of_then_is_a_target_of_today(target):
     assert signatures.find(renamed.target(target)) is not None
     assert validation._component({"_target_": target}, "x") == [
-        f"x._target_: {target} is called {renamed.target(target)} now"
+        f"x._target_: {target} is now called {renamed.target(target)}; use that name"
     ]
 
 
@@ -56,8 +56,8 @@ def test_every_new_name_in_the_table_is_there_and_no_old_one_is():
         module, _, name = new.rpartition(".")
         assert signatures.load(new) or signatures.lookup(signatures.load(module), name), new
         module, _, name = old.rpartition(".")
-        # A package of the first name has a module augmentation; by the second one a command is called, which no
-        # `_target_` names.
+        # A package with the first name still has a module augmentation; the second is the name of a command, and no
+        # `_target_` uses it.
         assert old in ("caco.data.views", "caco.results") or not signatures.load(old), old
 
 
@@ -65,7 +65,7 @@ def test_every_new_name_in_the_table_is_there_and_no_old_one_is():
 def test_a_former_key_is_refused_by_its_new_name(old, new):
     with pytest.raises(refusals.COMPOSITION_ERRORS) as error:
         refusals.compose([f"{old}=3"])
-    assert refusals.explain(error.value, [f"{old}=3"]) == f"{old}: is called {new} now"
+    assert refusals.explain(error.value, [f"{old}=3"]) == f"{old}: is now called {new}; use that name"
 
 
 def test_names_of_today_stay_as_they_are():
@@ -76,7 +76,7 @@ def test_names_of_today_stay_as_they_are():
     }
     names = renamed.Names(config)
     assert names.config == config and not names.is_old
-    row = {"kind": "train", "step": 1, "momentum": 0.9}  # some method's own
+    row = {"kind": "train", "step": 1, "momentum": 0.9}  # a scalar that a method logs itself
     assert names.row(row) == row
     summary = {"knn20_20pct_top1": 1.0, "linear_top1": 2.0, "config_hash": "x"}
     assert names.summary(summary, []) == summary
@@ -90,7 +90,7 @@ def test_the_passes_that_filled_a_bank_are_those_of_its_warm_start(initialisatio
     then = {"method": {"filling_momentum": 0.9}, "bank": {"initialisation": initialisation, "filling_passes": passes}}
     now = renamed.config(then)
     assert now == {"method": {"warm_start_momentum": 0.9, **expected}, "bank": {"initialisation": initialisation}}
-    assert then["bank"]["filling_passes"] == passes, "what was given is left as it is"
+    assert then["bank"]["filling_passes"] == passes, "the given configuration must not be changed"
 
 
 def test_leaves_make_the_configuration_that_they_are_of():
@@ -136,7 +136,9 @@ def test_a_linear_evaluation_that_left_the_last_batch_out_without_saying_so_says
     lightly = plain(compose(["eval=[linear_lightly]"]))["eval"]["linear_lightly"]
     assert lightly.pop("drop_last") is True
     row = training(linear_lightly_top1=2.0)
-    assert renamed.Names({"eval": {"linear_lightly": lightly}}).row(row) == row, "lightly's leaves it out"
+    assert renamed.Names({"eval": {"linear_lightly": lightly}}).row(row) == row, (
+        "lightly's protocol leaves the last batch out, so its name stays"
+    )
 
 
 def test_what_an_evaluation_overwrote_in_the_summary_is_training_s_again():
@@ -155,11 +157,11 @@ def test_what_an_evaluation_overwrote_in_the_summary_is_training_s_again():
     names = renamed.Names({"eval": {"knn": KNN}}, [one])
     assert names.summary(summary, rows) == {"knn20_20pct_top1": 40.0, "knn20_top1": 50.0, "steps": 44}
     assert names.row(rows[-1]) == {"kind": "eval", "step": 44, "knn20_top1": 50.0}
-    # Its file is gone: nobody knows the protocol any more, and the name says none.
+    # Without its file the protocol is unknown, so the name contains none.
     names = renamed.Names({"eval": {"knn": KNN}})
     assert names.summary(summary, rows) == {"knn20_20pct_top1": 40.0, "knn_top1": 50.0, "steps": 44}
     assert names.row(rows[-1]) == rows[-1]
-    # The same protocol with another seed: training's number stays.
+    # With the same protocol and another seed, the number from training stays.
     names = renamed.Names({"eval": {"knn": KNN}}, [one | {"made_from": {"evaluator": KNN}}])
     assert names.summary(summary, rows) == {"knn20_20pct_top1": 40.0, "steps": 44}
 
@@ -178,13 +180,13 @@ def test_baselines_and_other_data_keep_their_prefix():
 
 
 def shown_by(table, scale="mini"):
-    """hash -> row, of the configurations that a table's rows have today, with three seeds each."""
+    """{hash: row} for the configurations that the rows of a table have today, with three seeds each."""
     rows = [row for row in experiments(load_table(table), load_scale(scale)) if row.why_not is None]
     return {row.hash(seed): row.row_id for row in rows for seed in (0, 1, 2)}
 
 
 def recorded(name="mini_november"):
-    """The runs of a committed record, as it stands in the file."""
+    """The runs of a committed record, exactly as in its file."""
     content = json.loads((RECORDS / f"{name}.json").read_text())
     return [run | {"config": {**content["config"], **run["config"]}} for run in content["runs"]]
 

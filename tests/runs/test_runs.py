@@ -1,4 +1,4 @@
-"""A run's identity, and the directory that holds it."""
+"""The identity of a run, and its directory."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def test_the_hash_is_ten_hexadecimal_digits_that_do_not_change_from_version_to_v
 
 
 def test_neutral_keys_are_keys_that_exist():
-    """A renamed key would silently join the identity."""
+    """A key that was renamed, but not in this list, would silently become part of the identity."""
     known = set(flat(compose(["tracking=ledger"]))) | set(flat(compose(["data=folder"])))
     for key in ("data.root", "data.labelled_root", "data.in_memory_mb", "loader.num_workers", "loader.prefetch"):
         assert key in known and key not in identity(compose(["data=folder"]))
@@ -140,7 +140,9 @@ def test_a_run_is_labelled_by_what_was_typed_and_in_a_sweep_by_what_tells_it_apa
         "preset=smoke pn=none,both seed=1,2",
     )
     again = json.loads(sweep_label([*reversed(command), "launcher=slurm", "hydra/sweeper=optuna"], ["seed", "pn"], 1))
-    assert again["name"] == within.sweep["name"], "the same sweep, in another order, from elsewhere, half done"
+    assert again["name"] == within.sweep["name"], (
+        "the same sweep must keep its name in another order, from another folder and half done"
+    )
 
 
 def test_the_same_command_gets_the_same_directory_and_another_gets_another():
@@ -183,8 +185,10 @@ def test_a_run_that_is_done_keeps_the_record_of_where_it_ran(tmp_path):
 def test_the_same_run_opens_again_elsewhere_with_more_workers(tmp_path):
     open_run(tmp_path, CFG)
     open_run(tmp_path, changed("loader.num_workers", 16))
-    assert OmegaConf.load(tmp_path / "config.yaml").loader.num_workers == 2, "its images may yet be found to be others"
-    write_config(tmp_path, changed("loader.num_workers", 16))  # as training does once it goes on
+    assert OmegaConf.load(tmp_path / "config.yaml").loader.num_workers == 2, (
+        "the record must not change yet, because the images may turn out to be others"
+    )
+    write_config(tmp_path, changed("loader.num_workers", 16))  # as training does when it resumes
     assert OmegaConf.load(tmp_path / "config.yaml").loader.num_workers == 16
 
 

@@ -1,4 +1,4 @@
-"""A real SLURM of one node on this machine's loopback, for as long as the tests run."""
+"""A real SLURM with one node on this machine's loopback interface, running for the time of the tests."""
 
 import contextlib
 import getpass
@@ -16,10 +16,10 @@ from ports import unused_port
 DAEMONS = ("munged", "slurmctld", "slurmd")
 CLIENTS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 PATIENCE_S = 300
-CPUS = 8  # whatever the machine has: how many processes SLURM starts at a time
+CPUS = 8  # how many processes SLURM starts at a time, independent of the machine's real number of cores
 
-# Requeueing waits for credentials to expire, 120 s by default. Processes get longer than the usual 30 s to end in: on a
-# busy machine they need it, and those that have ended are not waited for.
+# A requeue waits for credentials to expire, by default after 120 s. Processes get more than the usual 30 s to end,
+# because they need it on a busy machine; a process that ends earlier is not waited for.
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -59,7 +59,7 @@ def binary(name: str) -> str | None:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory):
-    """The folder of a running cluster; SLURM_CONF leads the commands to it."""
+    """The folder of a running cluster; SLURM_CONF points SLURM's commands to it."""
     absent = [name for name in (*DAEMONS, *CLIENTS) if binary(name) is None]
     if absent:
         pytest.skip(
@@ -81,7 +81,7 @@ def slurm(tmp_path_factory):
     ]
     environment = os.environ | {"SLURM_CONF": str(conf)}
     with contextlib.ExitStack() as stack:
-        # --force: the folder is open to this user alone, which is right here.
+        # --force, because munged objects to folders that are open to this user alone.
         for name, arguments in {
             "munged": ["--foreground", "--force", f"--key-file={key}", "--num-threads=1", *munge],
             "slurmctld": ["-D", "-c"],
@@ -112,7 +112,7 @@ def shown(*command: str) -> str:
 
 
 def until(holds, explain) -> None:
-    """Wait for a condition; fail with what `explain` says if it does not come, however busy the machine is."""
+    """Wait for a condition, long enough for a busy machine; if it does not become true, fail with `explain`'s text."""
     deadline = time.monotonic() + PATIENCE_S
     while not holds():
         if time.monotonic() > deadline:

@@ -1,5 +1,5 @@
-"""A tracker that holds its run at a step until it is told to stop, so that a test can interrupt it however slow the
-machine is.
+"""A tracker that makes its run wait at a step until the run is told to stop, so that a test can interrupt it on a
+machine of any speed.
 """
 
 import os
@@ -17,8 +17,8 @@ STEP, PATIENCE_S = 6, 300
 
 
 class HeldTracker(LedgerTracker):
-    """LedgerTracker; a run in whose directory's name one of $HELD's is waits after step 6, once: then the file `held`
-    is there.
+    """A LedgerTracker. A run whose directory's name contains a name of $HELD waits once, after step 6; it writes a file
+    `held` when it starts to wait.
     """
 
     def __init__(self, *, system_seconds: float = 10.0, paper: dict[str, float] | None = None) -> None:
@@ -39,5 +39,5 @@ class HeldTracker(LedgerTracker):
         self._held.touch()
         deadline = time.monotonic() + PATIENCE_S
         while not stop.requested():
-            assert time.monotonic() < deadline, "nobody has interrupted the run"
+            assert time.monotonic() < deadline, "the test has not interrupted the run in time"
             time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Sweeps on a real SLURM: they finish, whatever becomes of their jobs, and say what did not."""
+"""Sweeps on a real SLURM finish whatever happens to their jobs, and report the jobs that did not finish."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tiny import BANK, TINY
 from caco.config import composition
 from caco.runs.environment import environment
 
-pytestmark = pytest.mark.timeout(900)  # of the first test, which waits for all jobs
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all jobs
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = [
     "launcher=slurm",
@@ -27,15 +27,15 @@ SLURM = [
     "launcher.gpus_per_node=0",
     "launcher.setup=['export GLOO_SOCKET_IFNAME=lo']",
 ]
-# No checkpoint before the end but those of interruptions; held.py makes runs wait for theirs.
+# Before the end, only interruptions save checkpoints; held.py makes runs wait for their interruption.
 RUN = [*TINY, *BANK, "batch=16", "bank.size=32", "epochs=1"]
 
 
 class Sweep:
-    """`python -m caco.train ...` at work in a folder, and its runs by the value that tells them apart.
+    """A `python -m caco.train ...` that runs in a folder, and its runs by the value in which they differ.
 
     Args:
-        held: parts of the names of runs that wait at a step to be interrupted.
+        held: parts of the names of those runs that wait at a step to be interrupted.
     """
 
     def __init__(self, folder: Path, *overrides: str, code: Path = ROOT, held: str = "none"):
@@ -92,17 +92,17 @@ def log_of(run_dir: Path) -> str:
     return Path(json.loads((run_dir / "job.json").read_text())["log"]).read_text()
 
 
-# A round trip of two jobs of two ranks: one is preempted, the other has too few images.
+# A sweep of two jobs with two ranks each: one is preempted, the other has too few images.
 
 BOTH = ["batch=16,2048", "hydra.sweep.subdir=batch-${batch}", "launcher.tasks_per_node=2"]
 
 
 @pytest.fixture(scope="module")
 def preempted(slurm, tmp_path_factory):
-    """The sweep, how it ended, and the states of its jobs by their batch."""
+    """The sweep, how it ended, and the states of its jobs by their batch size."""
     folder = tmp_path_factory.mktemp("preempted")
     with Sweep(folder, *BOTH, held="batch-16") as sweep:
-        sweep.commit = environment()["git_sha"]  # now: someone may commit while this runs
+        sweep.commit = environment()["git_sha"]  # read now, because a commit may be made while this runs
         sweep.wait_until_held("batch-16")
         shown("scancel", "--signal=USR2", sweep.job("batch-16"))
         end = sweep.end()
@@ -121,10 +121,12 @@ def test_a_preempted_job_of_two_ranks_goes_on_to_the_bits_of_a_run_left_alone(pr
     log = log_of(run_dir)
     step = log.partition("after step ")[2].partition(" ")[0]
     assert "it goes back into the queue" in log
-    assert f"going on from {run_dir}/checkpoints/step_{int(step):09d}.pt" in log, "no step is lost"
+    assert f"going on from {run_dir}/checkpoints/step_{int(step):09d}.pt" in log, (
+        "the run must resume from its last step"
+    )
     codes, outputs = ranks(2, caco_train, *RUN, f"hydra.run.dir={tmp_path}")
     assert codes == [0, 0], outputs[0][1]
-    assert len(final(run_dir)["random"]) == 2, "two tasks are two ranks of one run"
+    assert len(final(run_dir)["random"]) == 2, "two tasks must be two ranks of one run"
     assert_same(final(tmp_path), final(run_dir))
     assert record(tmp_path) == record(run_dir)
 
@@ -163,14 +165,14 @@ NAMES = ["name=alone,requeued,killed", "pn=halfway"]
 
 @pytest.fixture(scope="module")
 def interrupted(slurm, tmp_path_factory, copy_of_the_code):
-    """One run, three times under three names: left alone, requeued, killed; the code is edited meanwhile, the user's
-    own too.
+    """The same run under three names: one is left alone, one is requeued, one is killed. Meanwhile the code is edited,
+    also the user's own.
     """
     folder = tmp_path_factory.mktemp("interrupted")
     shutil.copytree(ROOT / "tests" / "own", folder / "own")
     with Sweep(folder, *NAMES, "--config-dir", "own", code=copy_of_the_code, held="requeued,killed") as sweep:
         sweep.wait_until_held("runs/killed")
-        # From here on the checkout is of no use: what goes on must be the code as it was submitted.
+        # From here on the checkout is broken, so the jobs must continue with the code as it was submitted.
         for file in (copy_of_the_code / "caco" / "engine" / "trainer.py", folder / "own" / "mine.py"):
             file.write_text(f"raise RuntimeError('edited after the submission')\n{file.read_text()}")
         kill_processes_of(sweep.job("runs/killed"))
@@ -180,7 +182,7 @@ def interrupted(slurm, tmp_path_factory, copy_of_the_code):
 
 
 def kill_processes_of(job: str) -> None:
-    """SIGKILL, as the kernel does when memory runs out: not SLURM's doing."""
+    """Send SIGKILL to the job's processes, as the kernel does when memory runs out; SLURM does not know of it."""
     array, _, index = job.partition("_")
     killed = 0
     for process in Path("/proc").glob("[0-9]*"):
@@ -188,7 +190,7 @@ def kill_processes_of(job: str) -> None:
             variables = (process / "environ").read_bytes().split(b"\0")
             is_ours = b"submitit.core._submit" in (process / "cmdline").read_bytes()
         except OSError:
-            continue  # ended meanwhile, or another user's
+            continue  # the process has ended, or belongs to another user
         wanted = {f"SLURM_ARRAY_JOB_ID={array}".encode(), f"SLURM_ARRAY_TASK_ID={index}".encode()}
         if wanted <= set(variables) and b"python" in (process / "cmdline").read_bytes().split(b"\0")[0] and is_ours:
             os.kill(int(process.name), signal.SIGKILL)
@@ -239,7 +241,7 @@ def test_a_copy_of_the_code_is_recorded_by_the_commit_that_it_says(interrupted):
 def test_the_same_sweep_again_has_nothing_to_do(interrupted):
     first, _ = interrupted
     code, errors = swept(first.folder, *NAMES, "--config-dir", "own")
-    assert code == 0 and errors.count("is done already") == 3
+    assert code == 0 and errors.count("is finished already") == 3
     assert not shown("squeue", "--noheader")
 
 
@@ -260,7 +262,9 @@ def test_a_cancelled_job_stays_cancelled_and_the_same_command_submits_it_again(s
     code, errors = swept(tmp_path, *wrong)
     assert code == 1 and "caco: 1 of 2 jobs have failed:" in errors
     assert (sweep.run_dir("batch-16") / "summary.json").exists()
-    assert "going on from" in log_of(sweep.run_dir("batch-16")), "what the cancelled job had saved"
+    assert "going on from" in log_of(sweep.run_dir("batch-16")), (
+        "the job must resume from what the cancelled one had saved"
+    )
 
 
 # Refusals.

@@ -1,4 +1,4 @@
-"""A real SQLite store for all tracking tests (its creation takes seconds), and how they look into it."""
+"""A real SQLite store of MLflow for all tracking tests, and helpers to read it."""
 
 import os
 import shutil
@@ -18,13 +18,15 @@ def no_settings_of_the_user(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="session")
 def new_store(tmp_path_factory):
-    """`new_store(folder)` is the URI of a new SQLite store: a copy of an empty one, which takes seconds to create."""
+    """`new_store(folder)` makes a new SQLite store and returns its URI. It copies an empty store, which takes seconds
+    to create.
+    """
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     from caco.tracking.store import connect, import_mlflow
 
     import_mlflow()
     base = tmp_path_factory.getbasetemp()
-    empty = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "empty.db"  # the workers share one
+    empty = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "empty.db"  # xdist's workers share one
     with locked(empty.with_suffix(".lock"), wait_s=240):
         if not empty.exists():
             connect(f"sqlite:///{empty}.making", "caco")
@@ -38,12 +40,12 @@ def new_store(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def store(new_store, tmp_path_factory):
-    """The URI of an SQLite store; each test uses an experiment of its own in it."""
+    """The URI of an SQLite store, in which each test uses a different experiment."""
     return new_store(tmp_path_factory.mktemp("store"))
 
 
 class Look:
-    """What an experiment holds, read through MLflow's own client."""
+    """Reads an experiment with MLflow's own client."""
 
     def __init__(self, uri, experiment):
         self.uri, self.experiment = uri, experiment
@@ -63,7 +65,7 @@ class Look:
         return run
 
     def points(self, name):
-        """(step, value) of each point of a series, in order of steps; equal points twice if they are there twice."""
+        """(step, value) of all points of a series, sorted by step; a point that was sent twice occurs twice."""
         history = self.client.get_metric_history(self.run().info.run_id, name)
         return sorted((metric.step, metric.value) for metric in history)
 
@@ -79,9 +81,9 @@ def look(store, request):
 @pytest.fixture
 def eventually():
     def wait(condition):
-        deadline = time.monotonic() + 240  # long before, unless other processes have the machine
+        deadline = time.monotonic() + 240  # enough for a busy machine; usually it is much faster
         while not condition():
-            assert time.monotonic() < deadline, "did not happen in time"
+            assert time.monotonic() < deadline, "the condition did not become true in time"
             time.sleep(0.02)
 
     return wait

@@ -1,5 +1,5 @@
-"""The dashboard is up to date and opens on what tells runs apart; tests/tracking/test_mlflow_server.py starts its
-server.
+"""The dashboard shows all runs, and opens with the columns in which they differ. tests/tracking/test_mlflow_server.py
+tests its server.
 """
 
 import itertools
@@ -137,7 +137,7 @@ def test_a_server_that_does_not_start_is_told_with_its_last_words(tmp_path, monk
     (tmp_path / "python").write_text("#!/bin/sh\necho no such database; exit 3\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(dashboard.sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(UserError, match="mlflow server does not start: no such database"):
+    with pytest.raises(UserError, match="mlflow server does not start; its last output: no such database"):
         with dashboard.server(f"sqlite:///{tmp_path}/mlflow.db", host="127.0.0.1", port=1):
             pass
 

@@ -1,4 +1,4 @@
-"""The ledger is the record: what was acknowledged is there, bit for bit, whatever happened since."""
+"""The ledger is the record of a run: every row that was acknowledged is in it, bit for bit, whatever happens later."""
 
 import json
 import math
@@ -205,7 +205,7 @@ def test_the_directory_says_how_the_run_ended_and_what_it_was(tmp_path):
     about = json.loads((tmp_path / "tracking.json").read_text())
     assert (about["status"], about["pid"], about["params"]) == ("RUNNING", os.getpid(), {"bank.size": "8192"})
     tracker.finish("FAILED", {})
-    tracker.finish("FINISHED", {})  # a second end, as from a `finally`, changes nothing
+    tracker.finish("FINISHED", {})  # a second call, as from a `finally`, changes nothing
     assert json.loads((tmp_path / "tracking.json").read_text())["status"] == "FAILED"
 
 

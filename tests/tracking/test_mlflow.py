@@ -1,4 +1,6 @@
-"""One MLflow run per training run, fed from the ledger: every point once, whatever is killed, resumed or down."""
+"""Each training run has one MLflow run, fed from the ledger. Every point arrives exactly once, even if a process is
+killed, a run resumes, or the server is down.
+"""
 
 import json
 import logging
@@ -19,14 +21,14 @@ def begin(look, run_dir, state=None, params=PARAMS, **arguments):
     arguments = {
         "feed_seconds": 0.05,
         "finish_seconds": 240,
-    } | arguments  # on a busy machine what is sent late is not lost
+    } | arguments  # long enough for a busy machine
     tracker = MLflowTracker(uri=look.uri, experiment=look.experiment, **arguments)
     tracker.start(run_dir, params=params, tags={"git_sha": "abc", "host": "h"}, run_name="bank=1M", state=state)
     return tracker
 
 
 def kill(tracker):
-    """The end of the process as far as one can have it inside this one: nothing more is sent, nothing is closed."""
+    """Simulate the end of the process: nothing more is sent, and nothing is closed."""
     feeder = tracker._feeder
     feeder.attempt = lambda: None
     feeder.stopping.set()
@@ -103,7 +105,7 @@ def test_a_resumed_run_goes_on_with_each_point_once_though_rows_were_rolled_back
     eventually(lambda: tracker.state_dict()["sent"] == 9)
     kill(tracker)
 
-    # Not the same cadence of checkpoints: a parameter that changed must neither raise nor change.
+    # Another cadence of checkpoints: a parameter that changed must neither raise an error nor be changed in MLflow.
     tracker = begin(look, tmp_path, state, params={**PARAMS, "max_steps": 7, "new": 1})
     assert tracker.state_dict()["mlflow_run_id"] == state["mlflow_run_id"] == look.run().info.run_id
     assert look.run().info.status == "RUNNING"
@@ -172,7 +174,7 @@ def test_a_kill_while_a_batch_is_on_its_way_neither_doubles_nor_loses_it(look, t
     tracker.log(2, {"loss": 0.25, "images_per_second": 98.0})
     tracker.finish("FINISHED", {})
     assert look.points("train/loss") == [(0, 0.0), (1, 0.5), (2, 0.25)]
-    # What is measured by the clock is another number the second time. The first counts.
+    # Values measured by the clock differ the second time; the first ones must stay.
     assert look.points("train/images_per_second") == [(1, 10.0), (2, 11.0)]
 
 
@@ -185,13 +187,14 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on_and_is_not_made_again(
     tracker.log(0, {"loss": 1.0})
     tracker.log(1, {"loss": 0.5})
     tracker.finish("FINISHED", {})
-    assert look.points("train/loss") == [(0, 1.0), (1, 0.5)]  # of the only run
+    assert look.points("train/loss") == [(0, 1.0), (1, 0.5)]  # there is only one run
 
 
 def test_a_kill_right_after_the_runs_creation_does_not_make_a_second_one(look, tmp_path):
     kill(begin(look, tmp_path))
     side = json.loads((tmp_path / "mlflow.json").read_text())
-    (tmp_path / "mlflow.json").write_text(json.dumps({**side, "run_id": ""}))  # created there, and not yet noted here
+    # the run was created in MLflow, but its id was not yet noted here
+    (tmp_path / "mlflow.json").write_text(json.dumps({**side, "run_id": ""}))
     tracker = begin(look, tmp_path)
     tracker.log(0, {"loss": 1.0})
     tracker.finish("FINISHED", {})
@@ -245,7 +248,7 @@ def test_a_server_that_is_down_costs_one_warning_and_no_time(tmp_path, caplog, s
         began = time.thread_time()
         tracker.log(step, {"loss": 1 / (step + 1), "lr": 0.1, "images_per_second": 100.0})
         seconds.append(time.thread_time() - began)
-    assert statistics.median(seconds) < 0.01 * 10 * 0.010  # 1 % of ten steps of 10 ms, from one row to the next
+    assert statistics.median(seconds) < 0.01 * 10 * 0.010  # 1 % of the ten steps of 10 ms between two rows
     assert tracker.state_dict() == {"rows": 200, "mlflow_run_id": "", "sent": 0}
     eventually(lambda: caplog.messages)
     tracker.finish("FINISHED", {"loss": 0.1})

@@ -1,4 +1,4 @@
-"""A real `mlflow server` that is slow, hangs, loses its answers, goes away and is killed: the run notices nothing."""
+"""A real `mlflow server` that is slow, hangs, loses its answers, disappears or is killed does not disturb a run."""
 
 import contextlib
 import os
@@ -18,7 +18,9 @@ from caco.tracking.sync import main
 
 
 class Wire:
-    """A TCP relay before the server: "through", "slow" (1.2 s an answer), "hangs", "loses answers" or "cut"."""
+    """A TCP relay in front of the server; its mode is "through", "slow" (1.2 s per answer), "hangs", "loses answers" or
+    "cut".
+    """
 
     def __init__(self, port):
         self.mode, self._upstream = "through", port
@@ -45,7 +47,7 @@ class Wire:
 
     def _relay(self, source, sink, answers):
         with source, sink:
-            with contextlib.suppress(OSError):  # the other direction has closed both
+            with contextlib.suppress(OSError):  # the other direction may have closed both sockets
                 while data := source.recv(1 << 16):
                     if self.mode == "cut" or (answers and self.mode == "loses answers"):
                         break
@@ -54,7 +56,7 @@ class Wire:
                     if answers and self.mode == "slow":
                         time.sleep(1.2)
                     sink.sendall(data)
-            for end in (source, sink):  # each: who waits for the other direction on one of them must not wait on
+            for end in (source, sink):  # both, so that the other direction does not wait any longer
                 with contextlib.suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
 
@@ -73,7 +75,7 @@ def server(new_store, tmp_path_factory):
 
 @pytest.fixture
 def wire(server, monkeypatch):
-    # So that the feeder's own retries are what is tested, and no request is given up because the machine is busy.
+    # So that this tests the feeder's own retries, and no request is given up because the machine is busy.
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "240")
     wire = Wire(server[0])
@@ -83,7 +85,7 @@ def wire(server, monkeypatch):
 
 @pytest.fixture
 def there(server, look):
-    """What the server's database holds in this test's experiment."""
+    """The content of this test's experiment in the server's database."""
     return type(look)(server[1], look.experiment)
 
 
@@ -95,7 +97,9 @@ def begin(wire, experiment, run_dir, **arguments):
 
 
 def log(tracker, first, last, pause=0.0):
-    """Rows `first` to `last` - 1; what log() cost in the median, in this thread's seconds of computing."""
+    """Log the rows from `first` to `last` - 1; returns the median processor time of log() in this thread, in
+    seconds.
+    """
     seconds = []
     for step in range(first, last):
         began = time.thread_time()
@@ -105,7 +109,7 @@ def log(tracker, first, last, pause=0.0):
     return statistics.median(seconds)
 
 
-ONE_PERCENT = 0.01 * 10 * 0.010  # of ten steps of 10 ms, from one row to the next
+ONE_PERCENT = 0.01 * 10 * 0.010  # of the ten steps of 10 ms between two rows
 
 
 def expected(num_rows):
@@ -138,19 +142,19 @@ def test_a_server_that_answers_late_or_never_takes_no_time_and_loses_nothing(
     wire.mode = mode
     assert log(tracker, 10, 300) < ONE_PERCENT
     if mode == "hangs":
-        assert sent(tracker) == 10, "300 rows were logged while the server has answered none of them"
+        assert sent(tracker) == 10, "the server must not have answered yet when 300 rows are logged"
     feeder = tracker._feeder
     tracker.finish("FINISHED", {})
-    assert feeder.is_alive(), "finish() has not waited for the server"
+    assert feeder.is_alive(), "finish() must not wait for the server"
     assert len(Ledger(tmp_path / "ledger.jsonl")) == 300
     assert f"python -m caco.tracking.sync {tmp_path}" in caplog.messages[-1]
-    # The end of the process, which takes the feeder with it.
+    # The process ends, and with it the feeder.
     feeder.attempt = lambda: None
     wire.mode = "cut"
     feeder.join()
     feeder.feed.release()
     wire.mode = "through"
-    assert main([str(tmp_path)]) == 0  # to the server that it knows
+    assert main([str(tmp_path)]) == 0  # sends to the server that the run has recorded
     assert there.points("train/loss") == expected(300)
     assert there.run().info.status == "FINISHED"
 
@@ -179,7 +183,7 @@ def test_a_run_whose_creation_was_not_answered_is_created_once(wire, there, tmp_
     wire.mode = "through"
     eventually(lambda: sent(tracker) == 30)
     tracker.finish("FINISHED", {})
-    assert there.points("train/loss") == expected(30)  # of the only run
+    assert there.points("train/loss") == expected(30)  # there is only one run
 
 
 def test_a_server_killed_during_a_run_loses_nothing_after_a_sync(server, wire, there, tmp_path, eventually, caplog):
@@ -193,7 +197,7 @@ def test_a_server_killed_during_a_run_loses_nothing_after_a_sync(server, wire, t
     tracker.finish("FINISHED", {"knn20_top1": 90.5})
     assert there.points("train/loss") == expected(100)
     assert len(caplog.messages) == 2
-    # Its database survived it; a sync to there goes on with the same run.
+    # The database survived the server, so a sync to it continues the same run.
     assert main([str(tmp_path), "--uri", server[1]]) == 0
     assert main([str(tmp_path), "--uri", server[1]]) == 0
     assert there.points("train/loss") == expected(400)

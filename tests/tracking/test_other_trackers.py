@@ -1,5 +1,5 @@
-"""TensorBoard and Weights & Biases, by their own packages and without a network: fed from the ledger, each point
-once.
+"""TensorBoard and Weights & Biases with their own packages and without a network: they are fed from the ledger, and get
+each point once.
 """
 
 import csv
@@ -18,13 +18,13 @@ from caco.tracking.ledger import LedgerTracker
 from caco.tracking.tensorboard import TensorBoardFeed, TensorBoardTracker
 from caco.tracking.wandb import WandbTracker
 
-LONG = pytest.mark.long  # wandb starts a process of its own for each run
+LONG = pytest.mark.long  # wandb starts a process for each run
 FAST = {"feed_seconds": 0.05, "finish_seconds": 120, "system_seconds": 0}
 ABOUT = {"params": {"bank.size": 8192, "pn": "both"}, "tags": {"data": "digits"}, "run_name": "bank=1M"}
 
 
 def scalars(run_dir):
-    """What TensorBoard itself reads: series -> (step, value) pairs."""
+    """{series: [(step, value), ...]} as TensorBoard's own reader gives them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
@@ -36,8 +36,8 @@ def scalars(run_dir):
 
 
 def records(file):
-    """The records of one of W&B's files: LevelDB's log, blocks of 32 KiB of pieces with a header of 7 bytes each,
-    behind 7 bytes of its own.
+    """The records of a W&B file. It is LevelDB's log format after a header of 7 bytes: blocks of 32 KiB with pieces of
+    records, each with a header of 7 bytes.
     """
     content, at, whole = file.read_bytes(), 7, b""
     assert content.startswith(b":W&B")
@@ -48,13 +48,13 @@ def records(file):
         size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
         whole += content[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # all of a record, or its last piece
+        if kind in (1, 4):  # a whole record, or its last piece
             yield whole
             whole = b""
 
 
 def history(run_dir):
-    """What W&B's own files hold: each logged row of all files of a run, the project and id of each file, and the last
+    """The content of W&B's files: the logged rows of all files of a run, the project and id of each file, and the last
     summary.
     """
     from wandb.proto.wandb_internal_pb2 import Record
@@ -103,7 +103,7 @@ def test_tensorboard_reads_every_series_by_its_name(tmp_path):
 
 @LONG
 def test_wandb_without_a_network_holds_every_number_beside_its_step(tmp_path, monkeypatch):
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # whoever asks for a network gets none
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # so that a request to the network fails
     tracker = wandb()
     tracker.start(tmp_path, **ABOUT, state=None)
     for step in range(5):
@@ -132,7 +132,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_has_each_point_once(tmp_path, make
     tracker.finish("KILLED", {})
 
     tracker = make()
-    tracker.start(tmp_path, **ABOUT, state=state)  # three rows are rolled back, which had been sent
+    tracker.start(tmp_path, **ABOUT, state=state)  # this rolls back three rows that had been sent
     for step in range(4, 9):
         tracker.log(step, {"loss": float(step)})
     tracker.finish("FINISHED", {})
@@ -143,7 +143,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_has_each_point_once(tmp_path, make
         assert sorted((row["train/step"], row["train/loss"]) for row in rows) == [
             (step, float(step)) for step in range(9)
         ]
-        assert len({run_id for _, run_id, _ in runs}) == 1, "one run, in as many files as it had processes"
+        assert len({run_id for _, run_id, _ in runs}) == 1, "one run may have several files, one for each process"
 
 
 @pytest.mark.parametrize("make", [tensorboard, pytest.param(wandb, marks=LONG)])
@@ -161,19 +161,19 @@ def test_what_fails_costs_one_warning_and_nothing_of_the_run(tmp_path, make, cap
     assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 3
     first, last = (record.getMessage() for record in caplog.records if record.name.startswith("caco"))
     assert "no such thing; training goes on, the ledger keeps all" in first
-    assert f"lacks a part of this run; send it: python -m caco.tracking.export {tmp_path}" in last
+    assert f"lacks a part of this run; to send it: python -m caco.tracking.export {tmp_path}" in last
 
 
 def test_wandb_is_not_begun_where_nobody_has_logged_in(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(UserError, match="nobody has logged in .* tracking.mode=offline"):
+    with pytest.raises(UserError, match="there is no login .* tracking.mode=offline"):
         WandbTracker(project="caco")
 
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Two runs that only have a ledger; one of them has a number that is not finite."""
+    """Two runs that only have a ledger; one of them has a value that is not finite."""
     for name in ("seed-0", "seed-1"):
         tracker = LedgerTracker(system_seconds=0)
         tracker.start(tmp_path / "runs" / name, **ABOUT, state=None)
@@ -200,7 +200,7 @@ def test_the_curves_of_a_sweep_are_one_csv_with_every_digit(sweep, tmp_path, cap
 
 def test_runs_of_another_tracking_are_sent_later(sweep):
     assert export.main([str(sweep), "--tensorboard"]) == 0
-    assert export.main([str(sweep), "--tensorboard"]) == 0, "written anew, not doubled"
+    assert export.main([str(sweep), "--tensorboard"]) == 0, "the files must be written again, not doubled"
     assert scalars(sweep / "seed-0")["train/loss"] == [(step, 1 / (step + 1)) for step in range(3)]
     assert scalars(sweep / "seed-0")["final/knn20_top1"] == [(3, 91.5)]
 

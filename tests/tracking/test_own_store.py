@@ -1,4 +1,4 @@
-"""A run belongs to one store: what sends it later finds that one, counts what is there, and says what was sent
+"""A run belongs to one MLflow store: a later sync finds this store, counts what it has, and reports what was sent
 where.
 """
 
@@ -35,7 +35,7 @@ def told(capsys) -> str:
 
 
 def test_a_run_that_never_reached_its_server_is_sent_there_and_not_elsewhere(look, tmp_path, capsys, monkeypatch):
-    """Its server is away all the time; the environment of who sends it names another store, or none."""
+    """The run's server is down during training; the shell that sends the run later names another store, or none."""
     tracker = track(tmp_path / "run", "http://127.0.0.1:9", experiment=look.experiment)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     tracker.finish_seconds = 0.1
@@ -46,11 +46,11 @@ def test_a_run_that_never_reached_its_server_is_sent_there_and_not_elsewhere(loo
     }
     assert own_uri(tmp_path / "run") == "http://127.0.0.1:9"
     assert main([str(tmp_path / "run")]) == 1 and "not sent: " in told(capsys)
-    assert not (tmp_path / "mlflow.db").exists(), "no other store was made"
+    assert not (tmp_path / "mlflow.db").exists(), "no other store may be created"
     assert main([str(tmp_path / "run"), "--uri", look.uri]) == 0
     assert told(capsys).startswith(f"{tmp_path / 'run'}: sent 3 rows of 3 to {look.uri} (FINISHED, run ")
     assert look.points("train/loss") == [(step, step / 7) for step in range(3)]
-    assert own_uri(tmp_path / "run") == look.uri, "another store was chosen, and that is written down"
+    assert own_uri(tmp_path / "run") == look.uri, "the newly chosen store must be recorded"
     assert main([str(tmp_path / "run")]) == 0 and f"complete (FINISHED, 3 rows in {look.uri})" in told(capsys)
 
 
@@ -103,7 +103,7 @@ def test_what_a_store_has_lost_is_counted_and_sent_again(tmp_path, new_store, ca
         with sqlite3.connect(tmp_path / "store" / "mlflow.db") as database:
             database.execute("DELETE FROM metrics WHERE step IN (3, 4)")
         database.close()
-    # As a user does it: a process that had the old file open would go on reading that.
+    # In a new process, as a user would do it; a process that has the old file open would still read that.
     done = subprocess.run(
         [sys.executable, "-m", "caco.tracking.sync", str(run_dir)],
         cwd=ROOT,
@@ -126,12 +126,15 @@ def test_a_store_whose_folder_is_gone_is_not_made_anew_somewhere(tmp_path, new_s
     track(tmp_path / "run", new_store(tmp_path / "store"), steps=1).finish("FINISHED", {})
     (tmp_path / "store").rename(tmp_path / "moved")
     assert main([str(tmp_path / "run")]) == 1
-    assert "was in a folder that is not here: make it for a new store, or choose another one with --uri" in told(capsys)
+    assert (
+        "is in a folder that does not exist here: make the folder for a new store, or choose another store with --uri"
+        in told(capsys)
+    )
     assert not (tmp_path / "store").exists()
 
 
 def test_a_server_that_is_down_is_one_warning(tmp_path, capsys, caplog, monkeypatch):
-    handler = logging.StreamHandler(sys.stdout)  # as Hydra has one
+    handler = logging.StreamHandler(sys.stdout)  # like Hydra's
     logging.getLogger().addHandler(handler)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")

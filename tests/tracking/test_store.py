@@ -1,5 +1,5 @@
-"""Where MLflow keeps runs: what may be named, that it is made once however many begin, and limits on how long it is
-waited for.
+"""The MLflow store: which addresses are accepted, that it is created only once even if many processes start, and limits
+on how long caco waits for it.
 """
 
 import re
@@ -67,7 +67,7 @@ def test_the_store_is_the_users_or_else_lies_in_the_working_directory(tmp_path, 
 def test_without_mlflow_one_is_told_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(
-        UserError, match=f"^MLflow is not installed; to have it: {re.escape(command_to_install('mlflow'))}$"
+        UserError, match=f"^MLflow is not installed; to install it: {re.escape(command_to_install('mlflow'))}$"
     ):
         MLflowTracker(uri=None, experiment="x")
 

@@ -1,4 +1,6 @@
-"""A sweep in MLflow: one parent, a child a job, each with its data, its paper's value, its machine and its model."""
+"""A sweep in MLflow has one parent run and a child for each job, with the job's data set, published values, machine and
+model.
+"""
 
 import json
 import os
@@ -20,7 +22,7 @@ BEGIN = {
     "feed_seconds": 0.02,
     "finish_seconds": 240,
     "system_seconds": 0,
-}  # on a busy machine what is sent late is not lost
+}  # long enough for a busy machine
 TAGS = {"host": "h", "data": "digits/train", "data_digest": "abc123"}
 
 
@@ -51,20 +53,20 @@ def test_a_sweep_is_a_parent_whose_state_is_that_of_its_jobs(look, tmp_path):
     assert status(look) == "RUNNING" and parent(look).info.run_name == "pn=both,none"
     one.log(1, {"loss": 1.0})
     state = one.state_dict()
-    one.finish("KILLED", {})  # preempted
+    one.finish("KILLED", {})  # it was preempted
     assert status(look) == "KILLED"
     one = begin(look, tmp_path / "a", "both", state)
     assert status(look) == "RUNNING"
     one.finish("FINISHED", {})
-    assert status(look) == "SCHEDULED", "one of its two jobs has not begun"
+    assert status(look) == "SCHEDULED", "the sweep is scheduled while one of its two jobs has not begun"
     two = begin(look, tmp_path / "b", "none")
     two.finish("FAILED", {})
     assert status(look) == "FAILED" and parent(look).info.end_time is not None
     begin(look, tmp_path / "b", "none").finish("FINISHED", {})
     assert status(look) == "FINISHED"
-    assert children(look).keys() == {"pn=both", "pn=none"}, "once each, whatever happened to them"
+    assert children(look).keys() == {"pn=both", "pn=none"}, "each job must be there once, whatever happened to it"
     colours = {run.data.tags["mlflow.runColor"] for run in children(look).values()}
-    assert len(colours) == 2, "neighbours can be told apart in a chart"
+    assert len(colours) == 2, "neighbouring runs must have different colours in a chart"
 
 
 def test_jobs_of_another_sweep_and_lone_runs_are_not_its_children(look, tmp_path):
@@ -95,7 +97,7 @@ def test_a_job_killed_with_its_machine_does_not_leave_the_sweep_running(look, tm
 
 
 def test_the_data_set_and_the_papers_values_are_there_once(look, tmp_path):
-    for _ in range(2):  # a resumed run says them again
+    for _ in range(2):  # a resumed run sends them again
         begin(look, tmp_path, sweep=None, paper={"linear_top1": 71.3}).finish("FINISHED", {"linear_top1": 60.0})
     run = look.run()
     assert run.data.metrics == {"paper/linear_top1": 71.3, "final/linear_top1": 60.0}
@@ -112,7 +114,8 @@ def test_what_the_machine_does_is_sent_once_and_goes_on_after_a_resume(look, tmp
     eventually(lambda: len(Ledger(file.path).rows()) >= 3)
     tracker.finish("KILLED", {})
     before = file.rows()
-    tracker = begin(look, tmp_path, sweep=None, system_seconds=0.02)  # without a checkpoint: the ledger begins anew
+    # there is no checkpoint, so the ledger starts again
+    tracker = begin(look, tmp_path, sweep=None, system_seconds=0.02)
     eventually(lambda: len(Ledger(file.path).rows()) > len(before))
     tracker.finish("FINISHED", {})
     rows = file.rows()
@@ -137,7 +140,7 @@ def test_a_sample_agrees_with_the_kernel(tmp_path):
     for _ in range(100):
         before, values, after = used(), sampler.sample(), used()
         if abs(after - before) < 1:
-            break  # else another process took or gave back memory meanwhile
+            break  # otherwise another process has changed the memory meanwhile
     free = os.statvfs(tmp_path)
     assert values["system_memory_usage_percentage"] == pytest.approx((before + after) / 2, abs=2)
     assert values["disk_available_megabytes"] == pytest.approx(free.f_bavail * free.f_frsize / 1e6, rel=0.05)
@@ -148,7 +151,11 @@ def test_without_a_place_to_write_the_sampler_ends_with_one_warning(tmp_path, ca
     sampler = Sampler(Ledger(tmp_path / "absent" / "system.jsonl"), 0.001)
     sampler.start()
     sampler.join(240)
-    assert not sampler.is_alive() and len(caplog.messages) == 1 and "system metrics end here" in caplog.messages[0]
+    assert (
+        not sampler.is_alive()
+        and len(caplog.messages) == 1
+        and "system metrics are no longer recorded" in caplog.messages[0]
+    )
 
 
 def test_the_final_backbone_comes_back_from_mlflow_and_is_sent_once(look, tmp_path, caplog):
@@ -159,7 +166,7 @@ def test_the_final_backbone_comes_back_from_mlflow_and_is_sent_once(look, tmp_pa
     tracker = begin(look, tmp_path, sweep=None)
     tracker.log_model(lambda: backbone)
     tracker.finish("FINISHED", {"loss": 1.0})
-    add_figure(tmp_path, "f.svg", b"<svg/>")  # a sync that has something to send
+    add_figure(tmp_path, "f.svg", b"<svg/>")  # gives the sync something to send
     assert caplog.messages == []
     import mlflow
 
@@ -193,7 +200,7 @@ def test_a_model_that_cannot_be_saved_costs_a_warning_and_not_the_run(look, tmp_
 
 
 class Drawn:
-    """What has a savefig()."""
+    """Anything that has a savefig()."""
 
     def savefig(self, file, *, format, bbox_inches):
         file.write(f"{format}, drawn".encode())
@@ -222,7 +229,7 @@ def test_what_is_no_figures_name_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match="expected a run directory"):
         add_figure(tmp_path, name, b"")
     (tmp_path / "tracking.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"name: expected a file's, ending in .png"):
+    with pytest.raises(ValueError, match=r"name: expected a file name ending in .png"):
         add_figure(tmp_path, name, b"")
 
 
@@ -246,9 +253,9 @@ def test_of_a_run_on_another_machine_slurm_knows_or_else_its_silence(tmp_path, m
     assert told("echo RUNNING") == "RUNNING"
     assert (
         told('[ "$2" = --jobs=70_3 ] && echo PENDING') == "KILLED"
-    )  # it has been requeued, and says RUNNING once it runs
+    )  # the job was requeued, and will report RUNNING when it runs
     assert told("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1") == "KILLED"
-    assert told("echo 'cannot contact the controller' >&2; exit 1") == "RUNNING"  # nobody knows
+    assert told("echo 'cannot contact the controller' >&2; exit 1") == "RUNNING"  # the state is unknown
     day = time.time() - 25 * 3600
     for name in ("ledger.jsonl", "tracking.json"):
         os.utime(tmp_path / name, (day, day))

@@ -1,4 +1,4 @@
-"""What MLflow missed is sent later, once each, and no run is for ever RUNNING."""
+"""caco.tracking.sync sends every row that MLflow missed exactly once, and no run stays RUNNING for ever."""
 
 import json
 import socket
@@ -60,7 +60,7 @@ def test_a_run_that_goes_on_can_be_sent_meanwhile_even_if_it_is_rolled_back(look
     tracker.log(1, {"loss": 0.5})
     sync(look, tmp_path)
     assert look.run().info.status == "RUNNING"
-    tracker = begin(tmp_path, state)  # preempted, and resumed
+    tracker = begin(tmp_path, state)  # the run was preempted and resumes
     tracker.log(1, {"loss": 0.5})
     sync(look, tmp_path)
     tracker.log(2, {"loss": 0.25})
@@ -113,12 +113,12 @@ def test_what_is_known_about_the_end_of_a_run(tmp_path):
         return last_status(tmp_path)[0]
 
     assert about["host"] == socket.gethostname()
-    assert status() == "RUNNING"  # this process
-    assert status(host="another", pid=gone.pid) == "RUNNING"  # only there one can know
+    assert status() == "RUNNING"  # this process is alive
+    assert status(host="another", pid=gone.pid) == "RUNNING"  # only that host knows whether the process is alive
     assert status(pid=gone.pid) == "KILLED"
-    assert status(process_start="1") == "KILLED"  # its number belongs to another process by now
+    assert status(process_start="1") == "KILLED"  # its process number belongs to another process now
     assert status(pid=gone.pid, status="FAILED") == "FAILED"
-    assert status(pid=gone.pid, summary={"loss": 1.0}) == "FINISHED"  # killed after its last act
+    assert status(pid=gone.pid, summary={"loss": 1.0}) == "FINISHED"  # it was killed after it had finished
 
 
 def test_another_server_gets_the_whole_run(look, tmp_path, tmp_path_factory, new_store):

@@ -1,3 +1,3 @@
-"""The bank's passes over its rows, fused: C++ for each instruction set of a processor, Triton for GPUs.
+"""Fused kernels for the passes over a bank's rows: C++ for each instruction set of a processor, Triton for GPUs.
 
-Not here: when they are called (caco/banks/scoring.py), which also does without them."""
+Not here: the code that calls them (caco/banks/scoring.py and motion.py), which also works without them."""

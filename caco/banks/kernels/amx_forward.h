@@ -1,5 +1,5 @@
-// Sums over the bank's rows on AMX tiles, for the loss: what is done with 32 rows' and 32 queries' scores while the next are made,
-// and how threads share the rows.
+// The loss's sums over the bank's rows on AMX tiles: the work on the scores of 32 rows and 32 queries, which is done while the tiles
+// compute the next scores, and the sharing of rows between threads.
 
 #pragma once
 
@@ -17,15 +17,16 @@
 namespace {
 namespace amx {
 
-// Exponentials of a group of rows and 32 queries, as a right factor of pairs of rows, their sums and the largest.
+// The work on a group of rows and 32 queries: their exponentials, stored as a right factor (in pairs of rows), the exponentials' sums and
+// the largest exponential of each query.
 template <int PARTS>
 struct Weigh {
     const Forward& f;
     Packed& tile;
-    int64_t steps, count;  // tiles of a block, and its rows
+    int64_t steps, count;  // groups in a full block, and rows in this one
     const float* scores = nullptr;
     bf16* weights = nullptr;
-    int64_t valid = 0;  // rows of the group
+    int64_t valid = 0;  // number of the group's rows; may exceed GROUP
     const __m512 a, b;
     __m512 total[2], total2[2];
     __m512i most[2];
@@ -59,7 +60,7 @@ struct Weigh {
                 total2[half] = _mm512_add_ps(total2[half], power(_mm512_fmadd_ps(_mm512_load_ps(at + row * GROUP + half * 16), a2, b2)));
         }
     }
-    // The largest exponential of each of 32 queries.
+    // Writes the largest exponential of each of the 32 queries.
     MEMBER void largest(float* out) const {
         for (int half = 0; half < 2; half++) {
             __m512i top = most[half];
@@ -69,8 +70,8 @@ struct Weigh {
     }
 };
 
-// Sums over some rows for all queries, and the largest exponential: see caco_forward. `sums` holds tiles of 16 of D by 16
-// queries, `padded` / 16 for each 16 of D. Returns whether all rows have a direction.
+// The sums of caco_forward over some rows for all queries, and the largest exponential of each query. `sums` holds tiles of 16 columns of
+// D by 16 queries, `padded` / 16 tiles for every 16 columns. Returns whether all rows have a direction.
 template <int PARTS>
 AMX_TARGET static bool forward_part(const Forward& f, const Packed& queries, int64_t padded, int64_t first_row, int64_t last_row,
                                 double* z, double* z2, float* most, float* sums) {
@@ -90,7 +91,7 @@ AMX_TARGET static bool forward_part(const Forward& f, const Packed& queries, int
             if (sums)
                 accumulate<PARTS>(transposed, transposed.at, steps * TILE, 2 * steps * TILE, tile, tile.at, steps * TILE, 0, groups,
                                   start == first_row, Sums{sums + i * 16, SUMS, padded * 16, 64}, GROUP * padded, D / GROUP);
-            // A block's sum is a float's, the whole bank's a double's.
+            // The sums over a block are float, those over the whole bank double.
             alignas(64) float total[2 * GROUP], top[GROUP];
             for (int half = 0; half < 2; half++) {
                 _mm512_store_ps(total + half * 16, work.total[half]);
@@ -107,8 +108,9 @@ AMX_TARGET static bool forward_part(const Forward& f, const Packed& queries, int
     return usable;
 }
 
-// Shares of consecutive rows with sums of their own, added up in their order. Which thread has which does not show in the bits, and
-// a thread on a slower core has fewer: hence several a thread, where their sums do not take much memory.
+// Shares of consecutive rows. Each share has sums of its own, which are added in the order of the shares, so the result does not depend
+// on which thread computed which share. If the sums do not take much memory, there are several shares for each thread, so that a thread
+// on a slower core takes fewer of them.
 struct Shares {
     Shares(int64_t G, int64_t R, int64_t D, int threads) : padded(round_up(G, GROUP)) {
         const int64_t blocks = (R + block_rows(D) - 1) / block_rows(D), workers = worth(G, R, D, threads);
@@ -141,7 +143,7 @@ bool forward(const Forward& f, int64_t G, int64_t R, double* z, double* z2, floa
     for (int64_t i = 0; i < G; i++) {
         double squares = 0;
         for (int64_t d = 0; d < f.D; d++) squares += (double)f.q[i * f.D + d] * f.q[i * f.D + d];
-        z[i] = usable && squares < 1.0202 ? 0 : NAN;  // longer ones may leave the exponents that there are
+        z[i] = usable && squares < 1.0202 ? 0 : NAN;  // a longer query's exponents may leave the range of `exponentials`
         if (z2) z2[i] = 0;
         float largest = 0;
         for (int64_t part = 0; part < shares.count; part++) {

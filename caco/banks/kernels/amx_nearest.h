@@ -1,4 +1,5 @@
-// The nearest rows on AMX tiles: chosen from 32 rows' and 32 keys' scores while the next are made, with a proven bound on the error.
+// The search for the nearest rows on AMX tiles, with a proven error bound: rows are chosen from the scores of 32 rows and 32 keys while
+// the tiles compute the next scores.
 
 #pragma once
 
@@ -16,10 +17,10 @@
 namespace {
 namespace amx {
 
-constexpr int TOP = 16;  // candidates kept for each key: one bfloat16 leaves some rows in question
+constexpr int TOP = 16;  // candidates kept for each key; more than bank.h's, as scores from one bfloat16 leave several rows undecided
 
-// The TOP best rows of 32 queries so far: values and rows [half][TOP], 16 queries to a vector. Rows further than `reach` [half][16]
-// behind the best may be left out.
+// The TOP best rows of 32 queries so far: values and rows [half][TOP], 16 queries to a vector. Rows whose score is more than `reach`
+// [half][16] below the best may be left out.
 struct Choose {
     float* values;
     int32_t* index;
@@ -40,7 +41,7 @@ struct Choose {
         for (int row = 0; row < PIECE; row++)
             for (int half = 0; half < 2; half++) peak[half] = _mm512_max_ps(peak[half], _mm512_load_ps(at + row * GROUP + half * 16));
     }
-    // What a score must exceed to be kept.
+    // The number that a score must exceed to be kept.
     MEMBER __m512 bar(int half) const {
         const float* best = values + half * TOP * 16;
         return _mm512_max_ps(_mm512_load_ps(best + (TOP - 1) * 16), _mm512_sub_ps(_mm512_load_ps(best), _mm512_load_ps(reach + half * 16)));
@@ -68,7 +69,8 @@ struct Choose {
     }
 };
 
-// The best TOP rows of all keys among some blocks, as they are to be had, best first: see caco_nearest. lost: see `pack`.
+// The best TOP rows of all keys, the best first: see caco_nearest. The thread takes one block of rows after the other from the counter
+// `block`, which all threads share. lost: see `pack`.
 template <int PARTS>
 AMX_TARGET static void nearest_part(const Forward& f, int64_t R, const Packed& keys, const float* reach, int64_t padded,
                                 std::atomic<int64_t>& block, float* best, int64_t* index, float* lost) {
@@ -77,7 +79,7 @@ AMX_TARGET static void nearest_part(const Forward& f, int64_t R, const Packed& k
     Buffer scratch(4 * SUMS), values(padded * TOP), numbers(padded * TOP);
     int32_t* row = (int32_t*)numbers.at;
     for (int64_t i = 0; i < padded * TOP; i++) values[i] = -3.0e38f, row[i] = -1;
-    float most_lost = 0;  // of this thread alone, as it is written for every row
+    float most_lost = 0;  // a variable of this thread alone, as it is written for every row
     const Tiles ready;
     for (int64_t start; (start = block++ * S) < R;) {
         const int64_t count = std::min(S, R - start);
@@ -91,13 +93,13 @@ AMX_TARGET static void nearest_part(const Forward& f, int64_t R, const Packed& k
     for (int64_t i = 0; i < padded; i++)
         for (int t = 0; t < TOP; t++) {
             const int64_t at = i / 16 * TOP * 16 + t * 16 + i % 16;
-            const bool none = row[at] < 0 || values[at] < -2.0f;  // rows that pad the bank are no rows
+            const bool none = row[at] < 0 || values[at] < -2.0f;  // padding of the bank is no row
             best[i * TOP + t] = none ? -3.0e38f : values[at];
             index[i * TOP + t] = none ? -1 : row[at];
         }
 }
 
-// What rounding to bfloat16 takes from a vector: its norm.
+// The norm of a vector's error when it is rounded to bfloat16.
 float lost(const float* x, int64_t D) {
     double squares = 0;
     for (int64_t d = 0; d < D; d++) {
@@ -111,9 +113,9 @@ float lost(const float* x, int64_t D) {
     return (float)sqrt(squares) * 1.0001f;
 }
 
-// The nearest rows by products of PARTS. error: a bound on that of each key's cosines, proven: with one part k.m - k'.m' is
-// (k - k').m + k'.(m - m'); two leave up to 2^-16 of a number out and not the product of the second ones, 3 * 2^-16 and terms of
-// higher order.
+// The nearest rows, from products of numbers in PARTS bfloat16. error: a proven bound on the error of each key's cosines. With one part the
+// error is k.m - k'.m' = (k - k').m + k'.(m - m'). With two parts, each number loses up to 2^-16 of itself, and the product of the second
+// parts is left out: together 3 * 2^-16 and terms of higher order.
 template <int PARTS>
 bool nearest(const Forward& f, int64_t G, int64_t R, float* values, int64_t* index, float* error, int threads) {
     const int64_t D = round_up(f.D, GROUP);
@@ -128,7 +130,7 @@ bool nearest(const Forward& f, int64_t G, int64_t R, float* values, int64_t* ind
     };
     for (int64_t i = 0; i < G; i++) {
         if (PARTS == 1) keys_lost[i] = lost(f.q + i * f.D, f.D);
-        reach[i] = 2 * bound(i, 1.01f / 256);  // half a last bit is 2^-8 of a number
+        reach[i] = 2 * bound(i, 1.01f / 256);  // rounding to bfloat16 changes a number by at most 2^-8 of itself
     }
     std::fill(best.begin(), best.end(), -3.0e38f), std::fill(rows.begin(), rows.end(), -1);
     std::atomic<int64_t> block{0};
@@ -142,7 +144,7 @@ bool nearest(const Forward& f, int64_t G, int64_t R, float* values, int64_t* ind
     return true;
 }
 
-// The same by one part, and by two for the keys that have more rows in reach than are kept.
+// The nearest rows with one part, and again with two parts for the keys that have more rows within reach than are kept.
 bool nearest(const Forward& f, int64_t G, int64_t R, float* values, int64_t* index, float* error, int threads) {
     if (!nearest<1>(f, G, R, values, index, error, threads)) return false;
     std::vector<int64_t> crowded;

@@ -1,4 +1,4 @@
-// Rows and queries as factors of products on tiles: unit vectors, rounded, in the order that the tiles want.
+// Packs rows and queries as factors of products on tiles: rounded to bfloat16 and in the order that the tiles need.
 
 #pragma once
 
@@ -15,7 +15,7 @@ namespace amx {
 INLINE __m512 raise(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
 INLINE __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1; }
 
-// 32 floats, rounded; what is lost by it, rounded, is the second part.
+// 32 floats rounded to bfloat16, the first part; the second part, if there is one, is the rounding error, rounded to bfloat16 too.
 template <int PARTS>
 INLINE void split(__m512 low, __m512 high, __m512i out[PARTS]) {
     out[0] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
@@ -25,14 +25,14 @@ INLINE void split(__m512 low, __m512 high, __m512i out[PARTS]) {
     out[PARTS - 1] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// Two rows of 16 numbers, element beside element: a right factor's row of pairs.
+// Interleaves two rows of 16 numbers, element beside element, to a right factor's row of pairs.
 INLINE __m512i side_by_side(__m512i rows) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
                                            3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, rows);
 }
 
-// 16 vectors of 16 words into their columns.
+// Transposes 16 vectors of 16 words.
 INLINE void transpose16(__m512i x[16]) {
     __m512i y[16];
     for (int i = 0; i < 16; i += 4) {
@@ -49,8 +49,9 @@ INLINE void transpose16(__m512i x[16]) {
     }
 }
 
-// Unit rows of a block, as a left factor; rows beyond `count` are zero. D is a multiple of 32, `width` the rows' own. Returns
-// whether each has a direction. lost: the largest square of what rounding took from one, if that is more.
+// Packs the unit rows of a block as a left factor; rows beyond `count` are zero. D is the rows' width rounded up to a multiple of 32,
+// `width` the width itself. Returns whether each row has a direction. lost: raised to the largest squared norm of a row's rounding error,
+// if that is larger.
 template <int PARTS>
 AMX_TARGET static bool pack(const float* w, int64_t count, int64_t width, int64_t D, Packed& rows, float* inverse_norm, float* lost = nullptr) {
     bool usable = true;
@@ -84,7 +85,7 @@ AMX_TARGET static bool pack(const float* w, int64_t count, int64_t width, int64_
     return usable;
 }
 
-// A block's rows, packed, transposed: a left factor of D rows and `steps` tiles in each.
+// Transposes a block's packed rows to a left factor of D rows, with `steps` tiles in each.
 template <int PARTS>
 AMX_TARGET static void transpose(const Packed& rows, int64_t count, int64_t D, int64_t steps, Packed& transposed) {
     for (int64_t j = 0; j < round_up(count, GROUP); j += GROUP)
@@ -104,7 +105,7 @@ AMX_TARGET static void transpose(const Packed& rows, int64_t count, int64_t D, i
             }
 }
 
-// Queries as the right factor of scores: columns; zero beyond the last of G.
+// Packs queries as the right factor of the scores, in which they are columns; columns beyond the last of the G queries are zero.
 template <int PARTS>
 AMX_TARGET static void pack_queries(const float* q, int64_t G, int64_t width, int64_t D, Packed& out) {
     for (int64_t i = 0; i < G; i += 16)
@@ -125,8 +126,8 @@ AMX_TARGET static void pack_queries(const float* q, int64_t G, int64_t width, in
         }
 }
 
-// Queries times their weights as the right factor of the rows' motion: rows, `steps` tiles for every 16 of D. A pair of rows is
-// a query and the one 16 further, as `Share` has its columns.
+// Packs queries times their weights as the right factor of the rows' motion, in which they are rows, with `steps` tiles for every 16
+// columns of D. A pair of rows is a query and the query 16 places further on, because `Share` has its columns in that order.
 template <int PARTS>
 AMX_TARGET static void pack_weighted(const float* q, const float* weight, int64_t N, int64_t width, int64_t D, int64_t steps, Packed& out) {
     for (int64_t i = 0; i < N; i++) {

@@ -1,11 +1,12 @@
-// Products of bfloat16 with float32 sums on AMX tiles, where the compiler knows them, and what has to be done meanwhile.
+// Products of bfloat16 matrices with float32 sums on AMX tiles, where the compiler knows these, interleaved with work of the vector unit.
 //
-// PARTS 1 rounds vectors and probabilities to bfloat16 (8 bits). PARTS 2 holds each as the sum of two, the second of which is
-// what the first lost, and multiplies three of the four pairs of parts: 16 bits, for three times the products.
+// PARTS 1 rounds vectors and probabilities to bfloat16 (8 bits). PARTS 2 represents each number as the sum of two bfloat16, the second
+// of which is the rounding error of the first, and multiplies three of the four pairs of parts: this gives 16 bits for three times the
+// products.
 //
 // Everything that a tile instruction reads or writes is stored as whole tiles of 1 KiB: 16 rows of 32 bfloat16, or (the right
-// factor) 16 pairs of rows by 16 columns, or 16 rows of 16 floats. All three passes make their scores alike, rows of the bank
-// by queries, so a vector is one row and 16 queries.
+// factor) 16 pairs of rows by 16 columns, or 16 rows of 16 floats. All three passes lay out their scores in the same way, rows of the
+// bank by queries, so a vector of scores belongs to one row and 16 queries.
 
 #pragma once
 
@@ -27,15 +28,15 @@ namespace {
 namespace amx {
 
 typedef uint16_t bf16;
-constexpr int64_t TILE = 512, SUMS = 256;  // elements of a tile of bfloat16, of floats
-constexpr int64_t GROUP = 32;              // rows, and queries, whose scores are made at a time: two tiles by two
-constexpr int64_t PIECE = 4, PIECES = 8;   // rows of a group's scores that are worked on at a time, and how many times
-constexpr int64_t AHEAD = 2048;            // floats; a processor's own look-ahead ends with the page
+constexpr int64_t TILE = 512, SUMS = 256;  // elements of a tile of bfloat16, and of a tile of floats
+constexpr int64_t GROUP = 32;              // rows, and queries, whose scores are computed at a time: two tiles by two
+constexpr int64_t PIECE = 4, PIECES = 8;   // rows in a piece of a group's scores, and pieces in a group
+constexpr int64_t AHEAD = 2048;            // floats to prefetch ahead, as the processor's own prefetching stops at the end of a page
 
-// Rows in a block: its packed copies stay in the second-level cache.
+// Rows in a block, so that its packed copies stay in the second-level cache.
 int64_t block_rows(int64_t D) { return std::max<int64_t>(GROUP, std::min<int64_t>(512, 65536 / round_up(D, GROUP) / GROUP * GROUP)); }
 
-// How many threads the work on so many queries, rows and numbers in each is worth, one block of rows a thread at least.
+// How many threads are worth starting for G queries and R rows of width D; each thread gets one block of rows at least.
 int64_t worth(int64_t G, int64_t R, int64_t D, int threads) {
     if ((double)G * R * D < 3.0e7) return 1;  // less work than starting a thread
     return std::max<int64_t>(1, std::min<int64_t>(threads, (R + block_rows(D) - 1) / block_rows(D)));
@@ -45,11 +46,11 @@ int64_t worth(int64_t G, int64_t R, int64_t D, int threads) {
 #define MEMBER AMX_TARGET __attribute__((always_inline)) inline
 #define INLINE MEMBER static
 
-// The compiler's own intrinsics do not say that a load reads memory, so stores may be moved behind it.
+// Not the compiler's own intrinsics: these do not say that a load reads memory, so stores may be moved behind it.
 #define LOAD(tile, at) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(at), "r"((int64_t)64) : "memory")
 #define MULTIPLY(sum, left, right) __asm__ volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sum ::)
 
-// A thread's tiles are ready while one of these lives.
+// While an object of this class lives, its thread's tiles are configured.
 struct Tiles {
     Tiles() {
         struct {
@@ -63,7 +64,7 @@ struct Tiles {
     Tiles(const Tiles&) = delete;
 };
 
-// Whether the processor has what this file uses, and the system lets this process use it.
+// Whether the processor has the instructions that this file uses, and the system lets this process use them.
 bool available() {
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // amx-bf16, amx-tile
@@ -78,12 +79,13 @@ struct Packed {
     Packed(int64_t elements, int parts) : buffer(elements * parts / 2), at((bf16*)buffer.at), part(elements) {}
     Buffer buffer;
     bf16* at;
-    int64_t part;  // from the first part to the second
+    int64_t part;  // elements from the first part to the second
 };
 
-// Where the sums of tiles 0 to 3 lie, two by two: how many floats the next tile to the right and below is away, bytes of a row.
+// Where the sums of tiles 0 to 3, two by two, lie in memory: the distance in floats to the next tile to the right and to the next tile
+// below, and the bytes of a row.
 struct Sums {
-    float* at;  // null: nowhere, zero
+    float* at;  // null: nowhere; loading from there gives zeros
     int64_t right, below, row_bytes;
     template <int TILE_NUMBER>
     MEMBER float* tile() const { return at + (TILE_NUMBER & 1 ? right : 0) + (TILE_NUMBER & 2 ? below : 0); }
@@ -96,7 +98,7 @@ INLINE void store(const Sums& to) {
 }
 INLINE void store(const Sums& to) { store<0>(to), store<1>(to), store<2>(to), store<3>(to); }
 
-// A tile's sums go where the last product's belong, and those that this one's are added to come.
+// Stores a tile's sums, which are those of the previous product, to `before`, and loads the sums that the next product is added to.
 template <int TILE_NUMBER>
 INLINE void turn(const Sums& before, const Sums& from) {
     if (before.at) store<TILE_NUMBER>(before);
@@ -106,13 +108,13 @@ INLINE void turn(const Sums& before, const Sums& from) {
         __asm__ volatile("tilezero %%tmm%c0" ::"i"(TILE_NUMBER));
 }
 
-// Tiles 0 to 3 = `from` + left x right, two tiles by two. They still hold the last product, which goes to `before`: each right
-// before it is needed, so that the tile unit, which takes 16 cycles for a product and for a store, need not stand still. The
-// vector unit works beside it: `work` is what it has to do meanwhile.
+// Tiles 0 to 3 = `from` + left x right, two tiles by two. The tiles still hold the previous product, which is stored to `before`, each
+// tile right before it is needed. So the tile unit, which takes 16 cycles for a product and for a store, does not have to wait. The
+// vector unit does `work` in the meantime.
 template <int PARTS, class Work>
 INLINE void multiply(const Packed& left, const bf16* a, int64_t a_row, const Packed& right, const bf16* b, int64_t b_column,
                      int64_t steps, const Sums& before, const Sums& from, Work& work) {
-    constexpr int PAIRS = PARTS == 1 ? 1 : 3;  // of parts: first first, first second, second first
+    constexpr int PAIRS = PARTS == 1 ? 1 : 3;  // pairs of parts: first with first, first with second, second with first
     const int64_t at_a_time = (PIECES + PAIRS * steps - 1) / (PAIRS * steps);
     int64_t piece = 0;
     for (int pair = 0; pair < PAIRS; pair++) {
@@ -136,7 +138,8 @@ struct Nothing {
     MEMBER void piece(int64_t) {}
 };
 
-// Several times out (+)= left x right; a, b and out lead on by a_next, b_next and out_next.
+// Computes out = left x right (`fresh`) or out += left x right, `times` times. From one time to the next a, b and out move on by a_next,
+// b_next and out_next.
 template <int PARTS>
 INLINE void accumulate(const Packed& left, const bf16* a, int64_t a_row, int64_t a_next, const Packed& right, const bf16* b,
                        int64_t b_column, int64_t b_next, int64_t steps, bool fresh, Sums out, int64_t out_next, int64_t times) {
@@ -149,8 +152,9 @@ INLINE void accumulate(const Packed& left, const bf16* a, int64_t a_row, int64_t
     store(before);
 }
 
-// Scores of 32 rows and 32 queries, [32, 32], `groups` times, each group's made while `work` is done on the one before; a_next and
-// b_next lead from group to group. There are `count` rows; those beyond have the score `beyond`.
+// Computes the scores of 32 rows and 32 queries, [32, 32], for `groups` groups. While the tiles compute a group's scores, `work` is done on
+// those of the group before. a_next and b_next lead from one group to the next. There are `count` rows; rows beyond these get the score
+// `beyond`.
 template <int PARTS, class Work>
 INLINE void scan(const Packed& rows, const bf16* a, int64_t a_next, const Packed& queries, const bf16* b, int64_t b_next, int64_t D,
                  int64_t groups, int64_t count, float beyond, float* scores, Work& work) {

@@ -1,4 +1,4 @@
-// The rows' motion on AMX tiles: 32 rows' and 32 queries' probabilities are made while the tiles multiply.
+// The rows' motion on AMX tiles: the probabilities of 32 rows and 32 queries are computed while the tiles multiply.
 
 #pragma once
 
@@ -18,11 +18,12 @@ namespace amx {
 
 constexpr int64_t QUERY_CHUNK = 512;  // queries whose probabilities an update holds at a time
 
-// Probabilities of 32 rows and the queries of a chunk, as a left factor: of 32 queries, one of the first 16 and one of the last in turn.
+// The probabilities of 32 rows and the queries of a chunk, as a left factor. Of each 32 queries, one of the first 16 and one of the last 16
+// follow one another in turn.
 template <int PARTS>
 struct Share {
     const Update& u;
-    const float* offset;  // of the chunk's queries: see offset_of
+    const float* offset;  // for each of the chunk's queries: see offset_of
     Packed& tile;
     const __m512 a;
     const float* scores = nullptr;
@@ -47,7 +48,8 @@ struct Share {
     }
 };
 
-// Some blocks of rows, as they are to be had: see caco_update. `weighted` has padded / 32 tiles for every 16 of D.
+// Updates blocks of rows (see caco_update). The thread takes one block after the other from the counter `block`, which all threads share.
+// `weighted` has padded / 32 tiles for every 16 columns of D.
 template <int PARTS>
 AMX_TARGET static void update_part(const Update& u, const Packed& queries, const Packed& weighted, const float* offset, std::atomic<int64_t>& block) {
     const int64_t D = round_up(u.D, GROUP), S = block_rows(D), steps = u.padded / GROUP;
@@ -77,7 +79,7 @@ AMX_TARGET static void update_part(const Update& u, const Packed& queries, const
     }
 }
 
-// Whether a bfloat16's exponents hold every probability.
+// Whether `exponentials` with one bfloat16 can represent the exponent of every probability.
 bool in_range(const Update& u, int64_t N) {
     for (int64_t i = 0; i < N; i++)
         if (!((-1.01f * u.inverse_tau - u.log_sum[i]) * LOG2_E > LOWEST_EXPONENT)) return false;
@@ -90,7 +92,7 @@ bool update(Update& u, int64_t N, int threads) {
     Packed queries(padded * D, PARTS), weighted(padded * D, PARTS);
     Buffer offset(padded), weight(N);
     for (int64_t i = 0; i < padded; i++) {
-        const float exponent = i < N ? -u.log_sum[i] * LOG2_E : -200.0f;  // of no query: 0
+        const float exponent = i < N ? -u.log_sum[i] * LOG2_E : -200.0f;  // makes the probabilities of padding 0
         offset[i] = offset_of<PARTS>(exponent);
         if (i < N) weight[i] = u.grad[i] * left_out<PARTS>(exponent);
     }

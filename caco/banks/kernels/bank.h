@@ -1,4 +1,4 @@
-// What the passes of every instruction set share: what is asked of them, memory, threads, the candidates of a search.
+// What the passes of all instruction sets share: their arguments, memory, threads, and the candidates of a search.
 
 #pragma once
 
@@ -15,16 +15,16 @@
 namespace {
 
 constexpr int PANEL = 16;            // rows, or columns, that lie side by side in a packed panel
-constexpr int64_t QUERY_TILE = 96;   // queries in a tile; a multiple of every MR
+constexpr int64_t QUERY_TILE = 96;   // queries in a tile; a multiple of every set's MR
 constexpr int TOP = 4;               // candidates kept for each key
-constexpr int KEPT = 32;             // of a search in whole numbers
-constexpr float LENGTH = 32700.0f;   // of a vector in 16 bits: none of its numbers rounds to more than 32767
+constexpr int KEPT = 32;             // candidates kept for each key by a search in integers
+constexpr float LENGTH = 32700.0f;   // norm of a vector in 16-bit integers, so that none of its numbers rounds to more than 32767
 constexpr int64_t MOST_ROW_SHARES = 64;
 constexpr float LOG2_E = 1.44269504088896341f;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// Rows in a block: its packed copies and a tile of scores share a core's second-level cache. A multiple of 16 and every MR.
+// Rows in a block, so that its packed copies and a tile of scores fit into a core's second-level cache. A multiple of 16 and every MR.
 int64_t block_rows(int64_t D) { return D <= 128 ? 192 : 96; }
 
 struct Buffer {
@@ -39,14 +39,14 @@ struct Buffer {
 };
 
 struct Forward {
-    const float *q, *w;  // q padded to whole tiles
+    const float *q, *w;  // q is padded to whole tiles
     int64_t D;
     bool second;  // whether the bank has a temperature of its own
     float inverse_tau, inverse_tau2, shift, shift2;
 };
 
 struct Update {
-    const float *q, *weighted;  // [padded, D]; times grad, in panels [d / 16][padded][16]
+    const float *q, *weighted;  // queries [padded, D]; the queries times grad, in panels [d / 16][padded][16]
     const float *log_sum, *grad;
     const int64_t *first_of_row, *by_row;  // the queries whose positive is row j are by_row[first_of_row[j] ...]
     float *w, *v;
@@ -55,7 +55,7 @@ struct Update {
     bool normalise;
 };
 
-// Put those of a row of scores that are good enough into the T best; equal scores stay in the order of their rows.
+// Inserts scores of consecutive rows into the T best so far, where they are better; equal scores stay in the order of their rows.
 template <int T>
 inline void insert(const float* row, int64_t valid, int64_t first, float* values, int64_t* index) {
     for (int64_t j = 0; j < valid; j++) {
@@ -75,7 +75,8 @@ inline bool any(const Ints& lanes) {
     return together != 0;
 }
 
-// Run work(0), ..., work(count - 1) on some threads; they are gone when this returns, so a process may fork at any time.
+// Runs work(0), ..., work(count - 1) on up to `threads` threads. All threads have ended when this returns, so the process may fork at
+// any other time. Returns whether no call ran out of memory.
 template <typename Work>
 bool in_parallel(int threads, int64_t count, Work work) {
     std::atomic<int64_t> next{0};
@@ -91,7 +92,7 @@ bool in_parallel(int threads, int64_t count, Work work) {
     for (int t = 1; t < threads && t < count; t++) {
         try {
             others.emplace_back(loop);
-        } catch (const std::system_error&) {  // no more threads to be had: fewer do it
+        } catch (const std::system_error&) {  // the system gives no more threads: fewer do the work
             break;
         }
     }
@@ -100,7 +101,8 @@ bool in_parallel(int threads, int64_t count, Work work) {
     return !failed;
 }
 
-// The `top` best of some shares of the rows, [share][padded][top], for each of G keys; equal ones by index.
+// Merges, for each of G keys, the `top` best rows of several shares of the rows, [share][padded][top], into the `top` best of all;
+// equal ones by index.
 void merge(const std::vector<float>& best, const std::vector<int64_t>& rows, int64_t padded, int64_t shares, int64_t G, int top,
            float* values, int64_t* index) {
     for (int64_t i = 0; i < G; i++) {
@@ -118,34 +120,36 @@ void merge(const std::vector<float>& best, const std::vector<int64_t>& rows, int
     }
 }
 
-// The rounding of a float32 sum of D products of unit vectors, at its very worst.
+// A bound on the rounding error of a float32 sum of D products, for unit vectors.
 inline float sum_error(int64_t D) { return (D + 8) * 1.1920929e-7f; }
 
-// A vector in whole numbers: its length before, what one of them stands for, and the length of what rounding took.
+// About a vector that was rounded to integers: its norm before, the number that the integer 1 stands for, and the norm of the rounding
+// error.
 struct Rounded {
     float norm, step, lost;
 };
 
-// Words of 32 bits that hold D numbers.
+// How many words of 32 bits hold D numbers.
 template <typename Number>
 int64_t words_of(int64_t D) {
     return round_up(D, 4 / (int64_t)sizeof(Number)) * (int64_t)sizeof(Number) / 4;
 }
 
-// Keys in whole numbers, zeros beyond the last: see integers.h.
+// Keys rounded to integers, padded with zero keys: see integers.h.
 struct WholeKeys {
     std::vector<int32_t> words, before;
     std::vector<Rounded> of;
 
-    // How far behind the best a row's score, in steps of key i, may be while it can be the nearest: twice the bound, where the most that
-    // rounding took from a row of unit length is `lost`.
+    // How far a row's score, in steps of key i, may lie below the best score while the row can still be the nearest: twice the bound on
+    // a score's error. `lost` is the largest norm of the rounding error of a unit row.
     float reach(int64_t i, float lost, int64_t D) const {
         const Rounded& key = of[i];
         return 2.002f * (key.lost + (key.norm + key.lost) * (lost + sum_error(D))) / key.step;
     }
 };
 
-// How queries and rows are shared out: every thread has its queries; where those are few, the rows are cut too.
+// How queries and rows are shared between threads: each thread has its own queries; where there are too few queries, the rows are cut
+// into shares too.
 struct Shares {
     Shares(int64_t G, int64_t R, int64_t D, int& threads) {
         if ((double)G * R * D < 4.0e6) threads = 1;  // less work than starting a thread

@@ -1,14 +1,19 @@
-"""The bank's fused CPU kernel (kernel.cpp), through ctypes. Where it was not built, caco/banks/scoring.py streams.
+"""The bank's fused CPU kernel (kernel.cpp), called through ctypes. Where it was not built, caco/banks/scoring.py and
+motion.py stream over the bank in PyTorch.
 
-It uses the best instruction set of the processor, or the one that CACO_INSTRUCTIONS asks for (caco/instructions.py). On
-AMX tiles, for loss and motion, a vector is the sum of two bfloat16 where `bf16` is False (cosines to 2^-14, mostly to
-1e-5), and one bfloat16 where `bf16` is True (cosines to 2^-7, mostly to 1e-3; exponentials to 0.7 %, without bias);
-sums are float32. Positives are looked for with one, whatever `bf16` says, and with two where one leaves too many rows
-in question. Every other set is float32 throughout, but for the search: AVX2 looks for positives in 16 bits, AVX-512 in
-8 and then 16 bits where the processor adds up their products in one instruction (AVX512_VNNI), with a proven bound
-(integers.h), and float32 for the rows in question.
+The kernel uses the best instruction set of the processor, or the one that CACO_INSTRUCTIONS names
+(caco/instructions.py). Its precision depends on the set:
 
-On CUDA the same passes are Triton's (triton_kernels.py), where they work and CACO_INSTRUCTIONS is not torch.
+On AMX tiles, loss and motion represent a number as the sum of two bfloat16 if `bf16` is False (errors of cosines up to
+2^-14, mostly about 1e-5), and as one bfloat16 if `bf16` is True (errors of cosines up to 2^-7, mostly about 1e-3;
+errors of exponentials up to 0.7 %, without bias). Sums are float32. The search for positives takes one bfloat16,
+whatever `bf16` says, and two for the keys for which one leaves too many rows undecided.
+
+Every other set computes loss and motion in float32. Its search for positives uses integers with a proven error bound
+(integers.h): 16 bits on AVX2; 8 bits and then 16 bits on AVX-512, if the processor sums their products in one
+instruction (AVX512_VNNI). Float32 then decides among the rows that the bound leaves undecided.
+
+On CUDA, Triton kernels make the same passes (triton_kernels.py) where they work and CACO_INSTRUCTIONS is not "torch".
 
 Shapes: G queries, R rows, D width, N queries of all terms of a step, T candidates.
 """
@@ -25,7 +30,7 @@ from torch import Tensor
 
 from caco import instructions
 
-SIGNATURES = {  # pointer, int64, float, int
+SIGNATURES = {  # a letter for each argument: p pointer, n int64, f float, i int
     "caco_forward": "pnpnnffffppppiii",
     "caco_nearest": "pnpnnpppii",
     "caco_update": "ppppnppnnffffffiiii",
@@ -33,10 +38,10 @@ SIGNATURES = {  # pointer, int64, float, int
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel; None where it is turned off or, said once, was not built.
+    """The compiled kernel. None where it is turned off, or where it was not built, which one message reports.
 
     Raises:
-        ValueError: it has not the instructions that CACO_INSTRUCTIONS asks for.
+        ValueError: the kernel cannot use the instructions that CACO_INSTRUCTIONS names.
     """
     return None if instructions.LEVEL == "torch" else _loaded()
 
@@ -46,15 +51,17 @@ def _loaded() -> ctypes.CDLL | None:
     kernel = instructions.compiled(instructions.BANK)
     if kernel is None:
         print(
-            "caco: the bank's fused kernel was not built here; PyTorch streams the bank instead, slower",
+            "caco: the bank's fused kernel was not built here; PyTorch streams the bank instead, which is slower",
             file=sys.stderr,
         )
         return None
     wanted, used = instructions.LEVEL, instructions.used(instructions.BANK)
-    if wanted is not None and used != wanted:  # the views make the same bits at any level, the kernel does not
+    # The compiled views give the same bits at every level, but the kernel's sums differ by rounding, so a lower level
+    # must not stand in silently.
+    if wanted is not None and used != wanted:
         raise ValueError(
-            f"{instructions.VARIABLE}={wanted}: the bank's kernel has no more than {used} here. The compiler that built"
-            " it knew no more (AMX needs GCC 11), or the system keeps AMX tiles from this process"
+            f"{instructions.VARIABLE}={wanted}: the bank's kernel can use at most {used} here. The compiler that built"
+            " it knew no better instructions (AMX needs GCC 11), or the system does not let this process use AMX tiles"
         )
     kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
     for name, arguments in SIGNATURES.items():
@@ -63,8 +70,8 @@ def _loaded() -> ctypes.CDLL | None:
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether a kernel takes these. None leaves a row out of a query's sums: what has to (caco/banks/reweighted.py)
-    does not ask.
+    """Whether a kernel can work on these tensors. No kernel can leave a row out of a query's sums, so
+    caco/banks/reweighted.py does not come here when it has to do that.
     """
     if instructions.LEVEL == "torch" or any(x.device != tensors[0].device or x.dtype != torch.float32 for x in tensors):
         return False
@@ -75,15 +82,18 @@ def supports(*tensors: Tensor) -> bool:
 
 @functools.cache
 def on_cuda(device: torch.device, width: int) -> ModuleType | None:
-    """The Triton kernels, tried on this card for rows of this width, or None, said once."""
+    """The Triton kernels, after a trial on this GPU for rows of this width. None where the trial fails, which one
+    message reports.
+    """
     try:
         from caco.banks.kernels import triton_kernels
 
         triton_kernels.trial(device, width)
-    except Exception as error:  # of any kind: no Triton, no compiler, a card that it does not know or that is too small
+    except Exception as error:  # of any type: there may be no Triton, no compiler, or an unknown or too small GPU
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         print(
-            f"caco: the bank's Triton kernels do not serve here ({why}); PyTorch streams the bank instead, slower",
+            f"caco: the bank's Triton kernels cannot be used here ({why}); PyTorch streams the bank instead, which is"
+            " slower",
             file=sys.stderr,
         )
         return None
@@ -91,7 +101,7 @@ def on_cuda(device: torch.device, width: int) -> ModuleType | None:
 
 
 def or_on_cuda(work: Callable) -> Callable:
-    """The pass of the same name in triton_kernels.py, for tensors that lie on a card."""
+    """Decorate a pass so that tensors on a GPU go to the function of the same name in triton_kernels.py."""
 
     @functools.wraps(work)
     def chosen(x: Tensor, *arguments: Any, **options: Any) -> Any:
@@ -106,8 +116,16 @@ def or_on_cuda(work: Callable) -> Callable:
 def forward(
     q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, bf16: bool
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """For each tau sum_j exp(q.m_j / tau - shift), float64 [G]; the largest cosine [G]; and, for the first tau, the sum
-    of exp(...) m_j, [G, D]."""
+    """For each tau the sum over the rows of exp(q.m_j / tau - shift), float64 [G]; each query's largest cosine, [G];
+    and, with `with_sums`, for the first tau the sum of exp(q.m_j / tau - shift) m_j, [G, D].
+
+    Args:
+        q_GD: unit queries.
+        w_RD: rows of any norm but zero; m_j is row j scaled to norm 1.
+        taus: one or two temperatures.
+        shifts: one number for each temperature.
+        bf16: whether factors may be rounded to bfloat16.
+    """
     G, D = q_GD.shape
     z = [torch.empty(G, dtype=torch.float64) for _ in taus]
     peak_G = torch.empty(G)
@@ -130,8 +148,9 @@ def nearest_row(k_GD: Tensor, w_RD: Tensor) -> Tensor | None:
 
 
 def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest cosines of each key, best first, and their rows; equal ones by row: [G, T] each. Each key's cosines
-    are within a bound of the exact ones, [G]; rows that cannot be the nearest may be left out (-1)."""
+    """Candidates for the nearest row of each key: their cosines and their rows, [G, T] each, the largest cosine first
+    and equal ones by row; and for each key a bound on the errors of these cosines, [G]. Rows that cannot be the nearest
+    may be left out, in which case a row is -1."""
     kernel = library()
     assert kernel is not None, "see `supports`"
     shape = len(k_GD), kernel.caco_top(instructions.number())
@@ -145,7 +164,11 @@ def update(
     w_RD: Tensor, velocity_RD: Tensor, q_ND: Tensor, positive_N: Tensor, log_sum_N: Tensor, weight_N: Tensor, *,
     tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool, bf16: bool,
 ) -> None:  # fmt: skip
-    """Rows and velocity one step on, in place: gradient, velocity and rows of a block in one visit."""
+    """One SGD step of rows and velocities, in place: gradient, velocity and rows of a block are computed in one visit.
+
+    The arguments are as in `caco.banks.motion.move`; the queries' tensors are those of `caco.banks.scoring.Anchors`,
+    with positives counted from the first of these rows, where a number that is none of them means no row.
+    """
     _call(
         "caco_update",
         q_ND.contiguous(), positive_N.contiguous(), log_sum_N.contiguous(), weight_N.contiguous(), len(q_ND),

@@ -1,14 +1,15 @@
-// The search for the nearest row in whole numbers, for one instruction set, in a namespace that has its name. What rounding takes from
-// rows and keys is measured, so it is known which rows can be the nearest: few. sets.h includes this once for each: V numbers of 32
-// bits fill a vector, a tile of scores is MR keys by 16 rows, TARGET is the attribute of every function, NUMBER what is rounded to, and
-// ADD_PRODUCTS(sum, rows, key) adds to each lane the products of the numbers that lie in it,
-// ABOVE(x, bar) is not 0 where any lane of x is above.
+// The search for the nearest row in integers, for one instruction set, in a namespace of the set's name. Rows and keys are rounded to
+// integers, and the rounding errors are measured, so the few rows that can be the nearest are known. sets.h includes this file once for
+// each set, with these macros: V numbers of 32 bits fill a vector; a tile of scores is MR keys by 16 rows; TARGET is the attribute of
+// every function; NUMBER is the type that is rounded to; ADD_PRODUCTS(sum, rows, key) adds to each lane the products of the numbers that
+// lie in that lane; ABOVE(x, bar) is not 0 if any lane of x is above bar.
 //
-// The bound. For a key k, a unit row m, and what they are rounded to, k' and m' (the whole numbers times their steps):
+// The error bound. Let k be a key, m a unit row, and k' and m' their rounded values (the integers times their steps). Then
 //   |k.m - k'.m'| <= |k - k'| + |k'| |m - m'|.
-// Products of whole numbers are exact, and so are their sums: an int32 holds them, as in bytes they are at most 127 * 255 * D, and in 16
-// bits |k'| |m'|, whatever part of the sum it is: both are as long as LENGTH says, give or take sqrt(D) / 2, so that is below 2^31. What is
-// left is float32's rounding of a row's norm and of the last conversions, (D / 4 + 4) * 2^-23 at the very worst: less than sum_error(D).
+// Products of integers and their sums are exact, because an int32 holds them: with bytes a sum is at most 127 * 255 * D; with 16 bits any
+// part of the sum is at most the product of the integer vectors' norms, each of which is LENGTH up to sqrt(D) / 2, so it is below 2^31.
+// There remains float32's rounding of a row's norm and of the last conversions, at most (D / 4 + 4) * 2^-23, which is less than
+// sum_error(D).
 
 #include <algorithm>
 #include <cmath>
@@ -43,7 +44,7 @@ TARGET static inline float sum(reals x) {
     return total;
 }
 
-// V numbers from x on, 0 beyond `left` of them.
+// V numbers beginning at x; those after the first `left` are 0.
 TARGET static inline reals some(const float* x, int64_t left) {
     if (left >= V) return *(const reals*)x;
     reals y = reals{};
@@ -51,7 +52,7 @@ TARGET static inline reals some(const float* x, int64_t left) {
     return y;
 }
 
-// x in whole numbers, and zeros up to whole vectors of them. A vector of no length, or of one that is not finite, is 0.
+// Rounds x to integers and pads them with zeros to whole vectors. A vector whose norm is zero or not finite becomes 0.
 TARGET static Rounded round_one(const float* x, int64_t D, NUMBER* to) {
     reals squares = reals{}, most = reals{}, lost = reals{};
     for (int64_t d = 0; d < D; d += V) {
@@ -74,8 +75,8 @@ TARGET static Rounded round_one(const float* x, int64_t D, NUMBER* to) {
     return {norm, 1.0f / scale, sqrtf(sum(lost)) / scale};
 }
 
-// Some rows of a block, as panels [panel][word][16], and of each the length of a step, or 0 for a row without a direction. lost: the
-// most that rounding took from one, if that is more.
+// Rounds the rows of a block to integers, as panels [panel][word][16]. step: for each row the value of the integer 1, for the row scaled to
+// norm 1; 0 for a row without a direction. lost: raised to the largest norm of such a row's rounding error, if that is larger.
 TARGET static void pack(const float* w, int64_t count, int64_t D, NUMBER* row, int32_t* panels, float* step, float* lost) {
     const int64_t depth = words_of<NUMBER>(D);
     for (int64_t j = 0; j < round_up(count, PANEL); j++) {
@@ -87,12 +88,12 @@ TARGET static void pack(const float* w, int64_t count, int64_t D, NUMBER* row, i
         for (int64_t d = 0; d < depth; d++) {
             int32_t word = 0;
             if (j < count) memcpy(&word, row + d * 4 / sizeof(NUMBER), 4);
-            to[d * PANEL] = BYTES ? word ^ (int32_t)0x80808080 : word;  // a row's bytes have no sign: 128 more
+            to[d * PANEL] = BYTES ? word ^ (int32_t)0x80808080 : word;  // a row's bytes are unsigned, so 128 is added to each
         }
     }
 }
 
-// MR keys times one panel of 16 rows. A row's bytes are 128 too many, which `before` takes off.
+// The products of MR keys with one panel of 16 rows. Each byte of a row is 128 too large, which `before` corrects.
 TARGET static inline void scores(const int32_t* key, const int32_t* before, int64_t depth, const int32_t* panel, words s[MR][NV]) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; r++)
@@ -111,7 +112,7 @@ TARGET static inline void scores(const int32_t* key, const int32_t* before, int6
     }
 }
 
-// The keys in whole numbers, [padded][word].
+// Rounds the keys to integers, [padded][word].
 TARGET static void round_keys(const float* k, int64_t G, int64_t D, WholeKeys& keys) {
     const int64_t depth = words_of<NUMBER>(D);
     std::vector<NUMBER> key(round_up(D, 16));
@@ -122,14 +123,14 @@ TARGET static void round_keys(const float* k, int64_t G, int64_t D, WholeKeys& k
     }
 }
 
-// The KEPT best rows of all keys among some rows, best first, by scores in steps of the key: see nearest_in_integers.
+// The KEPT best rows of all keys among some rows, the best first. Scores are in steps of the key: see nearest_in_integers.
 TARGET static void nearest_part(const WholeKeys& keys, const float* w, int64_t D, int64_t first_row, int64_t last_row, float* best,
                                 int64_t* index, float* lost) {
     const int64_t S = block_rows(D), depth = words_of<NUMBER>(D), padded = keys.of.size();
     std::vector<NUMBER> row(round_up(D, 16));
     std::vector<int32_t> panels(S * depth);
     std::vector<float> step(S), bar(padded);
-    float most_lost = 0;  // of the rows so far, so of all that the bars below compare
+    float most_lost = 0;  // the largest rounding error of the rows so far, which are all that the bars below compare
     for (int64_t start = first_row; start < last_row; start += S) {
         const int64_t count = std::min(S, last_row - start);
         pack(w + start * D, count, D, row.data(), panels.data(), step.data(), &most_lost);

@@ -1,15 +1,16 @@
-// The bank on a CPU: scores, sums and updates of a block of rows in one visit, with memory for one block a thread.
+// The bank on a CPU. One visit to a block of rows computes scores, sums and updates; each thread needs memory for one block.
 //
-// Two products with the queries per pass, both in tiles that stay in the cache: cosines (MR queries x 16 rows), their
-// exponentials while they are still in registers, and the sum that they weigh. Unit vectors bound a cosine by 1, so a
-// fixed shift takes the place of a running maximum. Called through ctypes by caco/banks/kernels/fused.py; float32.
+// A pass makes two products with the queries, both in tiles that stay in the cache: first the cosines (MR queries x 16 rows), whose
+// exponentials are taken while the cosines are still in registers; then the sum of vectors that these exponentials weight. The cosine
+// of unit vectors is at most 1, so a fixed shift of the logits takes the place of a running maximum. Arithmetic is float32.
+// caco/banks/kernels/fused.py calls this file's functions through ctypes.
 //
-// One binary serves every machine: the loops (loops.h) are compiled for plain vectors, for AVX2 with FMA and for AVX-512 (sets.h), the
-// passes on AMX tiles (amx_*.h) and the searches in whole numbers (integers.h, nearest.h) beside them, and the best that the processor
-// has is taken when it is called.
+// One binary serves every machine. The loops (loops.h) are compiled for plain vectors, for AVX2 with FMA and for AVX-512 (sets.h);
+// beside them there are the passes on AMX tiles (amx_*.h) and the searches in integers (integers.h, nearest.h). Each call takes the
+// best of these that the processor has.
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // some compilers' own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // raised by some compilers' own intrinsics
 
 #include <algorithm>
 #include <atomic>
@@ -43,7 +44,7 @@ int best_set() {
 
 // The best instruction set of this processor that is no better than the one asked for; asked = -1 sets no bound.
 int chosen(int asked) {
-    static const int best = best_set();  // looked for whatever was asked: it gets the permission to use tiles
+    static const int best = best_set();  // called whatever was asked, as it requests the permission to use tiles
     if (asked == WIDE) return best >= AVX2 ? WIDE : PLAIN;
     return asked < 0 ? best : std::min(asked, best);
 }
@@ -52,7 +53,7 @@ int chosen(int asked) {
 
 extern "C" {
 
-// The Set that serves where this one is asked for, as `set` of the functions below.
+// The Set that the functions below use when they are called with this `set`.
 int caco_set(int asked) { return chosen(asked); }
 
 // How many candidates caco_nearest keeps for each key, T.
@@ -63,11 +64,11 @@ int caco_top(int set) {
     return TOP;
 }
 
-// For each of G queries over R rows of any norm, m = w / |w|:
-//   z = sum_j exp(inverse_tau q.m_j - shift), z2 the same at a second temperature (null for none), peak = max_j q.m_j,
-//   sums = sum_j exp(...) m_j  [G, D] (null for none).
-// Returns 0, or 1 where memory ran out. A row of norm zero, and anything that is not finite, makes z not finite.
-// low: AMX may round to bfloat16; the other sets are float32 whatever it says.
+// Computes for each of G queries q, over R rows w of any norm, with m = w / |w|:
+//   z = sum_j exp(inverse_tau q.m_j - shift); z2 the same at a second temperature (null: not computed); peak = max_j q.m_j;
+//   sums = sum_j exp(inverse_tau q.m_j - shift) m_j, [G, D] (null: not computed).
+// Returns 0, or 1 if memory ran out. A row of norm zero, or anything that is not finite, makes z infinite or NaN.
+// low: whether AMX may round to bfloat16. The other sets compute in float32 in any case.
 int caco_forward(const float* q, int64_t G, const float* w, int64_t R, int64_t D, float inverse_tau, float shift,
                  float inverse_tau2, float shift2, double* z, double* z2, float* peak, float* sums, int low, int threads,
                  int set) try {
@@ -113,8 +114,9 @@ int caco_forward(const float* q, int64_t G, const float* w, int64_t R, int64_t D
     return 1;
 }
 
-// The T rows of the largest cosines for each of G keys, best first, equal ones by index: values and index [G, T], and a bound
-// on the error of each key's values [G]. Rows that cannot be the nearest may be left out (-3e38 and -1).
+// Finds for each of G keys T candidates for the nearest row, the largest cosine first and equal ones by index: values and index
+// [G, T], and a bound on the error of each key's values, [G]. Rows that cannot be the nearest may be left out; then the value is -3e38
+// and the index -1. Returns 0, or 1 if memory ran out.
 int caco_nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D, float* values, int64_t* index, float* error,
                  int threads, int set) try {
     set = chosen(set);
@@ -126,8 +128,10 @@ int caco_nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D
     return 1;
 }
 
-// Move R rows and their velocities along the gradient of N queries (caco/equations.py: bank_gradient, bank_update).
-//   positive: [N], a row of these or anything else; log_sum: of each query at this temperature; grad: weight of its loss.
+// Moves R rows and their velocities along the gradient of N queries (caco/equations.py: bank_gradient, bank_update).
+//   positive: [N], the index of one of these rows, or any other number for a positive that is none of them; log_sum: [N], log of the sum
+//   of exponentials at this temperature; grad: [N], weight of the query's loss.
+// Returns 0, or 1 if memory ran out.
 int caco_update(const float* q, const int64_t* positive, const float* log_sum, const float* grad, int64_t N, float* w,
                 float* v, int64_t R, int64_t D, float inverse_tau, float pull, float push, float lr, float momentum,
                 float weight_decay, int normalise, int low, int threads, int set) try {
@@ -135,7 +139,7 @@ int caco_update(const float* q, const int64_t* positive, const float* log_sum, c
     std::vector<int64_t> first_of_row(R + 1), by_row(N);
     for (int64_t i = 0; i < N; i++)
         if (positive[i] >= 0 && positive[i] < R) first_of_row[positive[i]]++;
-    for (int64_t j = 0; j < R; j++) first_of_row[j + 1] += first_of_row[j];  // ends, which the next loop takes back to starts
+    for (int64_t j = 0; j < R; j++) first_of_row[j + 1] += first_of_row[j];  // the ends; the next loop turns them into starts
     for (int64_t i = N - 1; i >= 0; i--)
         if (positive[i] >= 0 && positive[i] < R) by_row[--first_of_row[positive[i]]] = i;
     Update u{q, nullptr, log_sum, grad, first_of_row.data(), by_row.data(), w, v, R, D, N,

@@ -1,5 +1,5 @@
-// The bank's loops for one instruction set, in a namespace that has its name. sets.h includes this once for each: V floats fill a
-// vector, a tile of scores is MR queries by 16 rows, TARGET is the attribute of every function.
+// The bank's loops for one instruction set, in a namespace of the set's name. sets.h includes this file once for each set, with these
+// macros: V floats fill a vector, a tile of scores is MR queries by 16 rows, TARGET is the attribute of every function.
 
 #include <algorithm>
 #include <cmath>
@@ -25,11 +25,12 @@ constexpr int NV = PANEL / V;
 TARGET static inline vec load(const float* at) { return *(const vec*)at; }
 TARGET static inline void store(float* at, vec x) { *(vec*)at = x; }
 
-// e^x to about one unit in the last place for x up to 88; below -87 it stays at e^-87, which no sum here can notice.
+// e^x, with an error of about one unit in the last place, for x up to 88. For x below -87 it gives e^-87, which is too small to change
+// any of the sums that it is used in.
 TARGET static inline vec exponential(vec x) {
     const vec low = vec{} - 87.0f;
     x = x < low ? low : x;
-    const vec shifted = x * 1.44269504088896341f + 12582912.0f;  // the nearest integer, in the low bits
+    const vec shifted = x * 1.44269504088896341f + 12582912.0f;  // its low bits hold the nearest integer
     const vec n = shifted - 12582912.0f;
     const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -56,7 +57,7 @@ TARGET static inline float dot(const float* a, const float* b, int64_t D) {
     return total;
 }
 
-// MR queries times one panel of 16 rows.
+// The products of MR queries with one panel of 16 rows.
 TARGET static inline void scores(const float* q, int64_t D, const float* panel, vec s[MR][NV]) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; r++)
@@ -100,8 +101,8 @@ TARGET static inline void accumulate(
         for (int v = 0; v < NV; v++) store(out + r * out_row + v * V, c[r][v]);
 }
 
-// Unit rows of a block, transposed into panels [panel][d][16]; with `rows`, also as they are, in panels [d / 16][row][16].
-// Rows beyond `count` are zero.
+// Writes the unit rows of a block into `transposed`, as panels [panel][d][16], and, unless it is null, into `rows`, not transposed, as
+// panels [d / 16][row][16]. Rows beyond `count` become zero.
 TARGET static void pack(
     const float* w, int64_t count, int64_t D, int64_t S, float* transposed, float* rows, float* inverse_norm) {
     const int64_t padded = round_up(count, PANEL), wide = round_up(D, PANEL);
@@ -119,7 +120,7 @@ TARGET static void pack(
     }
 }
 
-// Sums over some rows for some queries: see caco_forward. `q` is padded to whole tiles of queries.
+// The sums of caco_forward for some queries over some rows. f.q is padded to whole tiles of queries.
 TARGET static void forward_part(const Forward& f, int64_t first_query, int64_t last_query, int64_t first_row, int64_t last_row,
                          double* z, double* z2, float* peak, float* sums) {
     const int64_t D = f.D, S = block_rows(D), wide = round_up(D, PANEL), queries = last_query - first_query;
@@ -178,7 +179,7 @@ TARGET static void forward_part(const Forward& f, int64_t first_query, int64_t l
         for (int lane = 0; lane < V; lane++) peak[i] = std::max(peak[i], peaks[i * V + lane]);
 }
 
-// The best TOP rows of some queries among some rows, best first: see caco_nearest.
+// The TOP rows with the largest scores of some queries among some rows, the largest first: see caco_nearest.
 TARGET static void nearest_part(const Forward& f, int64_t first_query, int64_t last_query, int64_t first_row, int64_t last_row,
                          float* best, int64_t* index) {
     const int64_t D = f.D, S = block_rows(D), queries = last_query - first_query;
@@ -208,18 +209,18 @@ TARGET static void nearest_part(const Forward& f, int64_t first_query, int64_t l
     }
 }
 
-// Of a key and a row of any norm.
+// The cosine of a unit key and a row of any norm but zero.
 TARGET static inline void cosine_of(const float* k, const float* w, int64_t D, float* cosine) {
     *cosine = dot(k, w, D) * (1.0f / sqrtf(dot(w, w, D)));
 }
 
-// One row's velocity and the row. t: the sum of the queries, each by its weight and its probability.
+// Updates one row and its velocity. t: the sum of the queries, each times its weight and its probability.
 TARGET static inline void move_row(const Update& u, int64_t j, float inverse, float* __restrict__ t) {
     const int64_t D = u.D;
     float *__restrict__ w = u.w + j * D, *__restrict__ v = u.v + j * D;
     if (u.push != 1.0f)
         for (int64_t d = 0; d < D; d++) t[d] *= u.push;
-    // The positive moves by pull (1 - p) and not by push p.
+    // At its positive a query has the weight pull (1 - p) instead of push p.
     for (int64_t at = u.first_of_row[j]; at < u.first_of_row[j + 1]; at++) {
         const int64_t i = u.by_row[at];
         const float* q = u.q + i * D;
@@ -240,7 +241,7 @@ TARGET static inline void move_row(const Update& u, int64_t j, float inverse, fl
     }
 }
 
-// One block of rows: its gradient over all queries, then velocity and rows. See caco_update.
+// Updates one block of rows: first its gradient over all queries, then velocity and rows. See caco_update.
 TARGET static void update_block(const Update& u, int64_t start, float* transposed, float* tile, float* toward, float* inverse_norm) {
     const int64_t D = u.D, S = block_rows(D), wide = round_up(D, PANEL), tile_rows = S + PANEL;
     const int64_t count = std::min(S, u.R - start), panels = round_up(count, PANEL) / PANEL;

@@ -1,5 +1,5 @@
-// The search for the nearest rows on sets without tiles: in whole numbers first, where the processor multiplies them faster; then the
-// rows that can be the nearest are looked at in float32, and all rows for the keys that leave too many in question.
+// The search for the nearest rows on instruction sets without tiles. Where the processor multiplies integers faster, it begins with
+// integers: then the rows that can still be the nearest are compared in float32. For keys that leave too many such rows, all rows are.
 
 #pragma once
 
@@ -19,7 +19,7 @@ struct Keys {
     int64_t count;
 };
 
-// By float32 throughout: see caco_nearest.
+// The search in float32 throughout: see caco_nearest.
 bool nearest_in_floats(const Keys& keys, const float* w, int64_t R, int64_t D, float* values, int64_t* index, float* error, int threads,
                        int set) {
     const Shares shares(keys.count, R, D, threads);
@@ -41,13 +41,13 @@ bool nearest_in_floats(const Keys& keys, const float* w, int64_t R, int64_t D, f
     return true;
 }
 
-// The same by whole numbers, and float32 for the rows that they leave in question. crowded: the keys for which these are more than are
-// kept, or which have no direction; of these nothing is said.
+// The same search in integers, and in float32 for the rows that the integers leave undecided. crowded: the keys that leave more such rows
+// than are kept, and the keys without a direction; for these keys nothing is written.
 bool nearest_in_integers(const Integers& in, const Keys& keys, const float* w, int64_t R, int64_t D, float* values, int64_t* index,
                          float* error, std::vector<int64_t>& crowded, int threads, int set) {
     const int64_t G = keys.count, padded = round_up(G, 12), blocks = (R + block_rows(D) - 1) / block_rows(D);
     if ((double)G * R * D < 4.0e6) threads = 1;
-    // Every row is rounded once, so the rows are cut and not the keys.
+    // The threads share the rows and not the keys, so that every row is rounded only once.
     const int64_t wanted = std::min<int64_t>({blocks, MOST_ROW_SHARES, threads}), rows = (blocks + wanted - 1) / wanted * block_rows(D);
     const int64_t shares = (R + rows - 1) / rows;
     WholeKeys whole{std::vector<int32_t>(padded * in.depth(D)), std::vector<int32_t>(padded), std::vector<Rounded>(padded)};
@@ -70,7 +70,7 @@ bool nearest_in_integers(const Integers& in, const Keys& keys, const float* w, i
         }
         int64_t count = 0;
         while (score[count] >= reach) count++;
-        std::sort(&kept[i * KEPT], &kept[i * KEPT] + count);  // equal ones by row
+        std::sort(&kept[i * KEPT], &kept[i * KEPT] + count);  // by row, so that equal cosines stay in the order of their rows
         std::fill_n(values + i * TOP, TOP, -3.0e38f), std::fill_n(index + i * TOP, TOP, -1);
         for (int64_t c = 0; c < count; c++) {
             const int64_t j = kept[i * KEPT + c];
@@ -83,7 +83,7 @@ bool nearest_in_integers(const Integers& in, const Keys& keys, const float* w, i
     return true;
 }
 
-// By each way in turn, the fastest first, for the keys that the one before left in question.
+// Tries the searches in turn, the fastest first, each for the keys that the one before could not decide.
 bool nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D, float* values, int64_t* index, float* error, int threads,
              int set) {
     std::vector<int64_t> left(G), crowded;
@@ -100,7 +100,7 @@ bool nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D, fl
                                                       crowded, threads, set)
                                 : nearest_in_floats(keys, w, R, D, their_values.data(), their_index.data(), their_error.data(), threads, set)))
             return false;
-        for (int64_t c = 0; c < keys.count; c++) {  // of the crowded ones too: the next way writes over them
+        for (int64_t c = 0; c < keys.count; c++) {  // crowded keys too: the next search overwrites their results
             std::copy_n(&their_values[c * TOP], TOP, values + left[c] * TOP);
             std::copy_n(&their_index[c * TOP], TOP, index + left[c] * TOP);
             error[left[c]] = their_error[c];

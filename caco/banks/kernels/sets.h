@@ -1,7 +1,7 @@
-// The loops for each instruction set that has no tiles: plain, avx2, wide and avx512. "wide" is the tile of AVX-512 in AVX2's
-// instructions, for tests. And the searches in whole numbers: 16 bits on AVX2 (avx2_words, wide_words), 8 and 16 bits where the processor
-// adds up their products in one instruction (AVX512_VNNI: vnni_bytes, vnni_words). AVX-512 without it multiplies 16 bits no faster than
-// float32.
+// The loops for each instruction set without tiles: plain, avx2, wide and avx512. "wide" is the tile size of AVX-512 in AVX2's
+// instructions; only tests use it. Also the searches in integers: 16 bits on AVX2 and wide (avx2_words), and 8 and 16 bits on AVX-512 if
+// the processor sums their products in one instruction (AVX512_VNNI: vnni_bytes, vnni_words). Without that instruction AVX-512 multiplies
+// 16-bit integers no faster than float32.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "bank.h"
-#include "loops.h"  // for any processor
+#include "loops.h"  // the set "plain", for any processor
 
 #if defined(__x86_64__)
 #define SET avx2
@@ -64,7 +64,7 @@
 
 namespace {
 
-enum Set { PLAIN, AVX2, AVX512, AMX, WIDE };  // as caco/instructions.py numbers them
+enum Set { PLAIN, AVX2, AVX512, AMX, WIDE };  // caco/instructions.py has the same numbers
 
 #if defined(__x86_64__)
 #define DISPATCH(set, call)                     \
@@ -78,14 +78,14 @@ enum Set { PLAIN, AVX2, AVX512, AMX, WIDE };  // as caco/instructions.py numbers
 #define DISPATCH(set, call) plain::call
 #endif
 
-// One of the searches in whole numbers.
+// The functions of one search in integers.
 struct Integers {
     int64_t (*depth)(int64_t D);
     void (*round_keys)(const float*, int64_t, int64_t, WholeKeys&);
     void (*nearest_part)(const WholeKeys&, const float*, int64_t, int64_t, int64_t, float*, int64_t*, float*);
 };
 
-// Those of a set, the fastest first.
+// The searches in integers that an instruction set has, the fastest first.
 std::vector<Integers> integers_of(int set, int64_t D) {
     std::vector<Integers> ways;
 #if defined(__x86_64__)

@@ -1,23 +1,23 @@
-"""The bank's fused passes on CUDA, in Triton: those of caco/banks/kernels/fused.py, by the same names and signatures.
+"""The bank's fused passes on CUDA, in Triton, with the names and signatures of caco/banks/kernels/fused.py.
 
-In what blocks they work on which card is a table, caco/banks/kernels/cards.py.
+A table, caco/banks/kernels/cards.py, holds the block sizes for each GPU.
 
-Checked in Triton's interpreter, on a CPU, and compiled ahead of time for sm_80 and sm_90 (benchmarks/kernels.py): they
-never ran on a GPU. So the first use on a card tries them there (`trial`), and where that fails PyTorch streams the
-bank.
+The kernels have been checked in Triton's interpreter on a CPU and compiled ahead of time for sm_80 and sm_90
+(benchmarks/kernels.py). They have never run on a GPU. So the first use on a GPU compares them with the equations there
+(`trial`), and if that fails PyTorch streams the bank.
 
-A program owns a block of queries and a share of the rows (`forward`, `nearest`), one query and a share (`exact`), or a
-block of rows and all queries (`update`). Shares are summed in their order and nothing is added atomically: the same
-card gives the same bits again. Nothing here waits for the card: where work depends on what it has found, it is given
-all programs there may be, and those that are not needed end at once.
+A Triton program owns a block of queries and a share of the rows (`forward`, `nearest`), one query and a share of the
+rows (`exact`), or a block of rows and all queries (`update`). The shares are summed in a fixed order and nothing is
+added atomically, so the same GPU gives the same bits again. The host never waits for the GPU here: where the work
+depends on what the GPU has found, as many programs are launched as could be needed, and the others end at once.
 
-Products are bfloat16's with float32 sums where the run's precision is (`bf16`), else tf32x3: three products of the
-tensor cores that together keep float32's rounding, at two and a half times the peak of the plain float32 units (A100:
-156/3 against 19.5 TFLOP/s, H100: 495/3 against 67, as published). Float32's factors take twice four bytes an element,
-so their first product goes over the width in chunks; bfloat16's takes it whole.
+With `bf16` the products take bfloat16 factors and float32 sums. Otherwise they are tf32x3: three tensor-core products
+that together keep float32's rounding, at two and a half times the peak of the plain float32 units (published figures:
+A100 156/3 against 19.5 TFLOP/s, H100 495/3 against 67). Float32 factors take two times four bytes an element, so their
+first product goes over the width in chunks; with bfloat16 it takes the whole width at once.
 
-Shapes: N queries, S rows in one block, R rows, D width, D2 the power of two that holds it, C columns in one chunk, P
-shares of the rows, T candidates, A all candidates of a query.
+Shapes: N queries, S rows in one block, R rows, D width, D2 the next power of two, C columns in one chunk, P shares of
+the rows, T candidates, A all candidates of a query.
 """
 
 import contextlib
@@ -36,19 +36,19 @@ from caco.banks.kernels.cards import CHUNK, WIDE, WIDEST, Card, card
 
 TOP = 4  # candidates for each key
 LOG2_E = 1.4426950408889634
-# How far a cosine of unit vectors is off whose factors were rounded to bfloat16: by 2^-9 each, and a little for their
-# sum.
+# Bound on the error of a cosine of unit vectors that were rounded to bfloat16: 2^-9 for each vector, and a little for
+# the sum.
 ROUNDING = 1.02 * 2**-8
-TIE = 1e-12  # of float64 cosines, as caco/banks/scoring.py has it
-EXACT_ROWS = 16  # that a program of `exact` holds in float64, in registers
+TIE = 1e-12  # of float64 cosines, as in caco/banks/scoring.py
+EXACT_ROWS = 16  # rows that a program of `exact` holds in float64, in registers
 PART = 1024  # keys whose candidates are compared at a time
 
-# On the card.
+# On the GPU.
 
 
 @triton.jit
 def _block(x_ptr, first, last, ROWS: tl.constexpr, D: tl.constexpr, start, COLUMNS: tl.constexpr):
-    """Pointers to a block of x's rows and columns, and which of them there are."""
+    """Pointers to a block of x's rows and columns, and a mask of those that lie inside x."""
     row_S, column_C = tl.arange(0, ROWS), start + tl.arange(0, COLUMNS)
     there_SC = (row_S < last - first)[:, None] & (column_C < D)[None, :]
     return x_ptr + tl.cast(first, tl.int64) * D + (row_S[:, None] * D + column_C[None, :]), there_SC
@@ -65,7 +65,7 @@ def _products(
     a_ptr, first_a, last_a, A: tl.constexpr, b_ptr, first_b, last_b, B: tl.constexpr,
     D: tl.constexpr, D2: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of a's rows and one of b's, [A, B], and the squares of b's, [B]."""
+    """Products of a block of a's rows with a block of b's rows, [A, B], and the squared norms of b's rows, [B]."""
     dot_AB = tl.zeros((A, B), tl.float32)
     square_B = tl.zeros((B,), tl.float32)
     for start in range(0, D2, C):
@@ -94,7 +94,7 @@ def forward_kernel(
         there_S = row + tl.arange(0, BLOCK_R) < R
         dot_NS, square_S = _products(q_ptr, first_query, N, BLOCK_N, w_ptr, row, R, BLOCK_R, D, D2, C, PRECISION, TYPE)
         inverse_S, beyond_S = tl.where(there_S, tl.rsqrt(square_S), 0.0), tl.where(there_S, 0.0, float("-inf"))
-        # The mask and the shift are one term of a row, added as its logits are scaled.
+        # Mask and shift are joined into one number for each row, which is added as the logits are scaled.
         logit_NS = dot_NS * (inverse_S * scale)[None, :] + (beyond_S - shift)[None, :]
         peak_N = tl.maximum(peak_N, tl.max(logit_NS, 1))
         e_NS = tl.exp2(logit_NS)
@@ -124,8 +124,8 @@ def nearest_kernel(
     PRECISION: tl.constexpr,
     T: tl.constexpr,
 ):  # fmt: skip
-    """Each place in a block keeps its best row; the largest cosine that some place did not keep is told with them. Of
-    blocks beyond the first so many queries (count) nothing is looked for.
+    """Each place in a block keeps its best row. Stored are the best T of these rows, and as a bound the largest cosine
+    of all other rows. Only the blocks that hold some of the first `count` queries are searched.
     """
     share, first_query = tl.program_id(1), tl.program_id(0) * BLOCK_N
     TYPE: tl.constexpr = q_ptr.dtype.element_ty
@@ -158,7 +158,7 @@ def exact_kernel(
     k_ptr, w_ptr, cosine_ptr, row_ptr, wanted_ptr, N, R, rows_of_share,
     D: tl.constexpr, D2: tl.constexpr, BLOCK_R: tl.constexpr, TIE: tl.constexpr,
 ):  # fmt: skip
-    """The nearest row of a key in float64, the first of equals, where it is wanted."""
+    """The nearest row of a key in float64, the first one among equals, for the keys for which it is wanted."""
     key, share = tl.program_id(0), tl.program_id(1)
     column_D = tl.arange(0, D2)
     k_D = tl.load(k_ptr + key * D + column_D, mask=column_D < D, other=0.0).to(tl.float64)
@@ -195,7 +195,7 @@ def update_kernel(
     for query in range(0, N, BLOCK_N):
         query_N = query + tl.arange(0, BLOCK_N)
         there_N = query_N < N
-        log_sum_N = tl.load(log_sum_ptr + query_N, mask=there_N, other=float("inf"))  # so p is 0 beyond the last
+        log_sum_N = tl.load(log_sum_ptr + query_N, mask=there_N, other=float("inf"))  # makes p 0 after the last query
         weight_N = tl.load(weight_ptr + query_N, mask=there_N, other=0.0)
         positive_N = tl.load(positive_ptr + query_N, mask=there_N, other=-1)
         q_ND = _load(q_ptr, query, N, BLOCK_N, D, 0, D2)
@@ -207,8 +207,9 @@ def update_kernel(
             (push * weight_N)[None, :] * p_SN,
         )
         toward_SD = tl.dot(move_SN.to(TYPE), q_ND, toward_SD, input_precision=PRECISION)
-    # A zero that the compiler does not know: else it keeps the addresses from before the loop in registers all through
-    # it. The barriers keep it from reading everything at once, for the same reason.
+    # A zero that the compiler cannot know to be one: otherwise it would hold the addresses from before the loop in
+    # registers throughout the loop. The barriers keep it from reading everything at once, which would take registers
+    # too.
     zero = tl.program_id(2)
     w_at_SD, there_SD = _block(w_ptr, first_row, R, BLOCK_R, D, zero, D2)
     v_at_SD, _ = _block(v_ptr, first_row, R, BLOCK_R, D, zero, D2)
@@ -227,11 +228,11 @@ def update_kernel(
     tl.store(w_at_SD, w_SD, mask=there_SD)
 
 
-# On the host.
+# On the CPU.
 
 
 def constants(name: str, D: int, *, bf16: bool, on: Card) -> tuple[dict, dict]:
-    """What a kernel is compiled for, and how it is launched."""
+    """The constants that a kernel is compiled with, and the options that it is launched with."""
     D2 = max(16, triton.next_power_of_2(D))
     if name == "exact":
         return {"D": D, "D2": D2, "BLOCK_R": EXACT_ROWS, "TIE": TIE}, {"num_warps": 4, "num_stages": 1}
@@ -243,10 +244,12 @@ def constants(name: str, D: int, *, bf16: bool, on: Card) -> tuple[dict, dict]:
 def _launch(
     name: str, q_ND: Tensor, w_RD: Tensor, outputs, arguments, bf16: bool, *, before: Sequence[Tensor] = (), **flags
 ) -> list[Tensor]:  # fmt: skip
-    """Start a kernel over blocks of queries and shares of rows; returns its outputs of every share.
+    """Launch a kernel over blocks of queries and shares of rows; returns its outputs for every share, [P, N, ...] each.
 
     Args:
-        outputs: type and shape, after [P, N], of each. before, arguments: of the kernel, before and behind its sizes.
+        outputs: for each output its dtype and the dimensions after [P, N].
+        arguments: the kernel's arguments that follow its sizes.
+        before: the kernel's arguments that precede its sizes.
     """
     N, (R, D) = len(q_ND), w_RD.shape
     fixed, options = constants(name, D, bf16=bf16, on=_card(w_RD.device))
@@ -255,7 +258,7 @@ def _launch(
         triton.cdiv(R, fixed["BLOCK_R"]),
         _processors(w_RD.device),
     )
-    # As many shares as leave the fewest processors idle in the last turn.
+    # The number of shares that leaves the fewest multiprocessors idle in the last round.
     shares = min(
         range(1, min(row_blocks, max(4, processors // blocks)) + 1),
         key=lambda P: triton.cdiv(blocks * P, processors) / P,
@@ -273,7 +276,7 @@ def _launch(
 def forward(
     q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, bf16: bool = False
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """As fused.forward."""
+    """As `fused.forward`."""
     z, z2, peak, sums = _launch(
         "forward", q_GD, w_RD,
         [(torch.float64, ()), (torch.float64, ()), (torch.float32, ()), (torch.float32,
@@ -285,21 +288,21 @@ def forward(
 
 
 def nearest_row(k_GD: Tensor, w_RD: Tensor) -> Tensor:
-    """As fused.nearest_row.
+    """As `fused.nearest_row`.
 
-    The bank is searched in bfloat16, whatever the run's precision. The keys from which rounding may have hidden their
-    row are searched for in float32, and those whose row that does not settle in float64. Candidates are compared in
-    float64.
+    The bank is searched in bfloat16, whatever the run's precision is. Keys for which rounding may have hidden the
+    nearest row are searched again in float32, and those that this does not settle in float64. Candidates are compared
+    in float64.
     """
     G, (R, D) = len(k_GD), w_RD.shape
     all_G = torch.arange(G, device=k_GD.device)
     row_GT, bound_G = _candidates(k_GD, w_RD, torch.full_like(all_G[:1], G, dtype=torch.int32), bf16=True)
     best_G, row_G = _best(k_GD, w_RD, row_GT)
     unsure_G = bound_G + ROUNDING >= best_G - TIE
-    # Those first, so that they fill whole blocks; how many they are, only the card knows.
+    # The unsure keys go first, so that they fill whole blocks; only the GPU knows how many they are.
     order_G, count = unsure_G.byte().argsort(descending=True, stable=True), unsure_G.sum(dtype=torch.int32)
     more_GT, bound_G = _candidates(k_GD[order_G], w_RD, count[None], bf16=False)
-    more_GT = more_GT.masked_fill((all_G >= count)[:, None], -1)  # of the other blocks nothing was looked for
+    more_GT = more_GT.masked_fill((all_G >= count)[:, None], -1)  # the other keys were not searched for
     place_G = order_G.argsort()
     best_G, row_G = _best(k_GD, w_RD, torch.cat([row_GT, more_GT[place_G]], 1))
     error = (D + 8) * torch.finfo(torch.float32).eps
@@ -309,12 +312,14 @@ def nearest_row(k_GD: Tensor, w_RD: Tensor) -> Tensor:
     )
     tied_PG = cosine_PG >= cosine_PG.amax(0) - TIE
     exact_G = devices.where_or(tied_PG, row_PG.long(), torch.iinfo(torch.int64).max).amin(0)
-    return torch.where(unsure_G, exact_G, row_G).clamp(0, R - 1)  # all cosines of a key may be NaN: `score` says so
+    return torch.where(unsure_G, exact_G, row_G).clamp(0, R - 1)  # all cosines of a key may be NaN: `score` refuses it
 
 
 def _candidates(k_GD: Tensor, w_RD: Tensor, count: Tensor, *, bf16: bool) -> tuple[Tensor, Tensor]:
-    """Rows of large cosines, [G, T] (-1: none), and the largest cosine of all others, [G]; of the first `count` keys,
-    int32 [1].
+    """Rows with large cosines, [G, T] (-1 for no row), and a bound on the cosines of all other rows, [G].
+
+    Args:
+        count: int32 [1], how many keys, from the first on, are searched for.
     """
     value, row, bound = _launch(
         "nearest", k_GD, w_RD, [(torch.float32, (TOP,)), (torch.int32, (TOP,)), (torch.float32, ())], [], bf16,
@@ -327,7 +332,7 @@ def _candidates(k_GD: Tensor, w_RD: Tensor, count: Tensor, *, bf16: bool) -> tup
 
 
 def _best(k_GD: Tensor, w_RD: Tensor, row_GA: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each key's candidates the largest cosine, float64 [G], and its row, the first of equals."""
+    """The largest cosine among each key's candidates, float64 [G], and its row, the first one among equals."""
     best, rows = [], []
     for k_gD, row_gA in zip(k_GD.split(PART), row_GA.split(PART), strict=True):
         w_gAD = w_RD[row_gA.clamp(0, len(w_RD) - 1)].double()
@@ -344,11 +349,11 @@ def update(
     tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool,
     bf16: bool = False,
 ) -> None:  # fmt: skip
-    """As fused.update."""
+    """As `fused.update`."""
     assert w_RD.is_contiguous() and velocity_RD.is_contiguous()
     R, D = w_RD.shape
     fixed, options = constants("update", D, bf16=bf16, on=_card(w_RD.device))
-    with _on(w_RD):  # floats, as a kernel is compiled anew for integers
+    with _on(w_RD):  # the numbers as floats: Triton would compile the kernel anew for integers
         KERNELS["update"][triton.cdiv(R, fixed["BLOCK_R"]),](
             _factors(q_ND, bf16), positive_N.clamp(-1, R).int(), log_sum_N * LOG2_E, weight_N.contiguous(), w_RD,
             velocity_RD,
@@ -372,7 +377,7 @@ def _processors(device: torch.device) -> int:
 
 @functools.cache
 def _card(device: torch.device) -> Card:
-    """The table's entry for this card."""
+    """The entry of the table of cards for this device."""
     if device.type != "cuda":
         return card((0, 0), 0)
     properties = torch.cuda.get_device_properties(device)
@@ -385,15 +390,15 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def trial(device: torch.device, D: int) -> None:
-    """Run every kernel once and compare it with the equations in float64.
+    """Run every kernel once for width D and compare it with the equations in float64.
 
     Raises:
-        ValueError: wider than the kernels are made for.
-        ArithmeticError: they give something else here.
-        Exception: whatever compiler and driver raise.
+        ValueError: D is larger than the kernels are made for.
+        ArithmeticError: a kernel's result differs from the equations on this device.
+        Exception: whatever Triton's compiler and the driver raise.
     """
     if D > WIDEST:
-        raise ValueError(f"they are made for widths up to {WIDEST}; got {D}")
+        raise ValueError(f"the kernels are made for widths up to {WIDEST}; got {D}")
     N, R, tau, bank_tau, settings = 70, 300, 0.3, 0.2, {"lr": 3.0, "momentum": 0.9}
     generator = torch.Generator().manual_seed(0)
     q, k, w, v = (F.normalize(torch.randn(rows, D, generator=generator), dim=1).to(device) for rows in (N, N, R, R))
@@ -415,7 +420,7 @@ def trial(device: torch.device, D: int) -> None:
         assert sums is not None
         row = nearest_row(k, w)
         if row[0] != 7:
-            raise ArithmeticError(f"of equal rows the first is row 7; they found row {int(row[0])}")
+            raise ArithmeticError(f"the first of the equal rows is row 7; the kernels found row {int(row[0])}")
         nearest_m = m[row]
         new_w, new_v = w.clone(), v.clone()
         update(
@@ -426,5 +431,5 @@ def trial(device: torch.device, D: int) -> None:
             off = ((got - exact).norm() / exact.norm()).item()
             if not off < tolerance:
                 raise ArithmeticError(
-                    f"a result of theirs is off by {off:.1e} of its size in {'bfloat16' if bf16 else 'float32'}"
+                    f"a kernel's result is off by {off:.1e} of its size in {'bfloat16' if bf16 else 'float32'}"
                 )

@@ -1,3 +1,3 @@
-"""Batches of views: order, random numbers, threads, worker processes, FFCV; and passes over a whole set.
+"""Batches of views: the order of images, random numbers, threads, worker processes, FFCV; and passes over a whole set.
 
 Not here: what an image set or a view is (caco/data/sets, caco/data/views)."""

@@ -1,4 +1,5 @@
-"""What every loader makes batches with: which images, whose random numbers, by the compiled views, in what memory."""
+"""What all loaders share: the order of images, a batch and its memory, images that stand in for unreadable ones, and
+the call of the compiled views."""
 
 import contextlib
 import hashlib
@@ -18,11 +19,15 @@ from caco.data.views.augmentation import Views
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's images.
+    """The images of one step.
 
-    views[v]: float32 [B, 3, H, W], normalised, channels_last. index: int64 [B], positions in the source; -1 of an image
-    that only fills the last batch of a pass over all images (images.py). label: int64 [B], -1 unlabelled. patches:
-    float32 [B, P, 3, h, w], of the view that is cut into P patches; None where none is.
+    Attributes:
+        views: for each view float32 [B, 3, H, W], normalised, channels_last; C instead of 3 channels for images with
+            data.channels=C.
+        index: int64 [B], positions in the source. -1 marks an image that only fills up the last batch of a pass over
+            all images (images.py).
+        label: int64 [B]; -1 means unlabelled.
+        patches: float32 [B, P, 3, h, w], the P patches of the view that is cut; None if no view is cut.
     """
 
     views: list[torch.Tensor]
@@ -31,7 +36,7 @@ class Batch:
     patches: torch.Tensor | None = None
 
     def parts(self, count: int) -> "Iterator[Batch]":
-        """The batch cut into so many equal ones."""
+        """Divide the batch into `count` parts of equal size."""
         views = [view.chunk(count) for view in self.views]
         patches = None if self.patches is None else self.patches.chunk(count)
         for part, (index, label) in enumerate(zip(self.index.chunk(count), self.label.chunk(count), strict=True)):
@@ -39,43 +44,47 @@ class Batch:
 
 
 def mixed_seed(*numbers: int) -> int:
-    """64 well-mixed bits of any integers: neighbours, and the same numbers in another order, are as far apart as
-    any.
+    """Mix any integers into 64 bits that look random. Neighbouring integers, or the same integers in another order,
+    give unrelated results.
     """
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
 
 
 class Order:
-    """Keys (epoch, indices) of one rank's part of each batch, so that workers need no state.
+    """Iterates over (epoch, indices) for one rank: its share of each batch. Whoever makes a batch needs no other state.
 
-    steps: of an epoch. taken, own: images of it, of all ranks and of this one. size: of this rank's part of a whole
-    batch.
+    Attributes:
+        epoch, start_step: where the next iteration begins.
+        chosen: int64, an order of images to use instead of the epoch's own; None uses its own.
+        steps: number of steps of an epoch.
+        taken, own: number of images that an epoch uses, over all ranks and on this rank.
+        size: number of images of this rank in a whole batch.
     """
 
     def __init__(self, num_images: int, *, batch: int, seed: int, rank: int, world: int, drop_last: bool = True):
         self.num_images, self.batch, self.seed = num_images, batch, seed
         self.rank, self.world, self.size = rank, world, batch // world
         left = num_images % batch
-        keep = not drop_last and left >= world  # every rank has an image of it
+        keep = not drop_last and left >= world  # the smaller last batch is used only if every rank gets an image of it
         self.steps, self.taken = num_images // batch + keep, num_images if keep else num_images - left
         self.own = sum(part.stop - part.start for part in map(self.part_of, range(self.steps)))
-        self.epoch, self.start_step = 0, 0  # set before each iteration, as is
+        self.epoch, self.start_step = 0, 0  # set before each iteration, and so is `chosen`
         self.chosen: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.steps - self.start_step
 
     def images_of(self, step: int) -> int:
-        """Images of a step, over all ranks."""
+        """Number of images in this step, over all ranks."""
         return min(self.batch, self.taken - step * self.batch)
 
     def part_of(self, step: int) -> slice:
-        """This rank's places in an epoch's order, of a step."""
+        """The places of this rank's images of this step in the epoch's order."""
         first, count = step * self.batch, self.images_of(step)
         return slice(first + self.rank * count // self.world, first + (self.rank + 1) * count // self.world)
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """All images in the order of an epoch that was given none."""
+        """The epoch's own order of all images, int64 [N]."""
         return np.random.default_rng(mixed_seed(self.seed, epoch)).permutation(self.num_images)
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -86,10 +95,11 @@ class Order:
 
 @dataclass(frozen=True)
 class Pixels:
-    """A batch as it was made: a view is uint8 [B, H, W, 3], a quarter of the bytes of floats, or normalised float32;
-    patches come last, uint8 [B, P, H, W, 3].
+    """A batch before it is put on its device. Each view is uint8 [B, H, W, 3], a quarter of the bytes of floats, or
+    normalised float32. Patches, if there are any, come last, uint8 [B, P, H, W, 3].
 
-    stand_ins: (index of an unreadable image, index of the one in its place) pairs.
+    Attributes:
+        stand_ins: (index of an unreadable image, index of the image used instead) pairs.
     """
 
     views: list[torch.Tensor]
@@ -98,7 +108,7 @@ class Pixels:
     stand_ins: list[tuple[int, int]] = field(default_factory=list)
 
     def __reduce__(self):
-        """Between processes, as arrays: pickled tensors would go through files of /dev/shm."""
+        """Pickle as arrays, because pickled tensors travel between processes through files in /dev/shm."""
         return _received, (
             [view.numpy() for view in self.views],
             self.index.numpy(),
@@ -110,8 +120,8 @@ class Pixels:
 def _received(
     views: list[np.ndarray], index: np.ndarray, label: np.ndarray, stand_ins: list[tuple[int, int]]
 ) -> Pixels:
-    """A batch from another process. The memory of its views is used again by a later one, that of what is kept is its
-    own.
+    """Unpickle a batch from another process. A later batch will reuse the memory of the views, so what outlives the
+    batch, index and labels, is copied.
     """
     return Pixels(
         [torch.from_numpy(view) for view in views],
@@ -122,21 +132,21 @@ def _received(
 
 
 def pixels(made: list[torch.Tensor], source: Source, indices: np.ndarray, taken: np.ndarray) -> Pixels:
-    """A batch of the images `taken`, which differ from `indices` where one had to stand in."""
+    """A batch of the images `taken`; these differ from the requested `indices` where an image stands in for another."""
     labels = np.full(len(taken), -1) if source.labels is None else source.labels[taken]
     stand_ins = [(int(index), int(other)) for index, other in zip(indices, taken, strict=True) if index != other]
     return Pixels(made, torch.from_numpy(taken.copy()), torch.from_numpy(labels), stand_ins)
 
 
-MAX_TRIES = 100  # images one after the other that cannot be read: then something else is wrong
+MAX_TRIES = 100  # after this many unreadable images in a row, the cause is something else than single damaged files
 
 
 def those_after(index: int, source: Source, *, same_class: bool = False) -> Iterator[int]:
-    """The images that may stand in for an unreadable one, in order: the next ones, of its class where labels must stay
-    what they are.
+    """The images that may stand in for an unreadable one, in order: the images that follow it, or only those of its
+    class if labels matter.
 
     Raises:
-        UnreadableImage: none of the first ones can be read either.
+        UnreadableImage: the caller has used up all candidates, at most MAX_TRIES.
     """
     count, tried = len(source), 0
     labels = source.labels if same_class else None
@@ -153,7 +163,7 @@ def those_after(index: int, source: Source, *, same_class: bool = False) -> Iter
 
 
 def first_readable(index: int, source: Source, *, same_class: bool = False) -> tuple[int, np.ndarray]:
-    """The image that stands in for an unreadable one: its position and pixels. See `those_after`."""
+    """Position and pixels of the image that stands in for an unreadable one. See `those_after`."""
     for other in those_after(index, source, same_class=same_class):
         with contextlib.suppress(UnreadableImage):
             return other, source.pixels(other)
@@ -161,10 +171,11 @@ def first_readable(index: int, source: Source, *, same_class: bool = False) -> t
 
 
 def say_stand_ins(source: Source, pairs: Iterable[tuple[int, int]], known: dict[int, int]) -> None:
-    """Names each image that another stands in for, once.
+    """Print a message for each new image that another image stands in for.
 
     Args:
-        pairs: (the image, the one that stands in for it). known: those that were said; the others are added.
+        pairs: (unreadable image, image that stands in for it).
+        known: the pairs that were printed already; new ones are added.
     """
     for index, other in pairs:
         if index not in known:
@@ -177,15 +188,15 @@ def say_stand_ins(source: Source, pairs: Iterable[tuple[int, int]], known: dict[
 
 
 def called(source: Source, index: int) -> str:
-    """An image by its file, where it has one."""
+    """A name for an image in messages: its file if it has one of its own."""
     return str(source.path(index) or f"image {index} of {source.name}")
 
 
 def refuse_unreadable(source: Source, corrupt: str) -> None:
-    """Before anything begins, where it is known already which images cannot be read and none may stand in for them.
+    """Fail before training starts, if it is known already that images cannot be read and none may stand in for them.
 
     Raises:
-        UnreadableImage: the first one is named, and how many there are.
+        UnreadableImage: names the first such image and counts the others.
     """
     if source.damaged and corrupt == "fail":
         more = (
@@ -197,19 +208,23 @@ def refuse_unreadable(source: Source, corrupt: str) -> None:
 
 
 class Compiled:
-    """All views of a batch in one compiled call, in memory that is used again; floats for a CPU, bytes for a GPU.
+    """Makes all views of a batch in one compiled call, in memory that is reused: normalised floats for a CPU, bytes for
+    a GPU.
 
-    Where a recipe has operations that are not compiled, or patches, these follow, and it is bytes for both.
+    If steps follow that are not compiled (patches, operations in `then`, other colour spaces), the results are bytes on
+    both.
     """
 
     def __init__(self, views: Views, device: torch.device, num_threads: int):
         self.kinds, self.settings, self.num_threads = views.kinds, views.settings(), num_threads
-        # A GPU is sent a quarter of the bytes and normalises there; on a CPU this call does it in passing.
+        # Bytes are a quarter of the data to send to a GPU, which normalises them there. On a CPU, the compiled call
+        # normalises at little extra cost.
         self._dtype = torch.float32 if device.type == "cpu" and views.compiled_alone else torch.uint8
         self._memory = _Memory(device)
 
     def __call__(self, rows: np.ndarray, samples: np.ndarray, stream: int) -> tuple[list[torch.Tensor], np.ndarray]:
-        """A tensor [B, H, W, 3] a view, patches last, and bool [B]: which images could not be decoded."""
+        """Make the views: a tensor [B, H, W, 3] for each view, patches last; and bool [B], which images could not be
+        decoded."""
         kinds = self.kinds
         drawn = [self._memory.take(shape, self._dtype) for shape in kinds.shapes(len(rows))]
         out = [view.numpy() for view in drawn]
@@ -223,8 +238,8 @@ class Compiled:
 
 
 class _Memory:
-    """Tensors whose memory is used again once nobody holds them any more: fresh pages cost more than what is done
-    here.
+    """Tensors whose memory is reused once nobody holds them, because fresh memory pages cost more time than making the
+    views.
     """
 
     def __init__(self, device: torch.device):
@@ -237,13 +252,13 @@ class _Memory:
         size = math.prod(shape) * dtype.itemsize
         free = self._free.setdefault(size, [])
         memory = free.pop() if free else _aligned(size)
-        handed_out = memory.view()  # dies with the last tensor that shares it
+        handed_out = memory.view()  # freed when the last tensor that shares it is freed
         weakref.finalize(handed_out, free.append, memory).atexit = False
         return torch.from_numpy(handed_out).view(dtype).view(shape)
 
 
 def _aligned(size: int) -> np.ndarray:
-    """Bytes that begin a cache line: whole lines are written past the caches."""
+    """Memory that starts at a cache line, so that the compiled code can write whole lines past the caches."""
     memory = np.empty(size + 63, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size]

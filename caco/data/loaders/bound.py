@@ -1,5 +1,5 @@
-"""A loader bound to data: batches on their device whose randomness depends on (seed, epoch, sample, view) and on
-nothing else.
+"""A loader that is bound to data. It gives batches on their device; their randomness depends on (seed, epoch, sample,
+view) and on nothing else.
 """
 
 from abc import abstractmethod
@@ -16,15 +16,16 @@ from caco.data.sets.sources import Source, UnreadableImage
 from caco.data.views.augmentation import Views
 from caco.errors import UserError
 
-Made = Pixels | UnreadableImage  # a batch, or why there is none
+Made = Pixels | UnreadableImage  # a batch, or the error that prevented it
 
 
 class Loader(Protocol):
-    """Settings of a loader, whose `bind` gives them data; every loader makes the same batches, to the bit.
+    """A loader's settings; `bind` combines them with data. All loaders make the same batches, to the bit.
 
-    num_workers: threads or processes that make views; passes over a whole set, as evaluations take them, have as many.
-    corrupt: whether an image that cannot be read ends the run (fail), or another stands in for it (skip), in
-    evaluations too.
+    Attributes:
+        num_workers: threads or processes that make views. Passes over a whole set, as in evaluations, use as many.
+        corrupt: whether an unreadable image ends the run (fail) or another image stands in for it (skip). This also
+            applies to evaluations.
     """
 
     num_workers: int = 0
@@ -43,18 +44,24 @@ class Loader(Protocol):
         device: torch.device | str = "cpu",
         drop_last: bool = True,
     ) -> "BoundLoader":
-        """One rank's part of every global batch of `batch` images, on `device`.
+        """Make a loader of this rank's share of every global batch.
 
         Args:
-            drop_last: whether an epoch ends with its last whole batch; else a smaller one follows, of the images that
-                are left, where these are as many as the ranks. Of it one rank may have an image more than another.
+            batch: number of images in a batch, over all ranks.
+            device: where batches are put.
+            drop_last: True ends an epoch with its last whole batch. With False a smaller batch of the remaining images
+                follows, if they are at least as many as the ranks; one rank may then have one image more than another.
         Raises:
-            UserError: fewer images than one batch; a batch that the ranks cannot share evenly.
+            UserError: there are fewer images than one batch, or the ranks cannot share a batch evenly.
         """
 
 
 class BoundLoader:
-    """What a loader's `bind` returns: `epoch` iterates, `close` ends the workers."""
+    """The result of a loader's `bind`: `epoch` iterates over batches, `close` ends the workers.
+
+    Args:
+        maker: makes the batches of an `Order`, each before it is put on the device.
+    """
 
     def __init__(
         self,
@@ -88,13 +95,16 @@ class BoundLoader:
         self._running = device_batches(iter(()), source, views, device, {})
 
     def epoch(self, epoch: int, start_step: int = 0, order: np.ndarray | None = None) -> Iterator[Batch]:
-        """The batches of an epoch from a step on; negative epochs are further ones, with orders and views of their own.
+        """The batches of an epoch, from a step on. Negative epoch numbers are allowed; each has its own order and
+        views.
 
-        One at a time: the iterator of an earlier call ends when a later one begins.
+        Only one iterator is valid at a time: a later call ends the iterator of an earlier call.
 
         Args:
-            order: positions of images, int64, in place of the epoch's own permutation; at least as many as an epoch
-                takes.
+            order: int64, positions of images to use instead of the epoch's own permutation; at least as many as an
+                epoch takes.
+        Raises:
+            ValueError: `order` or `start_step` is out of its range.
         """
         if order is not None and (
             len(order) < self._order.taken or order.min() < 0 or order.max() >= self._order.num_images
@@ -112,11 +122,11 @@ class BoundLoader:
         return self._running
 
     def images_of(self, step: int) -> int:
-        """Images of a step of an epoch, over all ranks: the batch, but for a smaller last one."""
+        """Number of images in a step of an epoch, over all ranks: the batch size, except for a smaller last batch."""
         return self._order.images_of(step)
 
     def left_over(self, epoch: int) -> np.ndarray:
-        """The images that the epoch's own order has beyond its steps, fewer than a batch, int64."""
+        """The images at the end of the epoch's own order that its steps do not reach, fewer than a batch, int64."""
         return self._order.permutation(epoch)[self._order.taken :]
 
     def close(self) -> None:
@@ -134,7 +144,7 @@ def device_batches(
         if isinstance(one, UnreadableImage):
             raise UnreadableImage(str(one))
         say_stand_ins(source, one.stand_ins, stand_ins)
-        # What is not pinned is copied: the GPU may still read it when a worker writes its memory again.
+        # `sent` copies pixels that are not pinned: the GPU may still read when a worker reuses their memory.
         normalised = [views.normalise(devices.sent(view, device)) for view in one.views]
         patches = normalised.pop() if normalised[-1].ndim == 5 else None
         yield Batch(normalised, devices.sent(one.index, device), devices.sent(one.label, device), patches)

@@ -1,8 +1,9 @@
-"""What of FFCV 1.0.2 is used though nobody promises that it stays: all of it stands here, and
-tests/data/test_ffcv_internals.py says what breaks when FFCV changes it.
+"""All uses of FFCV 1.0.2 that rely on undocumented behaviour are in this file; tests/data/test_ffcv_internals.py shows
+what breaks when FFCV changes.
 
-Its import and its loader each do something to the process that this undoes. FFCV compiles its pipelines with numba, 12
-seconds a process. Ours is one call of compiled code a batch, so it is run as plain Python and nothing is compiled.
+FFCV's import and its loader change settings of the whole process, which this file undoes. FFCV also compiles its
+pipelines with numba, 12 seconds a process. Our pipeline is one call of compiled code for each batch, so it runs as
+plain Python and numba compiles nothing.
 """
 
 import contextlib
@@ -22,9 +23,9 @@ from caco.errors import UserError
 
 
 def _import_ffcv() -> None:
-    """Import ffcv without what its import does to a process: one thread for torch, and five seconds of compiling."""
+    """Import ffcv without two effects of its import: one thread for torch, and five seconds of compiling."""
     threads, typed_dict = torch.get_num_threads(), numba.typed.Dict
-    numba.typed.Dict = dict  # for a table of two entries, whose methods numba would compile
+    numba.typed.Dict = dict  # for a table of two entries, numba would compile this class's methods
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # distutils
@@ -45,17 +46,17 @@ from ffcv.traversal_order.base import TraversalOrder  # noqa: E402, F401
 
 
 def _state_type(manager: OSCacheManager) -> numba.types.Tuple:
-    """Of (the file's bytes, where images lie in it, how long they are), as FFCV means it.
+    """The numba type of (the file's bytes, where images are in it, how long they are), as FFCV needs it.
 
-    FFCV's own sets `mutable` of numba.uint8[::1], and numba has one such type for all: what it compiled for it before
-    is no longer found under it, which it tells, with a traceback for each function, when they are deleted.
+    FFCV's own code sets `mutable` on numba.uint8[::1], an object that all of numba shares. Functions that were compiled
+    for this type before are then no longer found under it, and numba prints a traceback for each when they are deleted.
     """
     bytes_, numbers = numba.types.Array(numba.uint8, 1, "C", readonly=True), numba.uint64[::1]
     return numba.types.Tuple([bytes_, numbers, numbers])
 
 
 def _compile_reader(manager: OSCacheManager) -> Callable:
-    """As FFCV's, for that type."""
+    """Like FFCV's function of this name, but for the type from `_state_type`."""
     state_type = manager.state_type
 
     def read(place, state):
@@ -65,13 +66,13 @@ def _compile_reader(manager: OSCacheManager) -> Callable:
     return Compiler.compile(read, state_type[0](numba.uint64, state_type))
 
 
-# Of the class, so that FFCV's own pipelines, compiled beside ours, are spared too.
+# Set on the class, so that FFCV's own pipelines, if they are compiled in the same process, benefit too.
 OSCacheManager.state_type, OSCacheManager.compile_reader = property(_state_type), _compile_reader
 
 
 class _MappedFile(OSCacheManager):
-    """FFCV's, without its tables of pages, which a mapped file does not need: for ImageNet they take seconds to
-    fill.
+    """FFCV's class without its tables of pages. A mapped file does not need these, and for ImageNet it takes seconds to
+    fill them.
     """
 
     def __init__(self, reader):
@@ -83,7 +84,7 @@ class _MappedFile(OSCacheManager):
 
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
-    """A Loader that is made in the body runs its pipeline as plain Python and reads the file through `_MappedFile`."""
+    """Inside this context, a new Loader runs its pipeline as plain Python and reads the file through `_MappedFile`."""
     before = Compiler.is_enabled, ffcv.loader.loader.OSCacheManager
     Compiler.is_enabled, ffcv.loader.loader.OSCacheManager = False, _MappedFile
     try:
@@ -93,15 +94,15 @@ def uncompiled() -> Iterator[None]:
 
 
 def next_item(running: Any) -> Any | None:
-    """What FFCV's thread made of the next batch, None at the end of the epoch.
+    """The next batch from FFCV's thread; None at the end of the epoch.
 
     Raises:
-        RuntimeError: the thread has died, for which FFCV's own `next` would wait for ever.
-        UserError: it makes nothing any more.
+        RuntimeError: the thread has died; FFCV's own `next` would wait for ever.
+        UserError: the thread has made no batch for PATIENCE_S seconds.
     """
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
-        alive = running.is_alive()  # asked before the queue: what it put there last is not overlooked
+        alive = running.is_alive()  # asked before the queue, so that the thread's last item is not missed
         try:
             item = running.output_queue.get(timeout=0.5)
         except Empty:
@@ -116,7 +117,7 @@ def next_item(running: Any) -> Any | None:
 
 
 def end(running: Any) -> None:
-    """End FFCV's thread before anything else begins; it waits for room in its queue, or makes a batch."""
+    """End FFCV's thread and wait for its end. Emptying its queue lets it go on if it waits for room there."""
     running.terminate_event.set()
     deadline = time.monotonic() + PATIENCE_S
     while running.is_alive() and time.monotonic() < deadline:

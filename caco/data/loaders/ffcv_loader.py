@@ -1,4 +1,4 @@
-"""The loader that reads a .beton through FFCV, and the one that takes it where it can."""
+"""The loader that reads a .beton through FFCV, and the loader that uses FFCV where possible."""
 
 import sys
 from collections.abc import Iterable
@@ -19,15 +19,16 @@ from caco.ranges import Count, Threads, Workers, held
 
 
 class FFCVLoader(Loader):
-    """Settings of FFCV's loader over a .beton; `bind` gives it data. The same batches as `TorchLoader`'s, to the bit.
+    """Settings of a loader that reads a .beton through FFCV; `bind` combines them with data. It makes the same batches
+    as `TorchLoader`, to the bit.
 
     Each JPEG is decoded once for all of its views, inside FFCV's pipeline (caco/data/loaders/ffcv_pipeline.py).
 
     Args:
-        num_workers: threads that decode and make views.
-        prefetch, corrupt: as of `TorchLoader`.
+        num_workers: threads that decode and make views, at least 1.
+        prefetch, corrupt: as in `TorchLoader`.
     Raises:
-        ValueError: no thread, no batch ahead, another word for `corrupt`.
+        UserError: num_workers or prefetch is below 1, or `corrupt` is another word.
     """
 
     @held
@@ -49,7 +50,7 @@ class FFCVLoader(Loader):
         """As `TorchLoader.bind`.
 
         Raises:
-            ValueError: also: the data are no .beton; FFCV or a compiled part is missing here.
+            UserError: also if the data are not a .beton, or FFCV or a compiled part is missing.
         """
         packed = source.packed
         if (missing := what_ffcv_lacks(source)) is not None or packed is None:
@@ -69,10 +70,10 @@ class FFCVLoader(Loader):
 
 
 class AutoLoader(Loader):
-    """FFCV where the data are a .beton and FFCV is installed, else what torch has; the batches are the same.
+    """Uses FFCV if the data are a .beton and FFCV is installed, otherwise `TorchLoader`. The batches are the same.
 
     Args:
-        num_workers, prefetch, corrupt: as of `TorchLoader`.
+        num_workers, prefetch, corrupt: as in `TorchLoader`.
     """
 
     @held
@@ -83,7 +84,7 @@ class AutoLoader(Loader):
         self.corrupt = corrupt
 
     def bind(self, source: Source, views: Views, *, rank: int = 0, **options: Any) -> BoundLoader:
-        """As `TorchLoader.bind`; rank 0 says what was chosen."""
+        """As `TorchLoader.bind`; rank 0 prints which loader is used."""
         missing = what_ffcv_lacks(source)
         if rank == 0:
             print(f"caco: images and augmentation: {_chosen(source, missing)}", file=sys.stderr)
@@ -106,7 +107,7 @@ def _chosen(source: Source, missing: str | None) -> str:
 
 
 def what_ffcv_lacks(source: Source) -> str | None:
-    """Why FFCV cannot serve these data here, or None if it can."""
+    """The reason why FFCV cannot read these data on this machine; None if it can."""
     if source.packed is None:
         return "reads a .beton (data=beton), which python -m caco.write makes of any data"
     if native.library() is None:

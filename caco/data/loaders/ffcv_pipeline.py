@@ -1,7 +1,7 @@
-"""FFCV's loader with one operation of ours: decode each JPEG once and make all of its views.
+"""FFCV's loader with one operation of our own, which decodes each JPEG once and makes all of its views.
 
-Importing this imports ffcv, numba and OpenCV, which takes seconds; only loader=ffcv does. What FFCV does not promise to
-keep as it is stands in ffcv_internals.py.
+Importing this module imports ffcv, numba and OpenCV, which takes seconds, so only loader=ffcv does it. Everything that
+relies on undocumented behaviour of FFCV is in ffcv_internals.py.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from caco.errors import FileError
 
 
 class FFCVBatches:
-    """Batches of a set's .beton by ffcv.Loader; iterate once for what `order` then says."""
+    """Batches of a set in a .beton, read by ffcv.Loader. Each iteration follows the current state of `order`."""
 
     def __init__(
         self,
@@ -48,13 +48,14 @@ class FFCVBatches:
             self._loader = Loader(
                 str(packed.file),
                 batch_size=order.size,
-                # FFCV hands this number to torch.set_num_threads, here and in each of its threads.
+                # FFCV passes this number to torch.set_num_threads, here and in each of its threads, so it must be the
+                # current one.
                 num_workers=torch.get_num_threads(),
                 order=self._traversal,
                 pipelines={"image": PipelineSpec("image", decoder=self._operation), "label": None},
                 batches_ahead=ahead,
                 os_cache=True,
-                drop_last=False,  # what is dropped, `order` says
+                drop_last=False,  # `order` decides which images are dropped
             )
 
     def __iter__(self) -> Iterator[Pixels | UnreadableImage]:
@@ -63,7 +64,7 @@ class FFCVBatches:
         self._operation.begin(self._traversal.begin())
         if len(self._traversal.keys) == 0:
             return
-        running = iter(self._loader)  # FFCV's EpochIterator: a thread that makes batches, and a queue
+        running = iter(self._loader)  # FFCV's EpochIterator: a thread that makes batches and puts them into a queue
         try:
             while (made := next_item(running)) is not None:
                 if isinstance(made, Exception) and not isinstance(made, UnreadableImage):
@@ -75,12 +76,13 @@ class FFCVBatches:
 
 
 class _Traversal(TraversalOrder):
-    """Which images come, as positions in the file. FFCV calls it with the loader, as if it were a class."""
+    """The images of an epoch as positions in the file. FFCV calls this object with the loader, as if it were a
+    class."""
 
     def __init__(self, packed: Packed, order: Order):
         self.packed, self.order = packed, order
         self.keys: list[tuple[int, np.ndarray]] = []
-        # FFCV takes the number of batches of an epoch from the first traversal.
+        # FFCV takes the number of batches of an epoch from the first call of sample_order.
         self._positions = np.zeros(order.own, np.int64)
 
     def __call__(self, loader: Loader) -> "_Traversal":
@@ -96,11 +98,11 @@ class _Traversal(TraversalOrder):
 
 
 class DecodeIntoViews(Operation):
-    """A decoder of FFCV's image field: a batch's images to all of their views, as one `Pixels` with new memory.
+    """A decoder of FFCV's image field that turns a batch's images into all of their views, one `Pixels` in new memory.
 
-    FFCV's own memory is a ring whose slots are written again while a batch may still be held, so none of it is asked
-    for. What goes wrong is handed on in the place of the batch: an exception in FFCV's thread would leave the other
-    waiting.
+    FFCV's own memory is a ring whose slots are overwritten while a batch may still be in use, so no memory is requested
+    from it. An error is returned in the place of the batch: an exception in FFCV's thread would make the other thread
+    wait for ever.
     """
 
     def __init__(self, source: Source, packed: Packed, seed: int, corrupt: str, make_views: Compiled):
@@ -110,7 +112,7 @@ class DecodeIntoViews(Operation):
         self._keys: Iterator[tuple[int, np.ndarray]] = iter(())
 
     def begin(self, keys: list[tuple[int, np.ndarray]]) -> None:
-        """From here on batches are those of these keys, in order."""
+        """Start an epoch: the next batches are those of these keys, in order."""
         self._keys, self.ended = iter(keys), False
 
     def declare_state_and_memory(self, previous_state):
@@ -119,7 +121,7 @@ class DecodeIntoViews(Operation):
     def generate_code(self):
         def decode(positions, memory, records, storage):
             if self.ended:
-                raise StopIteration  # which FFCV's thread takes for the end of the epoch
+                raise StopIteration  # FFCV's thread takes this as the end of the epoch
             try:
                 return self._decode(positions, records, storage)
             except Exception as error:
@@ -148,7 +150,7 @@ class DecodeIntoViews(Operation):
 
 
 def _rows(positions: np.ndarray, records: np.ndarray, storage: tuple) -> np.ndarray:
-    """Where images lie in FFCV's memory, as the compiled views take them."""
+    """Addresses and sizes of images in FFCV's memory, in the form that the compiled views take."""
     content, places, sizes = storage
     records = records[positions]
     rows = np.empty(len(records), native.IMAGE)

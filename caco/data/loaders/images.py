@@ -1,5 +1,5 @@
-"""Passes over the whole training set beside the training: for clusters, labels and memories that a method makes
-anew.
+"""Passes over the whole training set, in addition to the training steps, for methods that cluster or label the images
+or compute a memory of their features.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,16 +16,21 @@ from caco.data.views.augmentation import Views
 
 
 class Images:
-    """Called with "plain" or "train": an iterator over this rank's batches of one pass.
+    """Called with "plain" or "train", it gives an iterator over this rank's batches of one pass.
 
-    plain: every image once over all ranks, unaugmented, one view, in order; the last batch may be smaller. train: every
-    image once over all ranks, in the training's own augmented views and whole batches, in an order and with randomness
-    that depend on the seed and `stream` alone; the last batch is filled with further images, whose index is -1.
+    plain: all ranks together see every image once, in order, without augmentation, one view; the last batch may be
+    smaller. train: all ranks together see every image once, in whole batches of the training's own augmented views; the
+    order and the randomness depend on the seed and `stream` alone. The last batch is filled up with further images,
+    whose index is -1.
 
     Args:
-        bind: makes a loader of the training's batches, when the first pass of kind "train" needs one.
-        batch: images of this rank in a plain batch; rank, world: whose, of how many.
-        num_workers: that read the images of a plain pass; corrupt: as of the loader.
+        source, views: the training images and their views.
+        bind: makes a loader of training batches; it is called for the first pass of kind "train".
+        batch: number of images of this rank in a plain batch.
+        device: where batches are put.
+        rank, world: number of this rank, and number of ranks.
+        num_workers: threads or processes that read the images of a plain pass.
+        corrupt: as in the loader.
     """
 
     def __init__(
@@ -60,7 +65,8 @@ class Images:
 
     def _train(self, stream: int) -> Iterator[Batch]:
         loader = self._loader = self._loader or self._bind()
-        whole, rest = -1_000_000_000 - stream, -2_000_000_000 - stream  # far from the epochs of any warm start
+        # Far from the negative epoch numbers of any warm start.
+        whole, rest = -1_000_000_000 - stream, -2_000_000_000 - stream
         yield from loader.epoch(whole)
         left = loader.left_over(whole)
         if len(left):
@@ -79,6 +85,6 @@ class Images:
             yield Batch([images], index.to(self._device), label)
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers of the "train" loader."""
         if self._loader is not None:
             self._loader.close()

@@ -1,4 +1,5 @@
-"""Every image once, as evaluations see it: read and decoded by as many workers as training has."""
+"""A pass over a set as evaluations make it: every image once, without augmentation, read by as many workers as in
+training."""
 
 import contextlib
 import sys
@@ -17,8 +18,8 @@ from caco.data.views import native
 from caco.data.views.augmentation import Views
 from caco.errors import UserError
 
-# Pixels that a worker makes at once. Some twenty such pieces are under way at a time, however large batch and images
-# are.
+# Bytes of pixels that a worker makes at once. About twenty such pieces are in progress at a time, however large the
+# batch and the images are.
 _PIECE_BYTES = 2**23
 
 
@@ -32,19 +33,22 @@ def plain_batches(
     corrupt: Literal["fail", "skip"] = "fail",
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every image once, in order, as evaluations see it: (images float32 [b, 3, H, W], labels int64 [b], -1
-    unlabelled).
+    """Every image once, in order, without augmentation. Yields (images float32 [b, 3, H, W], labels int64 [b]), where a
+    label of -1 means unlabelled.
 
     The last batch may be smaller.
 
     Args:
-        indices: of the images that are read, int64; None takes all.
-        num_workers: threads (of images in memory, or in a .beton) or forked processes (of files) that read, decode and
-            resize; 0 does it when a batch is asked for.
-        corrupt: an image that cannot be read ends it (fail), or the next one of its class in the whole set stands in
-            for it (skip), so that labels stay what they are and nothing depends on which of the images are read at
-            once; which ones, is said at the end.
-        device: where the images are put; a GPU is sent bytes and normalises them.
+        indices: int64, positions of the images to read; None reads all.
+        num_workers: threads (for images in memory or in a .beton) or forked processes (for files) that read, decode and
+            resize; 0 does this in the calling process when a batch is needed.
+        corrupt: whether an unreadable image is an error (fail), or the next image of its class in the whole set stands
+            in for it (skip). So labels stay right, and the choice does not depend on which images are read together. A
+            message at the end counts these images.
+        device: where the images are put; a GPU receives bytes and normalises them.
+    Raises:
+        UserError: batch is below 1.
+        UnreadableImage: an image cannot be read, and `corrupt` is fail or no other image can stand in for it.
     """
     with contextlib.closing(
         plain_pixels(source, views, batch=batch, indices=indices, num_workers=num_workers, corrupt=corrupt)
@@ -62,8 +66,8 @@ def plain_pixels(
     num_workers: int = 0,
     corrupt: Literal["fail", "skip"] = "fail",
 ) -> Generator[Made, None, None]:
-    """As `plain_batches`, before normalisation and on the CPU: a view uint8 [b, H, W, 3], whose memory may be used
-    again when the next batch is asked for; an UnreadableImage ends it."""
+    """Like `plain_batches`, but before normalisation and on the CPU: a view uint8 [b, H, W, 3]. The next batch may
+    reuse its memory. Instead of raising it, this yields an UnreadableImage, which ends the pass."""
     if batch < 1:
         raise UserError(f"batch: expected at least 1, got {batch}")
     indices = np.arange(len(source)) if indices is None else indices
@@ -86,7 +90,7 @@ def plain_pixels(
             joined = _joined(made, len(one), size)
             if isinstance(joined, Pixels):
                 stand_ins += joined.stand_ins
-                joined.stand_ins.clear()  # they are said once for all
+                joined.stand_ins.clear()  # one message at the end reports all of them
             yield joined
     if stand_ins:
         shown = ", ".join(called(source, index) for index, _ in stand_ins[:3]) + (", ..." if len(stand_ins) > 3 else "")
@@ -98,7 +102,8 @@ def plain_pixels(
 
 
 def _joined(pieces: Iterator[Made], count: int, size: int) -> Made:
-    """A batch of `count` images, of pieces of `size` of them; or why there is none."""
+    """Join pieces of at most `size` images into a batch of `count` images; an UnreadableImage among them is returned
+    instead."""
     if count <= size:
         return next(pieces)
     views, indices, labels, stand_ins = [], [], [], list[tuple[int, int]]()
@@ -106,7 +111,7 @@ def _joined(pieces: Iterator[Made], count: int, size: int) -> Made:
         part = next(pieces)
         if isinstance(part, UnreadableImage):
             return part
-        views.append(part.views[0].clone())  # the next piece may take its memory
+        views.append(part.views[0].clone())  # the next piece may reuse its memory
         indices.append(part.index)
         labels.append(part.label)
         stand_ins += part.stand_ins
@@ -114,10 +119,11 @@ def _joined(pieces: Iterator[Made], count: int, size: int) -> Made:
 
 
 class PlainMaker:
-    """Indices to the pixels of plain views.
+    """Indices -> the pixels of plain views. An UnreadableImage is returned, not raised.
 
-    rows: of images that compiled code reads where they lie, in memory or in a .beton, where in memory those at some
-    indices are; None of those that have to be read and decoded one by one.
+    Attributes:
+        rows: for images that compiled code can read in place, in memory or in a .beton: a function from indices to
+            their addresses; None for images that have to be read and decoded one by one.
     """
 
     def __init__(self, source: Source, views: Views, corrupt: str, *, num_threads: int = 1):
@@ -132,7 +138,7 @@ class PlainMaker:
         return pixels([torch.from_numpy(made)], self.source, indices, taken)
 
     def _make(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The pixels, and of which images they are."""
+        """The pixels [n, H, W, C], and the indices of the images that they come from."""
         taken = indices.copy()
         made, wrong = self._where_they_lie(indices) if self.rows is not None else self._one_by_one(indices)
         for row, error in wrong.items():
@@ -143,9 +149,9 @@ class PlainMaker:
         return made, taken
 
     def _where_they_lie(self, indices: np.ndarray) -> tuple[np.ndarray, dict[int, UnreadableImage]]:
-        """The pixels, and by row what is wrong with those that mean nothing."""
+        """The pixels [n, H, W, C]; and for each row without valid pixels, its error."""
         assert self.rows is not None
-        rows, _images = self.rows(indices)  # which have to live until the views are made
+        rows, _images = self.rows(indices)  # the second result must stay alive until the views are made
         made, unreadable = self.views.plain_batch(rows, num_threads=self.num_threads)
         damaged, packed = self.source.damaged, self.source.packed
         wrong = {row: damaged[index] for row, index in enumerate(indices.tolist()) if index in damaged}
@@ -182,9 +188,8 @@ class PlainMaker:
 def _rows_of(source: Source) -> Callable[[np.ndarray], tuple[np.ndarray, object]] | None:
     packed, arrays = source.packed, source.arrays
     if arrays is not None:
-        if isinstance(
-            arrays, np.ndarray
-        ):  # mapped perhaps, in an order of its own: a batch of it is copied when it is made
+        # The array may be a mapped file whose axes are in another order, so each batch is copied.
+        if isinstance(arrays, np.ndarray):
 
             def copied(indices: np.ndarray) -> tuple[np.ndarray, object]:
                 images = np.ascontiguousarray(arrays[indices])

@@ -1,4 +1,4 @@
-"""The loader that needs no more than torch: compiled views of images in memory, or workers that read files."""
+"""The loader that needs only torch: compiled views of images in memory, or worker processes that read files."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -26,17 +26,17 @@ from caco.ranges import Count, Workers, held
 
 
 class TorchLoader(Loader):
-    """Settings of a loader that needs no more than torch; `bind` gives them data.
+    """Settings of a loader that needs only torch; `bind` combines them with data.
 
-    Images in memory become views in one compiled call a batch, by threads; image files, and all images where nothing
-    was compiled, in forked workers. The bits are the same.
+    For images in memory, one compiled call makes a batch, with threads. Forked worker processes serve image files, and
+    all images if nothing was compiled. The bits are the same in all cases.
 
     Args:
-        num_workers: threads or processes that make views; 0 makes them where and when the training asks for them.
-        prefetch: batches that are prepared ahead (by each process, where there are processes).
-        corrupt: an image that cannot be read ends the run (fail), or the next one that can stands in for it (skip).
+        num_workers: threads or processes that make views; 0 makes a batch in the training process when it is needed.
+        prefetch: number of batches that are prepared ahead; with processes, by each process.
+        corrupt: whether an unreadable image ends the run (fail), or the next readable image stands in for it (skip).
     Raises:
-        ValueError: a negative number of workers, no batch ahead, another word for `corrupt`.
+        UserError: num_workers is negative, prefetch is below 1, or `corrupt` is another word.
     """
 
     @held
@@ -58,7 +58,8 @@ class TorchLoader(Loader):
         """As `Loader.bind`.
 
         Raises:
-            ValueError: fewer images than one batch; a batch that the ranks cannot share evenly.
+            UserError: there are fewer images than one batch, or the ranks cannot share a batch evenly.
+            UnreadableImage: an image is known to be unreadable, and `corrupt` is fail.
         """
         device = torch.device(device)
         refuse_unreadable(source, self.corrupt)
@@ -68,7 +69,7 @@ class TorchLoader(Loader):
                 return InMemory(source, views, seed, order, self.num_workers, self.prefetch, device)
             patches = 0 if views.patches is None else math.prod(views.kinds.shape_of_patches(1))
             values = views.kinds.channels * sum(size * size for size in views.sizes) + patches
-            bytes_of_image = values * views.dtype.itemsize + 16  # and its index and label
+            bytes_of_image = values * views.dtype.itemsize + 16  # 16 for the index and the label
             make = ViewMaker(source, views, seed, self.corrupt)
             return in_order(make, order, self.num_workers, ahead=self.prefetch, item_bytes=order.size * bytes_of_image)
 
@@ -78,7 +79,7 @@ class TorchLoader(Loader):
 
 
 class ViewMaker:
-    """(epoch, indices) to the pixels of all views."""
+    """(epoch, indices) -> the pixels of all views. An UnreadableImage is returned, not raised."""
 
     def __init__(self, source: Source, views: Views, seed: int, corrupt: str):
         self.source, self.views, self.seed, self.corrupt = source, views, seed, corrupt
@@ -88,7 +89,7 @@ class ViewMaker:
         try:
             read = [self._read(index) for index in indices.tolist()]
         except UnreadableImage as error:
-            return error  # raised by the process that trains: a worker's exception would arrive as a page of traceback
+            return error  # the training process raises it; raised here, it would arrive as a page of traceback
         made = self.views.batch_pixels([image for _, image in read], indices, mixed_seed(self.seed, epoch))
         taken = np.array([index for index, _ in read])
         return pixels([torch.from_numpy(view) for view in made], self.source, indices, taken)
@@ -103,7 +104,8 @@ class ViewMaker:
 
 
 class InMemory:
-    """Batches of images in memory, each made by one compiled call, `ahead` of them before they are asked for."""
+    """Batches of images in memory. One compiled call makes each batch, and up to `ahead` batches are made in
+    advance."""
 
     def __init__(
         self,
@@ -120,10 +122,10 @@ class InMemory:
         self.make_views = Compiled(views, device, max(1, num_workers))
         images = source.arrays
         assert images is not None, "in memory"
-        # STL-10's are mapped in an order of their own: those of a batch are copied when it is made.
+        # STL-10 is a mapped array whose axes are not in the usual order, so each batch's images are copied first.
         self.mapped = images if isinstance(images, np.ndarray) and not images.flags.c_contiguous else None
         self.table = native.table(images) if self.mapped is None else None
-        self.shown = np.arange(len(source))  # which image is shown where one is asked for
+        self.shown = np.arange(len(source))  # the image to use for each image: itself, or the one that stands in for it
         for index in source.damaged:
             self.shown[index] = next(other for other in those_after(index, source) if other not in source.damaged)
 
@@ -134,7 +136,7 @@ class InMemory:
         epoch, indices = key
         taken = self.shown[indices]
         if self.mapped is not None:
-            images = np.ascontiguousarray(self.mapped[taken])  # has to live until the views are made
+            images = np.ascontiguousarray(self.mapped[taken])  # must stay alive until the views are made
         rows = native.table(images) if self.table is None else self.table[taken]
         made, _ = self.make_views(rows, indices, mixed_seed(self.seed, epoch))
         return pixels(made, self.source, indices, taken)

@@ -1,9 +1,9 @@
-"""Who makes batches ahead: a thread, or processes that are forked, fed and waited for so that no run is hurt by one,
-and none waits for ever.
+"""Threads and forked processes that make batches in advance. They end cleanly: no run is harmed by the death of one of
+them, and none waits for ever.
 
-PyTorch's DataLoader hands tensors over through files in /dev/shm and sockets in TMPDIR: where the one is small (64 MB
-in a container) or the other's name is long, a batch is lost and the run waits for it for ever. So batches go through
-memory that is shared by being forked, which neither limits, and messages through pipes.
+PyTorch's DataLoader passes tensors between processes through files in /dev/shm and sockets in TMPDIR. If /dev/shm is
+small (64 MB in a container) or the socket's name is too long, a batch is lost and the run waits for it for ever. So
+here batches are written to memory that is shared by forking, which has no such limits, and messages go through pipes.
 """
 
 import contextlib
@@ -26,24 +26,24 @@ from typing import Any
 
 from caco.errors import UserError
 
-PATIENCE_S = 600  # of whoever waits for a batch: as long as ranks wait for one another
-_LOOK_S = 5.0  # how often a worker looks whether its parent is still there
-# A terminal or a scheduler sends them to every process of a job.
+PATIENCE_S = 600  # longest wait for a batch, as long as ranks wait for one another
+_LOOK_S = 5.0  # how often a worker checks that its parent still exists
+# Signals that a terminal or a scheduler sends to every process of a job.
 _JOB_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP}
-_fork = multiprocessing.get_context("fork")  # the source's pixels and paths are shared, not copied
+_fork = multiprocessing.get_context("fork")  # forked processes share the source's pixels and paths without copying them
 
 
 def in_order(
     make: Callable[[Any], Any], keys: Iterable[Any], num_workers: int, *, ahead: int = 2, item_bytes: int = 0
 ) -> "Workers | Inline":
-    """`make(key)` of each key in order, made by this many processes or, without any, where it is asked for. Arguments
-    as of `Workers`.
+    """`make(key)` for each key, in order, made by `num_workers` processes, or in this process if that is 0. Arguments
+    as in `Workers`.
     """
     return Workers(make, keys, num_workers, ahead=ahead, item_bytes=item_bytes) if num_workers else Inline(make, keys)
 
 
 class Inline:
-    """As `Workers`, without one."""
+    """Has the interface of `Workers`, but makes each item in this process when it is needed."""
 
     def __init__(self, make: Callable[[Any], Any], keys: Iterable[Any]):
         self._make, self._keys = make, keys
@@ -56,17 +56,19 @@ class Inline:
 
 
 class Workers:
-    """`make(key)` of each key in order, by processes that are ahead of the caller. Iterate again for what `keys` then
-    says.
+    """`make(key)` for each key, in order, made by processes in advance. Iterating again iterates over `keys` again.
 
-    An item that comes out of an iteration, and all its arrays, is good until the next one is asked for: its memory is
-    used again.
+    An item and all its arrays are valid only until the next item is requested, because their memory is reused.
 
     Args:
-        make: called in the workers; its results are pickled, numpy arrays in them shared where there is room.
-        keys: iterated over anew by each iteration.
-        ahead: keys that are given to each worker ahead of the caller.
-        item_bytes: of the arrays of one result, at most; what is larger goes through a pipe.
+        make: called in the workers. Its results are pickled; numpy arrays in them go through shared memory if there is
+            room.
+        keys: each iteration over the workers iterates over these anew.
+        num_workers: number of processes.
+        ahead: number of keys that each worker has in advance.
+        item_bytes: bytes of all arrays in one result, at most; what does not fit goes through a pipe.
+    Raises:
+        UserError: the memory or the processes cannot be had, or a worker ends or does not answer.
     """
 
     def __init__(
@@ -77,12 +79,11 @@ class Workers:
         self._memory = _shared((self._in_flight + 1) * item_bytes)
         self._slots = [self._memory[i * item_bytes :][:item_bytes] for i in range(self._in_flight + 1)]
         self._started: list[_Worker] = []
-        self._waiting: deque[tuple[_Worker, int]] = (
-            deque()
-        )  # workers that owe a result, and where it will lie; in order
+        # The workers that owe a result and the slot that it will be in, in order.
+        self._waiting: deque[tuple[_Worker, int]] = deque()
 
     def __iter__(self) -> Iterator[Any]:
-        while self._waiting:  # of an iteration that was left early
+        while self._waiting:  # from an earlier iteration that was not finished
             self._next()
         if not self._started:
             self._start()
@@ -100,7 +101,7 @@ class Workers:
             yield self._next()
 
     def _start(self) -> None:
-        # Born with the signals blocked: one that came before `_work` handles them would end a worker.
+        # The workers start with these signals blocked: a signal that came before `_work` handles it would end a worker.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
         try:
             for _ in range(self._num_workers):
@@ -108,8 +109,8 @@ class Workers:
         except OSError as error:
             self.close()
             raise UserError(
-                f"num_workers={self._num_workers}: this machine starts no more processes ({error.strerror}); expected"
-                " fewer num_workers"
+                f"num_workers={self._num_workers}: this machine cannot start more processes ({error.strerror});"
+                " use fewer num_workers"
             ) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -117,15 +118,14 @@ class Workers:
     def _give(self, number: int, key: Any) -> None:
         worker, slot = self._started[number % len(self._started)], number % len(self._slots)
         try:
-            worker.connection.send(
-                (slot, _packed(key, self._slots[slot]))
-            )  # a few bytes, which never wait for room in the pipe
+            # A few bytes, so sending never waits for room in the pipe.
+            worker.connection.send((slot, _packed(key, self._slots[slot])))
         except OSError as error:
             raise worker.ended() from error
         self._waiting.append((worker, slot))
 
     def _next(self) -> Any:
-        """The result that is due.
+        """The next result.
 
         Raises:
             UserError: its worker has ended, or has not answered for PATIENCE_S seconds.
@@ -138,7 +138,7 @@ class Workers:
             raise
 
     def close(self) -> None:
-        """End the workers, those too that do not listen."""
+        """End the workers; those that do not react are killed."""
         self._waiting.clear()
         for worker in self._started:
             worker.connection.close()
@@ -156,7 +156,7 @@ class Workers:
 
 
 class _Worker:
-    """One process and this end of its pipe."""
+    """One worker process and this process's end of the pipe to it."""
 
     def __init__(self, make: Callable[[Any], Any], slots: list[memoryview], others: list[Connection]):
         self.connection, theirs = _fork.Pipe()
@@ -171,15 +171,15 @@ class _Worker:
     def answer(self, slot: memoryview) -> Any:
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            # Waited for both, or for a worker that was killed one would wait in vain.
+            # Wait for both: a worker that was killed sends nothing through the pipe.
             ready = wait([self.connection, self.process.sentinel], timeout=max(0.0, deadline - time.monotonic()))
             if self.connection in ready:
                 break
             if ready:
                 raise self.ended()
             raise UserError(
-                f"a process has read images for {PATIENCE_S} s without an end. Does the storage that they are on still"
-                " answer? Then give the same command again"
+                f"a worker process has been reading images for {PATIENCE_S} s without a result. Does the storage that"
+                " they are on still answer? Then give the same command again"
             )
         try:
             made = _unpacked(self.connection.recv(), slot)
@@ -198,13 +198,13 @@ class _Worker:
         code = self.process.exitcode
         how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
         return UserError(
-            f"a process that reads images was ended from outside, {how}, perhaps for want of memory: fewer num_workers"
-            " or a smaller prefetch need less. Then give the same command again"
+            f"a worker process that reads images was ended from outside, {how}, perhaps because memory ran out: fewer"
+            " num_workers or a smaller prefetch need less memory. Then give the same command again"
         )
 
 
 class _Failure:
-    """What a worker raised, in place of a result."""
+    """An error that a worker raised; it is sent in the place of a result."""
 
     def __init__(self, error: Exception):
         self.is_for_user = isinstance(error, UserError)
@@ -218,9 +218,9 @@ def _work(
     of_parent: list[Connection],
     parent: int,
 ) -> None:
-    """A worker's life: it ends when its parent closes the pipe, tells it to, or is gone."""
+    """The main function of a worker. It ends when its parent closes the pipe, asks for its end, or has died."""
     for end in of_parent:
-        end.close()  # or the parent's death would not close it
+        end.close()  # otherwise the pipe would stay open after the parent's death
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     _leave_signals_to_parent(parent)
@@ -231,7 +231,8 @@ def _work(
                     return
                 continue
             number, packed = connection.recv()
-            key = copy.deepcopy(_unpacked(packed, slots[number]))  # the result will lie where its arrays do
+            # A copy, because the result will overwrite the key's arrays.
+            key = copy.deepcopy(_unpacked(packed, slots[number]))
             connection.send(_packed(_made(make, key), slots[number]))
         except (EOFError, OSError):
             return
@@ -245,8 +246,8 @@ def _made(make: Callable[[Any], Any], key: Any) -> Any:
 
 
 def _packed(made: Any, slot: memoryview) -> tuple[bytes, list[int]]:
-    """Anything pickled, and the sizes of those of its arrays that were put into the slot instead, one behind the
-    other.
+    """Pickle an object. Its arrays are copied into the slot one after the other, as far as they fit; the result is the
+    pickle and the sizes of the arrays in the slot.
     """
     sizes: list[int] = []
     first = 0
@@ -255,7 +256,7 @@ def _packed(made: Any, slot: memoryview) -> tuple[bytes, list[int]]:
         nonlocal first
         content = buffer.raw()
         if first + content.nbytes > len(slot):
-            return True  # into the pickle
+            return True  # the array becomes part of the pickle
         slot[first : first + content.nbytes] = content
         first += content.nbytes
         sizes.append(content.nbytes)
@@ -271,10 +272,10 @@ def _unpacked(packed: tuple[bytes, list[int]], slot: memoryview) -> Any:
 
 
 def _shared(num_bytes: int) -> memoryview:
-    """Memory that forked processes share; it has no name, so no file system limits it.
+    """Memory that forked processes share. It has no name, so no limit of a file system applies.
 
     Raises:
-        UserError: there is not so much.
+        UserError: the machine does not give that much memory.
     """
     if num_bytes == 0:
         return memoryview(b"")
@@ -282,19 +283,19 @@ def _shared(num_bytes: int) -> memoryview:
         return memoryview(mmap.mmap(-1, num_bytes))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"expected {num_bytes / 2**30:.1f} GiB of memory for the batches that are made ahead, got none ({error}):"
-            " fewer num_workers or a smaller prefetch need less"
+            f"expected {num_bytes / 2**30:.1f} GiB of memory for batches that are made in advance, got none"
+            f" ({error}): fewer num_workers or a smaller prefetch need less"
         ) from error
 
 
 def _leave_signals_to_parent(parent: int) -> None:
-    """Let the process that trains alone decide when a worker ends, also when a scheduler signals all of a job's
-    processes.
+    """Let only the training process decide when a worker ends, even if a scheduler sends a signal to all processes of a
+    job.
     """
     for signum in _JOB_SIGNALS - {signal.SIGTERM}:
         signal.signal(signum, signal.SIG_IGN)
-    # TERM, still blocked, ends a worker only if the parent sent it (as multiprocessing does when the parent exits).
-    # Only a thread that waits for the signal learns its sender.
+    # SIGTERM stays blocked and ends a worker only if the parent sent it, as multiprocessing does when the parent exits.
+    # A program learns a signal's sender only in a thread that waits for the signal.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _JOB_SIGNALS - {signal.SIGTERM})
     threading.Thread(target=_end_if_parent_asks, args=(parent,), daemon=True).start()
 
@@ -306,9 +307,9 @@ def _end_if_parent_asks(parent: int) -> None:
 
 
 def ahead_of(make: Callable[[Any], Any], keys: Iterable[Any], ahead: int) -> Generator[Any, None, None]:
-    """make(key) of each key in order, by one thread that is `ahead` of the caller; what it raises is raised here.
+    """make(key) for each key, in order, made by one thread, up to `ahead` items in advance. Errors are raised here.
 
-    Its results are waited for without a limit: it does nothing but compute, and could not be ended.
+    There is no time limit for a result: the thread only computes, and a thread could not be ended anyway.
     """
     if ahead == 0:
         yield from map(make, keys)

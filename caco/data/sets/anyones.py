@@ -1,4 +1,4 @@
-"""Images that a program of one's own has, as a set: arrays, sequences of images, PyTorch datasets."""
+"""Sets made from what a user's own program has: arrays, sequences of images, PyTorch datasets."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from caco.errors import UserError
 
 
 class Indexed(Protocol):
-    """A map-style dataset, of PyTorch or anyone: an item is an image, or a tuple that begins with an image and its
+    """A map-style dataset, as PyTorch has them. An item is an image, or a tuple that begins with an image and its
     label.
     """
 
@@ -22,10 +22,12 @@ class Indexed(Protocol):
 
 
 def rgb(image: Any, name: str) -> Image.Image:
-    """A Pillow image, or an array uint8 [H, W, 3] or [H, W], as an RGB image.
+    """Convert a Pillow image, or an array uint8 [H, W, 3] or [H, W], to an RGB image.
 
+    Args:
+        name: what errors call the image.
     Raises:
-        UserError: it is neither, or holds numbers of another kind.
+        UserError: it is neither, or its values are not 8-bit.
     """
     if isinstance(image, np.ndarray):
         if (
@@ -41,8 +43,9 @@ def rgb(image: Any, name: str) -> Image.Image:
         image = Image.fromarray(np.ascontiguousarray(image))
     if not isinstance(image, Image.Image):
         raise UserError(
-            f"{name}: expected an image of Pillow's or an array uint8 [H, W, 3], got {type(image).__name__}: take off"
-            " what makes it that (a dataset's transform); caco resizes and normalises by itself"
+            f"{name}: expected an image of Pillow's or an array uint8 [H, W, 3], got {type(image).__name__}:"
+            " remove the transform that converts it, for example that of a dataset; caco resizes and normalises images"
+            " itself"
         )
     if image.mode not in ("RGB", "L", "P", "1", "RGBA", "CMYK", "YCbCr"):
         raise UserError(f"{name}: expected an image of 8 bits, RGB or grey, got Pillow's mode {image.mode}")
@@ -50,7 +53,14 @@ def rgb(image: Any, name: str) -> Image.Image:
 
 
 class DatasetImages(Source):
-    """The images of a dataset of anyone's, read when asked for."""
+    """The images of a user's map-style dataset, read at each access.
+
+    Args:
+        dataset: items are images, or tuples that begin with an image.
+        labels: int64 [N], or None.
+        indices: int64 [N], the dataset's items that this set has; None takes all.
+        classes: classes[label] is the name of a class.
+    """
 
     def __init__(
         self,
@@ -93,17 +103,18 @@ class DatasetImages(Source):
 
 
 def as_source(images: Any, *, labels: Any = None, name: str = "images") -> Source:
-    """Whatever a program has its images in, as a set.
+    """Make a set from the images of a program, in any common form.
 
     Args:
         images: uint8 [N, H, W, 3] or a list of uint8 [H, W, 3]; a list of Pillow images; a map-style dataset whose
-            items are images, or tuples (image, label); a pair (images, labels) of these; or a set of caco's.
-        labels: int [N]; None takes the dataset's `targets` or `labels`, or those of its items, where there are any.
+            items are images, or tuples (image, label); a pair (images, labels) of these; or a caco set.
+        labels: int [N]; None takes the dataset's `targets` or `labels`, or else the labels of its items, if it has any.
+        name: name of the set in messages.
     Raises:
-        UserError: it is none of these, is empty, or has not a label for each image.
+        UserError: `images` has none of these forms, is empty, or does not have one label for each image.
     """
     if all(hasattr(images, part) for part in ("image", "part", "digest")):
-        return images  # a set of caco's already
+        return images  # it is a caco set already
     if isinstance(images, tuple) and len(images) == 2 and labels is None:
         images, labels = images
     try:

@@ -1,7 +1,9 @@
-"""FFCV's file format, .beton: one file of images, read by mapping it; reading and writing need no FFCV.
+"""FFCV's file format, .beton: one file of images, which is read by mapping it into memory. Neither reading nor writing
+it needs FFCV.
 
-A header, the fields' names, one record an image (its kind, size and place, and its label), the images in pages, a table
-of all places. What `python -m caco.write` writes, FFCV's own loader reads; and the other way round.
+The file has a header, the fields' names, one record for each image (its kind, size and place, and its label), the
+images in pages, and a table of all places. FFCV's loader reads what `python -m caco.write` writes, and this module
+reads what FFCV writes.
 """
 
 import hashlib
@@ -27,7 +29,8 @@ HEADER = np.dtype(
     align=True,
 )
 FIELD = np.dtype([("type", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
-_IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("place", "<u8")])  # not aligned inside
+# FFCV does not align the members of this one.
+_IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("place", "<u8")])
 RECORD = np.dtype([("image", _IMAGE), ("label", "<i8")], align=True)
 PLACE = np.dtype([("sample", "<u8"), ("place", "<u8"), ("size", "<u8")])
 VERSION, INTEGER_FIELD, IMAGE_FIELD, JPEG, RAW = 2, 1, 2, 0, 1
@@ -36,12 +39,14 @@ MAX_CLASSES = 2**24
 
 
 class BetonImages(Source):
-    """The images of a .beton that holds an `image` field of RGB images and an integer `label`.
+    """The images of a .beton that has an `image` field of RGB images and an integer `label` field.
 
     Args:
-        at: positions in the file of this part's images; None takes all.
+        file: the .beton.
+        name: name of the set.
+        at: int64 [N], the numbers in the file of the images that this set has; None takes all.
     Raises:
-        ValueError: another format, other fields, or a file that ends before its images do.
+        UserError: the file has another format or other fields, or ends before its images do.
     """
 
     def __init__(self, file: Path, *, name: str, at: np.ndarray | None = None):
@@ -102,9 +107,9 @@ class BetonImages(Source):
 
     def digest(self) -> str:
         state = hashlib.blake2b(digest_size=8)
-        # Without a sidecar: all but the pixels, reading which may take as long as an epoch.
+        # Without a sidecar, hash everything but the pixels; reading these may take as long as an epoch.
         state.update((self._checksum or "").encode() or self.records.tobytes() + self._sizes.tobytes())
-        # The sidecar may be another file's, of the same size: a look at up to a thousand of the images.
+        # The sidecar may belong to another file of the same size, so also hash the looks at up to a thousand images.
         for at in np.unique(np.linspace(0, len(self.records) - 1, min(len(self.records), 1000)).astype(int)).tolist():
             state.update(look_at(self._content(at)))
         state.update(self.at.astype("<i8").tobytes())
@@ -116,21 +121,26 @@ class BetonImages(Source):
 
     def looks(self) -> np.ndarray | None:
         if (self.records["image"]["mode"][self.at] != JPEG).any():
-            return None  # raw pixels are no file's bytes
+            return None  # raw pixels are not the bytes of an image file
         made = in_threads(lambda i: look_at(self._content(int(self.at[i]))), len(self))
         return np.frombuffer(b"".join(made), np.uint8).reshape(-1, LOOK_BYTES)
 
     def _content(self, at: int) -> np.ndarray:
-        """The bytes of the image at a position in the file."""
+        """The bytes of the image with this number in the file."""
         return self._bytes[int(self.records["image"]["place"][at]) :][: self._sizes[at]]
 
 
 def beton(
     *, root: str | None, limit: Count | None = None, validation_fraction: ProperShare | None = None, seed: Seed = 0
 ) -> Splits:
-    """What `python -m caco.write ... out=ROOT` wrote: train.beton, and where there are such test.beton, pretrain.beton.
+    """Read what `python -m caco.write ... out=ROOT` wrote: train.beton and, if they exist, test.beton and
+    pretrain.beton.
 
-    Arguments as of `caco.data.sets.folders.folder`.
+    Args:
+        root: the folder.
+        limit, validation_fraction, seed: see caco.data.sets.folders.folder.
+    Raises:
+        FileError: no root was given, or train.beton is not there.
     """
     top = existing_root(root, example="data=beton")
     if not (top / "train.beton").is_file():
@@ -166,14 +176,15 @@ def write(
     *,
     page_size: int = 2**23,
 ) -> None:
-    """Write a .beton and its sidecar, aside and then in their place.
+    """Write a .beton and its sidecar. Each is written under a temporary name first and then renamed.
 
     Args:
-        images: (JPEG or RAW, height, width, content), in order.
-        labels: int64 [num_images] or None.
-        facts: what else the sidecar is to hold.
+        images: (JPEG or RAW, height, width, content) of each image, in order.
+        labels: int64 [num_images], or None.
+        facts: further entries of the sidecar.
+        page_size: bytes of a page; no image crosses the border between pages.
     Raises:
-        ValueError: an image larger than a page.
+        UserError: an image is larger than a page.
     """
     records = np.zeros(num_images, RECORD)
     records["label"] = _UNLABELLED if labels is None else labels
@@ -192,7 +203,8 @@ def write(
                     raise UserError(
                         f"image {i}: expected at most {page_size} bytes, got {len(content)}: lower max_resolution"
                     )
-                if place // page_size != (place + len(content) - 1) // page_size:  # FFCV reads by pages
+                # FFCV reads by pages, so no image may cross the border between two pages.
+                if place // page_size != (place + len(content) - 1) // page_size:
                     place = -(-place // page_size) * page_size
                 records["image"][i] = (mode, width, height, place)
                 places[i] = (i, place, len(content))
@@ -216,7 +228,7 @@ def write(
             "bytes": os.path.getsize(aside),
             "checksum": checksum,
         }
-        sidecar_path(file).unlink(missing_ok=True)  # of an older file: it must not vouch for this one
+        sidecar_path(file).unlink(missing_ok=True)  # an older sidecar must not describe the new file
         os.replace(aside, file)
         note = sidecar_path(file).with_name(f".{sidecar_path(file).name}.part")
         note.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -226,15 +238,15 @@ def write(
 
 
 def sidecar_path(file: Path) -> Path:
-    """Where counts, class names and checksum of a .beton stand."""
+    """The path of a .beton's sidecar, which holds counts, class names and a checksum."""
     return file.with_suffix(".json")
 
 
 def _sidecar(file: Path) -> dict[str, Any]:
-    """What the sidecar says, of the kinds that `write` gives; {} where there is none.
+    """The entries of the sidecar; {} if there is none.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or an entry has another type than `write` gives it.
     """
     path = sidecar_path(file)
     if not path.is_file():
@@ -246,19 +258,21 @@ def _sidecar(file: Path) -> dict[str, Any]:
             isinstance(facts[key], kind) for key, kind in kinds.items() if key in facts
         )
         if not right or not all(isinstance(name, str) for name in facts.get("classes") or ()):
-            raise ValueError("other facts than python -m caco.write notes")
+            raise ValueError("entries that python -m caco.write does not write")
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path}: expected what python -m caco.write notes beside {file.name}, got {error}. Write both again."
+            f"{path}: expected the file that python -m caco.write writes beside {file.name}, got {error}. Write"
+            " both again."
         ) from error
     return facts
 
 
 def _check_labels(file: Path, labels: np.ndarray, classes: list[str] | None) -> None:
-    """All images are labelled, or none is; and nobody makes a classifier of 2^60 classes.
+    """Check that either all images are labelled or none is, and that labels are plausible: a label of 2^60 would make a
+    classifier of as many classes.
 
     Raises:
-        UserError: names the first record that is wrong.
+        UserError: a label is wrong; the message names the first such record.
     """
     unlabelled = labels == _UNLABELLED
     if unlabelled.all():
@@ -273,11 +287,13 @@ def _check_labels(file: Path, labels: np.ndarray, classes: list[str] | None) -> 
 
 
 def _read(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mapped bytes, the records, and each image's size in bytes. What these say of the file is true of it: whoever
-    reads an image where they say that it is, FFCV too, stays inside.
+    """Map a .beton into memory and check it: the file's bytes, its records, and each image's size in bytes, int64 [N].
+
+    After the checks, every place that the records and the table name is inside the file. So every reader that follows
+    them, FFCV too, stays inside the file.
 
     Raises:
-        UserError: it is not; the record is named.
+        UserError: the file is damaged or no such .beton; the message names the record if one is wrong.
     """
 
     def wrong(got: str) -> UserError:
@@ -305,7 +321,7 @@ def _read(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             f"{file}: expected a complete .beton of {count} images, got one that ends after {len(content)} bytes. "
             "Copy it, or write it, again."
         )
-    # FFCV takes all that follows for the table.
+    # FFCV takes everything from here to the end of the file as the table.
     if count == 0 or page == 0 or table_at < records_end or table_at + count * PLACE.itemsize != len(content):
         raise wrong(
             f"{count} images in pages of {page} bytes, whose table is at {table_at} of {len(content)} bytes. Copy it,"

@@ -1,21 +1,21 @@
-"""What the images in files are known by: the one home of the rule for digests, for caches and for the overlap check.
+"""How images in files are identified. The rules for digests, for caches and for the overlap check are all here.
 
-A look at a file is a hash of its size and of some of its content: all of a small file, else its first, middle and last
-4 KiB. Two photographs that differ do so there, also where they have the same name and size: a JPEG's bytes after a
-changed one are others to the end, and an uncompressed image has its edges and its middle there. A look opens a file
-once and reads no more than is in it, so 1.3 million of them take no longer than reading these files once; they are
-taken by threads, and by all ranks together.
+A look is a short fingerprint of a file: a hash of its size and of some of its content, namely all of a small file, else
+its first, middle and last 4 KiB. Two photographs differ in these parts even if they have the same name and size: in a
+JPEG, all bytes after a changed byte are different, and an uncompressed image has its edges and its middle there. A look
+opens a file once and reads no more than the file holds, so 1.3 million looks take no longer than reading these files
+once. Several threads take looks, and all ranks share the work.
 
-Two things are made of looks, which need different things:
-- A digest says which images these are, and is part of what a run is: a checkpoint is gone on from only with the same
-  one. It is made of names, looks, order and labels. Times and inodes are not in it: a folder that was copied to another
-  machine, or touched, holds the same images.
-- A cache key is for what is kept on this machine in place of reading the images again. It is made of the digest and of
-  each file's modification time and inode: these change with every file that was written anew, exchanged or moved here,
-  also where a change of a few bytes escapes the look. That it changes with a copy too costs no more than computing
-  again.
+Looks serve two purposes with different needs:
+- A digest identifies the images and is part of a run's identity: a run resumes from a checkpoint only if the digest is
+  the same. It is made of names, looks, order and labels. It does not depend on times and inodes, because a folder that
+  was copied to another machine, or touched, holds the same images.
+- A cache key identifies results that are kept on this machine so that the images need not be read again. It is made of
+  the digest and of each file's modification time and inode. These change with every file that is rewritten, exchanged
+  or moved here, even if the look misses a change of a few bytes. They also change with a copy, which only costs
+  computing the results again.
 
-Within a process a look is taken once, and again when the file's size, times or inode have changed.
+Within a process a look is taken once, and again if the file's size, times or inode have changed.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from caco.saying import Say, counted, silent
 
 BLOCK = 4096
 LOOK_BYTES = 16
-_THREADS = 16  # most of their time is waiting for a disk or a network
+_THREADS = 16  # the threads mostly wait for a disk or a network
 _CHUNK = 256
 
 T = TypeVar("T")
@@ -41,8 +41,11 @@ T = TypeVar("T")
 def in_threads(
     work: Callable[[int], T], count: int, *, say: Say = silent, what: str = "", threads: int = _THREADS
 ) -> list[T]:
-    """work(0), ..., work(count - 1), by some threads at once; `what` is said with how far they are, now and then.
+    """[work(0), ..., work(count - 1)], computed by several threads.
 
+    Args:
+        say, what: now and then `say` reports the progress, in which `what` names the things that are counted.
+        threads: number of threads at most.
     Raises:
         Exception: the first one that `work` raised.
     """
@@ -60,7 +63,7 @@ def in_threads(
 
 
 def look_at(content: Any) -> bytes:
-    """The look at a file with this content (bytes, or an array of them)."""
+    """The look, 16 bytes, at a file with this content (bytes or an array of bytes)."""
     size = len(content)
     state = hashlib.blake2b(b"%d\0" % size, digest_size=LOOK_BYTES)
     for first, last in _looked_at(size):
@@ -69,7 +72,7 @@ def look_at(content: Any) -> bytes:
 
 
 def _looked_at(size: int) -> list[tuple[int, int]]:
-    """Which bytes of a file of this size are looked at."""
+    """The ranges [first, last) of bytes that a look reads from a file of this size."""
     if size <= 3 * BLOCK:
         return [(0, size)]
     return [(first, first + BLOCK) for first in (0, (size - BLOCK) // 2, size - BLOCK)]
@@ -87,34 +90,37 @@ def _look(path: str, size: int) -> bytes:
 
 
 def _stamp(status: os.stat_result) -> int:
-    """What a file is as long as nobody writes it; 0 where it was written just now, and might be again within one tick
-    of the clock.
+    """A number that stays the same as long as nobody writes the file. It is 0, meaning unknown, for a file written
+    within the last two seconds, which could be written again within the same tick of the file system's clock.
     """
     if time.time_ns() - status.st_ctime_ns < 2_000_000_000:
         return 0
-    # The change time is the system's own: nobody can set it back, as one can the modification time.
+    # The change time cannot be set back by a program, as the modification time can.
     return hash((status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)) | 1
 
 
 class Looks:
-    """Looks at the files of a set, shared by all of its parts.
+    """The looks at the files of a set, shared by all subsets of the set.
 
     Args:
         path_of: position in the set -> the file's path.
-        count: files in the set.
+        count: number of files in the set.
     """
 
     def __init__(self, path_of: Callable[[int], str], count: int) -> None:
         self._path_of, self._count = path_of, count
-        # Made when first needed: a set of a million files that nobody asks for its digest takes no memory for it.
+        # These arrays are made when first needed, so that a large set whose digest nobody asks for takes no memory.
         self._stamps: np.ndarray | None = None
         self._looks: np.ndarray | None = None
 
     def of(self, at: np.ndarray, *, say: Say = silent, what: str = "files looked at") -> tuple[np.ndarray, np.ndarray]:
-        """Looks, uint8 [n, 16], and (modification time in ns, inode), int64 [n, 2], of the files at these positions.
+        """The looks at the files at these positions, uint8 [n, 16], and their (modification time in ns, inode), int64
+        [n, 2].
 
+        Args:
+            at: int64 [n], positions in the set.
         Raises:
-            FileError: a file is not there, or cannot be read.
+            FileError: a file is missing or cannot be read.
         """
         stamps, looks = self._memory()
 
@@ -137,12 +143,13 @@ class Looks:
         return looks[at], np.array(written, dtype=np.int64).reshape(-1, 2)
 
     def together(self, at: np.ndarray, *, say: Say = silent, what: str = "files looked at") -> None:
-        """Take these looks, each rank a share of them; afterwards each rank has all. A collective.
+        """Take the looks at these positions; each rank takes a share, and afterwards every rank has all of them. A
+        collective.
 
         Raises:
-            FileError: on every rank, where a file cannot be read on one.
+            FileError: a file cannot be read; every rank raises it, even if only one of them met it.
         """
-        from caco import distributed  # here and not above: it imports torch, which looking at a folder does not need
+        from caco import distributed  # imported here because it imports torch, which looking at a folder does not need
 
         if distributed.world() == 1:
             self.of(at, say=say, what=what)
@@ -163,8 +170,12 @@ class Looks:
 
 
 def digest_of(names: np.ndarray, looks: np.ndarray, labels: np.ndarray | None) -> str:
-    """Sixteen hexadecimal digits of images in files: names below their root, looks, labels, and the order of all
-    these.
+    """A hash, 16 hexadecimal digits, of images in files.
+
+    Args:
+        names: bytes [N], the files' names below their root.
+        looks: uint8 [N, 16].
+        labels: int64 [N], or None. The order of names, looks and labels counts.
     """
     state = hashlib.blake2b(digest_size=8)
     for name, look in zip(names, looks, strict=True):
@@ -174,5 +185,5 @@ def digest_of(names: np.ndarray, looks: np.ndarray, labels: np.ndarray | None) -
 
 
 def cache_key_of(digest: str, written: np.ndarray) -> str:
-    """A digest that knows besides when each file was written, and as which inode: see above."""
+    """A hash of the digest and of `written`, each file's (modification time, inode) as `Looks.of` gives them."""
     return hashlib.blake2b(digest.encode() + written.tobytes(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""PACS: seven classes in four domains, by its published lists; to learn from three domains and to be tested on the
+"""PACS: seven classes in four domains, by its published lists. A method learns from three domains and is tested on the
 fourth.
 """
 
@@ -21,10 +21,10 @@ from caco.saying import Say
 
 DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
 CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
-# Images on each published list, by domain: to train on, and to choose by.
+# Number of images on the published train and crossval list of each domain.
 PUBLISHED = {"art_painting": (1840, 208), "cartoon": (2107, 237), "photo": (1499, 171), "sketch": (3531, 398)}
 LISTS = ("train", "crossval")
-# Dassl leaves it out as damaged, others do not: what can be decoded is kept.
+# Dassl leaves this image out because it is damaged; other users do not. Here it is kept if it can be decoded.
 DAMAGED = "sketch/dog/n02103406_4068-1.png"
 LAYOUTS = """\
   PACS/kfold/DOMAIN/CLASS/*.jpg    the original archive        PACS/DOMAIN/CLASS/*.jpg    its mirrors
@@ -37,9 +37,12 @@ folder, or beside DOMAIN/"""
 
 @dataclass(frozen=True)
 class Pacs:
-    """Every image of the lists, of all domains.
+    """All images on the lists, from all domains.
 
-    domain: int64 [N], positions in DOMAINS. train: bool [N], on a train list; the others are on a crossval list.
+    Attributes:
+        every: the images, N of them, labelled by class.
+        domain: int64 [N], each image's position in DOMAINS.
+        train: bool [N], whether an image is on a train list; the others are on a crossval list.
     """
 
     every: ImageFiles
@@ -47,19 +50,19 @@ class Pacs:
     train: np.ndarray
 
     def at(self, domains: Sequence[str], which: Literal["all", "train", "crossval"] = "all") -> np.ndarray:
-        """Positions of these domains' images that are on these lists."""
+        """Positions of the images of these domains that are on these lists, int64 [n]."""
         of_domains = np.isin(self.domain, [DOMAINS.index(name) for name in domains])
         on_lists = np.ones(len(self.train), dtype=bool) if which == "all" else self.train == (which == "train")
         return np.flatnonzero(of_domains & on_lists)
 
     def part(self, domains: Sequence[str], which: Literal["all", "train", "crossval"] = "all") -> ImageFiles:
-        """Those images, labelled by class."""
+        """The images of these domains that are on these lists."""
         name = "+".join(domains) + ("" if which == "all" else f"/{which}")
         return self.every.part(self.at(domains, which), f"pacs/{name}")
 
 
 def others_than(target: str) -> list[str]:
-    """The three domains that one learns from when this one is the target."""
+    """The three domains to learn from when this one is the target."""
     return [name for name in DOMAINS if name != target]
 
 
@@ -75,12 +78,12 @@ def pacs(
     """Pre-train without labels on the train lists of three domains, and test on all images of the fourth.
 
     Args:
-        root: holds PACS in one of the published layouts.
-        target: the domain that is tested on. None of its images is read for anything else.
+        root: a folder with PACS in one of the published layouts.
+        target: the domain to test on. Its images are used for nothing else.
         limit, validation_fraction, seed, in_memory_mb: see caco.data.sets.folders.folder.
     Raises:
-        FileError: no PACS there; the message has the layouts.
-        UserError: its lists and its images do not fit.
+        FileError: PACS is not there; the message shows the layouts.
+        UserError: the lists and the images do not match.
     """
     if target not in DOMAINS:
         raise UserError(f"data.target: expected one of {', '.join(DOMAINS)}, got {target!r}")
@@ -97,13 +100,13 @@ def _say(text: str, passing: bool = False) -> None:
 
 
 def read(root: Path, *, key: str, say: Say) -> Pacs:
-    """PACS in any published layout; departures from what was published that do no harm are said.
+    """Read PACS in any published layout. Harmless differences from the published lists are reported by `say`.
 
     Args:
-        key: the setting that names the root.
+        key: the setting that names the root, for messages.
     Raises:
-        FileError: it is not there, or not whole.
-        UserError: a list cannot be read.
+        FileError: it is not there, or images are missing.
+        UserError: a list cannot be read, or an image is on several lists.
     """
     images, lists = _find(root, key)
     files: list[str] = []
@@ -135,7 +138,7 @@ def read(root: Path, *, key: str, say: Say) -> Pacs:
 
 
 def _find(root: Path, key: str) -> tuple[Path, Path]:
-    """The folder of the domains' folders, and that of the lists."""
+    """The folder that has the domains' folders, and the folder that has the lists."""
     tops = [root, root / "PACS", root / "pacs"]
     images = [top / below for top in tops for below in ("kfold", "images", "PACS", "")]
     there = [folder for folder in images if all((folder / name).is_dir() for name in DOMAINS)]
@@ -158,7 +161,7 @@ def _find(root: Path, key: str) -> tuple[Path, Path]:
 
 
 def _read_list(file: Path, domain: str, say: Say) -> list[str]:
-    """The images of a list as DOMAIN/CLASS/FILE; the class is that of the folder."""
+    """The images of a list as DOMAIN/CLASS/FILE. The folder decides the class, not the number in the list."""
     rows = [line.rsplit(None, 1) for line in file.read_text().splitlines() if line.strip()]
     listed, offsets = [], []
     for row in rows:
@@ -176,7 +179,7 @@ def _read_list(file: Path, domain: str, say: Say) -> list[str]:
         offsets.append(int(row[1]) - CLASSES.index(parts[1]))
     if not listed:
         raise UserError(f"{file}: expected lines like `{domain}/dog/pic_001.jpg 1`, got none")
-    usual = Counter(offsets).most_common(1)[0][0]  # lists count classes from 1, or from 0
+    usual = Counter(offsets).most_common(1)[0][0]  # some copies of the lists number the classes from 1, others from 0
     wrong = [name for name, offset in zip(listed, offsets, strict=True) if offset != usual]
     if wrong:
         say(f"{file}: the number of {', '.join(wrong[:3])} is another class's than the folder's; the folder counts")
@@ -184,7 +187,11 @@ def _read_list(file: Path, domain: str, say: Say) -> list[str]:
 
 
 def _kept(images: Path, files: list[str], key: str, say: Say) -> np.ndarray:
-    """bool [N]: all but the one damaged image."""
+    """bool [N]: False for the one damaged image if it cannot be decoded, True for all others.
+
+    Raises:
+        FileError: another image is missing.
+    """
     missing = [file for file in files if file != DAMAGED and not os.path.isfile(images / file)]
     if missing:
         raise FileError(

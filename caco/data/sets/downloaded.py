@@ -1,4 +1,4 @@
-"""The sets that torchvision can fetch: CIFAR-10, CIFAR-100, STL-10, Fashion-MNIST (which Debian has too)."""
+"""The sets that torchvision can download: CIFAR-10, CIFAR-100, STL-10 and Fashion-MNIST (which Debian packages too)."""
 
 import gzip
 import socket
@@ -18,8 +18,8 @@ from caco.runs.files import locked
 from caco.runs.paths import expanded
 
 CONNECT_TIMEOUT_SECONDS = 20
-FASHION_OF_DEBIAN = "/usr/share/datasets/fashion-mnist"  # where its package dataset-fashion-mnist puts the files
-FETCH_PATIENCE_S = 6 * 3600  # for another process to fetch the set: STL-10 over a slow line
+FASHION_OF_DEBIAN = "/usr/share/datasets/fashion-mnist"  # the folder of Debian's package dataset-fashion-mnist
+FETCH_PATIENCE_S = 6 * 3600  # longest wait for another process that downloads the set: STL-10 over a slow line
 
 
 @holds(50_000)
@@ -31,14 +31,14 @@ def cifar10(
     validation_fraction: ProperShare | None = None,
     seed: Seed = 0,
 ) -> Splits:
-    """CIFAR-10 as published (the Python version): 50,000 and 10,000 images of 32 px.
+    """CIFAR-10 as published (the Python version): 50,000 training and 10,000 test images of 32 pixels.
 
     Args:
-        root: where cifar-10-batches-py/ is, or where it is put.
-        download: fetch it if it is not there.
+        root: the folder that has cifar-10-batches-py/, or to which it is downloaded.
+        download: download the set if it is not there.
         limit, validation_fraction, seed: see caco.data.sets.folders.folder.
     Raises:
-        FileError: it is not there and cannot be fetched.
+        FileError: the set is not there and cannot be downloaded.
     """
     from torchvision.datasets import CIFAR10
 
@@ -54,7 +54,14 @@ def cifar100(
     validation_fraction: ProperShare | None = None,
     seed: Seed = 0,
 ) -> Splits:
-    """CIFAR-100 with its fine labels; arguments as of `cifar10`."""
+    """CIFAR-100 with its fine labels: 50,000 training and 10,000 test images of 32 pixels.
+
+    Args:
+        root: the folder that has cifar-100-python/, or to which it is downloaded.
+        download, limit, validation_fraction, seed: as in `cifar10`.
+    Raises:
+        FileError: the set is not there and cannot be downloaded.
+    """
     from torchvision.datasets import CIFAR100
 
     return _cifar(CIFAR100, "cifar100", root, download, limit, validation_fraction, seed)
@@ -70,15 +77,16 @@ def stl10(
     validation_fraction: ProperShare | None = None,
     seed: Seed = 0,
 ) -> Splits:
-    """STL-10, 96 px: pre-train on its 100,000 unlabelled images, evaluate with its 5,000 and 8,000 labelled ones.
+    """STL-10, 96 pixels: pre-train on its 100,000 unlabelled images, evaluate with its 5,000 labelled training and
+    8,000 test images.
 
     Args:
         pretrain: the images to pre-train on.
-        limit: how many of them.
-        validation_fraction: hold out this share of the labelled training images in place of the test images.
+        limit: number of images to pre-train on.
+        validation_fraction: hold this share of the labelled training images out and use it instead of the test images.
         root, download, seed: see `cifar10`.
     Raises:
-        FileError: it is not there and cannot be fetched.
+        FileError: the set is not there and cannot be downloaded.
     """
     from torchvision.datasets import STL10
 
@@ -93,7 +101,7 @@ def stl10(
     if pretrain == "train":
         return reduced(train, test, name="stl10", limit=limit, validation_fraction=validation_fraction, seed=seed)
     labelled = reduced(train, test, name="stl10", limit=None, validation_fraction=validation_fraction, seed=seed)
-    # Mapped, not read: 2.8 GB that all processes of a machine share. An image lies in the file column by column.
+    # 2.8 GB, mapped so that all processes of a machine share it. The file stores each image column by column.
     assert root is not None, "_open has refused it"
     file = expanded(root) / STL10.base_folder / STL10.train_list[2][0]
     images = np.memmap(file, np.uint8, mode="r").reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
@@ -110,16 +118,16 @@ def fashion_mnist(
     validation_fraction: ProperShare | None = None,
     seed: Seed = 0,
 ) -> Splits:
-    """Fashion-MNIST: 60,000 and 10,000 grey photographs of clothes, 28 px, ten classes; each grey is red, green and
-    blue alike.
+    """Fashion-MNIST: 60,000 training and 10,000 test photographs of clothes, grey, 28 pixels, ten classes. The grey is
+    repeated as red, green and blue.
 
     Args:
-        root: the folder of its four files (train-images-idx3-ubyte.gz, ...) as published, such as Debian's package has
-            them; or where FashionMNIST/raw/ is, or where torchvision puts that.
-        download: fetch it if it is not there; not into Debian's folder.
+        root: a folder with the four published files (train-images-idx3-ubyte.gz, ...), as Debian's package has them; or
+            the folder that has FashionMNIST/raw/, or to which torchvision downloads it.
+        download: download the set if it is not there; never into the folder of Debian's package.
         limit, validation_fraction, seed: see caco.data.sets.folders.folder.
     Raises:
-        FileError: it is not there and cannot be fetched, or a file is not what its name says.
+        FileError: the set is not there and cannot be downloaded, or a file is damaged.
     """
     from torchvision.datasets import FashionMNIST
 
@@ -156,8 +164,11 @@ def fashion_mnist(
 
 
 def _idx(top: Path, prefix: str, kind: str, dimensions: int) -> np.ndarray:
-    """The array of bytes in one file of the format of MNIST: 0, 0, 8, its dimensions, each size in four bytes, the
-    values.
+    """Read one file in MNIST's format: the bytes 0, 0, 8 and the number of dimensions, each size in four bytes, and
+    then the values, which are returned as an array uint8.
+
+    Raises:
+        FileError: the file is missing or has another format.
     """
     path = top / f"{prefix}-{kind}-idx{dimensions}-ubyte.gz"
     try:
@@ -168,7 +179,8 @@ def _idx(top: Path, prefix: str, kind: str, dimensions: int) -> np.ndarray:
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise FileError(
-            f"data=fashion_mnist: {path} is no file of Fashion-MNIST as published ({error}); install or fetch it again"
+            f"data=fashion_mnist: {path} is not the published file of Fashion-MNIST ({error}); install or download"
+            " it again"
         ) from error
 
 
@@ -191,7 +203,11 @@ def _cifar(
 
 
 def _open(name: str, root: str | None, download: bool, read: Callable[..., dict[str, Any]]) -> list[tuple[str, Any]]:
-    """The parts that `read(root=, download=)` gives, fetched first where they are missing, by one process at a time."""
+    """The parts that `read(root=, download=)` gives. If they are missing, one process at a time downloads them first.
+
+    Raises:
+        FileError: no root was given, or the parts are missing and cannot be downloaded.
+    """
     if root is None:
         raise FileError(
             f"data={name} needs its files: expected data.root=PATH, a folder that holds them or where to put them, got"
@@ -220,7 +236,7 @@ def _fetch(top: Path, read: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     with locked(top / ".download.lock", wait_s=FETCH_PATIENCE_S):
         socket.setdefaulttimeout(
             CONNECT_TIMEOUT_SECONDS
-        )  # torchvision sets none: a silent firewall would hold it for minutes
+        )  # torchvision sets no time limit, and a firewall that drops packets would block it for minutes
         try:
             return read(root=top, download=True)
         finally:

@@ -1,5 +1,5 @@
-"""Sets whose encoded images lie inside other files, which another library reads: Hugging Face `datasets` and
-WebDataset's shards.
+"""Sets whose encoded images lie inside other files that another library reads: Hugging Face `datasets` and the shards
+of WebDataset.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,20 +11,23 @@ from PIL import Image
 from caco import distributed
 from caco.data.sets.content import LOOK_BYTES, digest_of, in_threads, look_at
 from caco.data.sets.reading import UnreadableImage, rgb
-from caco.data.sets.sources import Arrays, Source, all_decoded, picked
+from caco.data.sets.sources import Arrays, Source, all_decoded, decoded_image, picked
 from caco.data.sets.stored import shown, stored
 from caco.saying import Say, silent
 
 
 class EncodedImages(Source):
-    """Images by position, decoded as those in files are.
+    """Encoded images that are reached by position. They are decoded in the same way as images in files.
 
     Args:
-        content: position -> the encoded image, bytes or a view of them; may be called by threads and in forked
-            processes.
-        names: bytes [M], what each position is called in the digest and in errors.
-        at: int64 [N], the positions that this set has; None: all.
-        channels, damaged: as of Source. decoded: each image's array, where they are in memory.
+        content: position -> the encoded image, bytes or a view of bytes. Threads and forked processes call it.
+        names: bytes [M], the name of each position, for the digest and for errors.
+        name: name of the set.
+        labels: int64 [N], or None.
+        classes: classes[label] is the name of a class.
+        at: int64 [N], the positions that this set has; None takes all.
+        channels, damaged: as in `Source`.
+        decoded: each image's array, if the images are in memory.
     """
 
     def __init__(
@@ -44,22 +47,15 @@ class EncodedImages(Source):
         return len(self._at)
 
     def image(self, index: int) -> Image.Image:
-        if self.channels is not None:
-            return shown(self.pixels(index))
-        if index in self.damaged:
-            raise UnreadableImage(str(self.damaged[index]))
-        if self.arrays is not None:
-            return Image.fromarray(self.arrays[index])
-        return rgb(self._encoded(index), self._called(index))
+        made = decoded_image(self, index, self._decoded, self._read)
+        return shown(made) if isinstance(made, np.ndarray) else made
 
     def pixels(self, index: int) -> np.ndarray:
-        if self.channels is None:
-            return np.asarray(self.image(index))
-        if index in self.damaged:
-            raise UnreadableImage(str(self.damaged[index]))
-        if self._decoded is not None:
-            return self._decoded[index]
-        return stored(bytes(self._encoded(index)), self._called(index), self.channels)
+        return np.asarray(decoded_image(self, index, self._decoded, self._read))
+
+    def _read(self, index: int) -> Image.Image | np.ndarray:
+        content, name = self._encoded(index), self._called(index)
+        return rgb(content, name) if self.channels is None else stored(bytes(content), name, self.channels)
 
     def part(self, indices: np.ndarray, name: str) -> "EncodedImages":
         labels = None if self.labels is None else self.labels[indices]
@@ -84,7 +80,7 @@ class EncodedImages(Source):
         try:
             return self.pixels(index).nbytes
         except UnreadableImage:
-            return 0  # it will be named when it is read
+            return 0  # the error comes when the image is read
 
     def digest(self) -> str:
         self._look_at_all(silent)
@@ -92,7 +88,7 @@ class EncodedImages(Source):
         return digest_of(self._names[self._at], self._looks, self.labels)
 
     def look(self, say: Say = silent) -> None:
-        if distributed.is_main():  # which alone is asked for digests
+        if distributed.is_main():  # only this rank computes digests
             self._look_at_all(say)
 
     def _look_at_all(self, say: Say) -> None:

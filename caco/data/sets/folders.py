@@ -1,4 +1,4 @@
-"""The sets that caco reads from disk or carries: each function returns `Splits`."""
+"""Functions that read image sets from disk or from installed packages; each returns `Splits`."""
 
 import dataclasses
 import difflib
@@ -20,12 +20,14 @@ from caco.runs.paths import expanded, read_text
 def digits(
     *, size: Pixels = 16, limit: Count | None = None, validation_fraction: ProperShare | None = None, seed: Seed = 0
 ) -> Splits:
-    """scikit-learn's digits: 1,797 real scans of 8 x 8 pixels, inside its wheel; 1,400 to train on, 397 to test.
+    """scikit-learn's digits: 1,797 real scans of 8 x 8 pixels, inside its wheel; 1,400 for training, 397 for testing.
 
     Args:
-        size: pixels to which the scans are enlarged (bicubic), once.
-        seed: of the split, stratified by class.
+        size: side in pixels to which the scans are enlarged once (bicubic).
+        seed: seed of the split into training and test images, which is stratified by class.
         limit, validation_fraction: see `folder`.
+    Raises:
+        UserError: size is below 8.
     """
     from sklearn.datasets import load_digits
 
@@ -49,14 +51,16 @@ def digits(
 def photo_tiles(
     *, size: Pixels = 32, limit: Count | None = None, validation_fraction: ProperShare | None = None, seed: Seed = 0
 ) -> Splits:
-    """Square tiles of the two colour photographs inside scikit-learn's wheel, a temple and a flower; of 32 pixels there
-    are 416 to train on and 104 to test. They show that a method which digits are too small or too grey for runs, and
-    nothing else.
+    """Square tiles of the two colour photographs inside scikit-learn's wheel, a temple and a flower. Tiles of 32 pixels
+    are 416 for training and 104 for testing. This set only shows that a method runs, for methods that need larger
+    images or more colour than digits have.
 
     Args:
-        size: pixels a side of a tile.
-        seed: of the split, stratified by photograph.
+        size: side of a tile in pixels, 8 to 128.
+        seed: seed of the split into training and test tiles, which is stratified by photograph.
         limit, validation_fraction: see `folder`.
+    Raises:
+        UserError: size is out of its range.
     """
     from sklearn.datasets import load_sample_images
 
@@ -95,28 +99,30 @@ def folder(
     mean: list[Finite] | None = None,
     std: list[AboveZero] | None = None,
 ) -> Splits:
-    """Any folder of images, labelled by class folders or not.
+    """Any folder of images, with or without class folders.
 
-    Layouts of `root`: train/ and test/ (or val/) of class folders; class folders alone; images alone (unlabelled).
-    Where test/ and val/ both hold class folders, test/ is taken.
+    Possible layouts of `root`: train/ with test/ (or val/), each of class folders; class folders alone; images alone,
+    which have no labels. If test/ and val/ both hold class folders, test/ is used.
 
     Args:
-        labelled_root: pre-train on all images below `root`, whatever their folders, and evaluate on this labelled
-            folder.
-        class_list: text file, a class folder's name a line: only these classes.
+        root: the folder.
+        name: name of the set in messages.
+        labelled_root: if given, pre-train on all images below `root`, whatever their folders, and evaluate on this
+            labelled folder.
+        class_list: a text file with the name of one class folder a line; only these classes are read.
         limit: number of training images, drawn equally from the classes.
-        validation_fraction: hold out this share of the training images and evaluate on it in place of the test images,
-            to tune a recipe without ever looking at those. Drawn before `limit`, so that it stays the same for all
-            limits.
-        seed: of both draws.
+        validation_fraction: hold this share of the training images out and evaluate on it instead of on the test
+            images, to tune a recipe without seeing the test images. It is drawn before `limit`, so it is the same for
+            every limit.
+        seed: seed of both draws.
         in_memory_mb: keep a split's decoded images in memory if they take no more than this; 0 never does.
-        channels: of images that are read as they are stored, and .npy files with them; None reads photographs, RGB of 8
-            bits.
-        mean, std: of each of the channels, unsigned integers counted as 0..1; None has them measured on the training
-            images.
+        channels: number of channels of images to read as they are stored, among them .npy files; None reads photographs
+            as 8-bit RGB.
+        mean, std: mean and standard deviation of each channel, with unsigned integers scaled to 0..1; None has them
+            measured on the training images.
     Raises:
-        FileError: no root given, or nothing there.
-        ValueError: no image, an image that cannot be read, a class that is unknown.
+        FileError: no root was given, or nothing is there.
+        UserError: there is no image, an image cannot be read, a class is unknown, or mean and std do not fit channels.
     """
     require_statistics_of(channels, mean, std)
     top = existing_root(root, example=f"data={name}")
@@ -136,24 +142,25 @@ def folder(
 
 
 def require_statistics_of(channels: int | None, mean: list[float] | None, std: list[float] | None) -> None:
-    """Raises UserError where `mean` and `std` are not of these channels."""
+    """Raises UserError unless `mean` and `std` are both None or both have a value for each channel."""
     if (mean is None) != (std is None) or (
         mean is not None and (channels is None or not len(mean) == len(std or ()) == channels)
     ):
         raise UserError(
-            f"data.mean and data.std: expected both, a value for each of data.channels={channels}, or neither, which"
-            f" has them measured; got {mean} and {std}"
+            f"data.mean and data.std: expected both, with a value for each of data.channels={channels}, or neither, so"
+            f" that they are measured; got {mean} and {std}"
         )
 
 
 def images(*, root: str | None, channels: NumChannels | None = None) -> Splits:
-    """All images below a folder, whatever their folders are called, without labels, in the order of their names.
+    """All images below a folder, whatever their folders are called, without labels and in the order of their names.
 
     Args:
-        channels: as of `folder`.
+        root: the folder.
+        channels: as in `folder`.
     Raises:
-        FileError: no root given, or nothing there.
-        ValueError: no image.
+        FileError: no root was given, or nothing is there.
+        UserError: there is no image.
     """
     return Splits(unlabelled_images(existing_root(root, example="data=images"), "images", channels), None, None)
 
@@ -162,9 +169,11 @@ def images(*, root: str | None, channels: NumChannels | None = None) -> Splits:
 def cifar10_jpeg75(
     *, root: str | None, limit: Count | None = None, validation_fraction: ProperShare | None = None, seed: Seed = 0
 ) -> Splits:
-    """CIFAR-10 re-encoded as JPEG (quality 75, 4:2:0), unpacked: train/ and test/ of class folders. Not CIFAR-10.
+    """CIFAR-10 re-encoded as JPEG (quality 75, 4:2:0) and unpacked: train/ and test/ of class folders. Its pixels
+    differ from CIFAR-10's, so results differ too.
 
-    Arguments as of `folder`.
+    Args:
+        root, limit, validation_fraction, seed: as in `folder`.
     """
     return folder(
         root=root,
@@ -187,7 +196,8 @@ def imagenet(
 ) -> Splits:
     """ImageNet (ILSVRC 2012): train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; 1,281,167 and 50,000 images.
 
-    Arguments as of `folder`.
+    Args:
+        root, class_list, limit, validation_fraction, seed: as in `folder`.
     """
     names = None if class_list is None else _read_class_list(class_list)
     return _imagenet(existing_root(root, example="data=imagenet"), "imagenet", names, limit, validation_fraction, seed)
@@ -198,7 +208,8 @@ def imagenet100(
 ) -> Splits:
     """The 100 ImageNet classes of CMC (arXiv 1906.05849), read from a copy of ImageNet; 5,000 validation images.
 
-    Arguments as of `folder`.
+    Args:
+        root, limit, validation_fraction, seed: as in `folder`.
     """
     top = existing_root(root, example="data=imagenet100")
     return _imagenet(top, "imagenet100", list(IMAGENET100_CLASSES), limit, validation_fraction, seed)
@@ -215,7 +226,10 @@ def tiny_imagenet(
 ) -> Splits:
     """Tiny-ImageNet as unpacked: train/<wnid>/images/*.JPEG, val/images/ with val_annotations.txt; 64 px, 200 classes.
 
-    100,000 and 10,000 images; its test/ has no labels and is not read. Arguments as of `folder`.
+    100,000 training images and 10,000 validation images, which serve as test images. Its test/ has no labels and is not
+    read.
+    Args:
+        root, limit, validation_fraction, seed, in_memory_mb: as in `folder`.
     """
     top = existing_root(root, example="data=tiny_imagenet")
     train = class_folders(_expect_folder(top / "train"), "tiny-imagenet/train")
@@ -237,7 +251,13 @@ def tiny_imagenet(
 
 
 def existing_root(root: str | None, *, example: str) -> Path:
-    """The root as a path, or two lines that say how to give one."""
+    """The root as a path.
+
+    Args:
+        example: the setting that chose the data set, for the error message.
+    Raises:
+        FileError: no root was given, or it is not a folder; the message shows how to give one.
+    """
     got = "got none" if root is None else f"got {root}, which is not a folder"
     if root is None or not expanded(root).is_dir():
         raise FileError(
@@ -248,14 +268,14 @@ def existing_root(root: str | None, *, example: str) -> Path:
 
 
 def class_folders(top: Path, name: str, classes: list[str] | None = None, channels: int | None = None) -> ImageFiles:
-    """All images below each class folder of `top`, labelled by it, in sorted order.
+    """All images below each class folder of `top`, in sorted order, labelled by their class folder.
 
     Args:
-        classes: only these folders, in this order of labels; None takes all, sorted.
-        channels: as of `folder`.
+        classes: read only these folders, and number the classes in this order; None reads all, sorted.
+        channels: as in `folder`.
     Raises:
-        ValueError: a class folder that is not there (with near matches) or holds no image; a link by which images come
-            twice.
+        UserError: a class folder is missing (the message shows similar names) or holds no image, or a link makes images
+            occur twice.
     """
     found = folders_in(top)
     if classes is None:
@@ -276,7 +296,7 @@ def class_folders(top: Path, name: str, classes: list[str] | None = None, channe
 
 
 def unlabelled_images(top: Path, name: str, channels: int | None = None) -> ImageFiles:
-    """All images below `top`, in sorted order, without labels; `channels` as of `folder`."""
+    """All images below `top`, in sorted order, without labels; `channels` as in `folder`. Raises UserError for none."""
     walk = Walk(top, _extensions(channels))
     files = walk.images_below(top)
     if not files:
@@ -292,7 +312,7 @@ def _extensions(channels: int | None) -> tuple[str, ...]:
 
 
 def _stored_alone(walk: Walk) -> str:
-    """What to do about files that are images only with data.channels."""
+    """A hint for the error message, if the walk passed .npy files, which are images only with data.channels."""
     return (
         "; there are .npy files: say how many channels these have, data.channels=N"
         if walk.passed_by.endswith(STORED)
@@ -303,7 +323,12 @@ def _stored_alone(walk: Walk) -> str:
 def reduced(
     train: Source, test: Source | None, *, name: str, limit: int | None, validation_fraction: float | None, seed: int
 ) -> Splits:
-    """Splits that pre-train on `train`, after a share is held out in place of `test` and the rest is cut to `limit`."""
+    """Splits that pre-train on `train`. First `validation_fraction` of it is held out and replaces `test`; then the
+    rest is cut to `limit` images.
+
+    Raises:
+        UserError: validation_fraction or limit is out of its range.
+    """
     if validation_fraction is not None:
         count = round(validation_fraction * len(train))
         if not 0 < validation_fraction < 1 or not 0 < count < len(train):
@@ -319,7 +344,7 @@ def reduced(
 
 
 def limited(source: Source, limit: int | None, *, seed: int) -> Source:
-    """`limit` of the images, equally from the classes; all of them for None."""
+    """`limit` of the images, equally many of each class; all images for None. Raises UserError out of 1..N."""
     if limit is None:
         return source
     if not 1 <= limit <= len(source):
@@ -341,8 +366,8 @@ def _finish(
 
 
 def in_memory(splits: Splits, max_mb: int) -> Splits:
-    """The same splits, each decoded once if that takes no more than `max_mb`; what is trained on is evaluated with, if
-    it has labels.
+    """The same splits, each decoded once if it takes at most `max_mb`. The images to pre-train on also serve as
+    labelled training images, if they have labels.
     """
     pretrain = splits.pretrain.in_memory(max_mb)
     held_out = None if splits.test is None else splits.test.in_memory(max_mb)
@@ -421,5 +446,5 @@ def _check_known(names: list[str], known: list[str], *, where: str) -> None:
 
 def _expect_folder(path: Path) -> Path:
     if not path.is_dir():
-        raise FileError(f"expected a folder {path}, got none: data.root must hold it")
+        raise FileError(f"expected a folder {path}, but it does not exist; data.root must contain it")
     return path

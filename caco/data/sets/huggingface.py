@@ -1,4 +1,4 @@
-"""Hugging Face `datasets` that were saved to a folder (`save_to_disk`), read by that library."""
+"""Hugging Face `datasets` that were saved to a folder (`save_to_disk`) and are read with that library."""
 
 import dataclasses
 from typing import Any
@@ -29,17 +29,18 @@ def huggingface(
     mean: list[Finite] | None = None,
     std: list[AboveZero] | None = None,
 ) -> Splits:
-    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote; of a dictionary the parts train, and
-    test or validation.
+    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote. From a dictionary, the part train is
+    used, and as test images the part test or validation.
 
     Args:
-        image_column: of encoded images (a feature Image); None takes the only one.
-        label_column: of whole numbers, class labels or texts; None takes `label`, or the only one of class labels, or
-            has no labels.
-        limit, validation_fraction, seed, in_memory_mb, channels, mean, std: as of `folder`.
+        root: the folder.
+        image_column: the column of encoded images (feature Image); None takes the only such column.
+        label_column: the column of labels, which are whole numbers, class labels or texts. None takes `label`, or the
+            only column of class labels; if there is neither, there are no labels.
+        limit, validation_fraction, seed, in_memory_mb, channels, mean, std: as in `folder`.
     Raises:
-        FileError: no root given, or nothing there that was saved so.
-        UserError: `datasets` is not installed, or there is no such column.
+        FileError: no root was given, or nothing saved in this way is there.
+        UserError: `datasets` is not installed, or a column does not exist or is unsuitable.
     """
     require_statistics_of(channels, mean, std)
     top = existing_root(root, example="data=huggingface")
@@ -73,10 +74,10 @@ def _source(
 ) -> EncodedImages:
     import datasets
 
-    read = read.flatten_indices()  # rows lie as they are counted
+    read = read.flatten_indices()  # afterwards the rows of the table are in the order of the positions
     image_column = _column(read, image_column, "image_column", datasets.Image)
     labels, classes = _labels(read, label_column)
-    # What lies on the disk, mapped into memory: nothing is decoded or copied until an image is asked for.
+    # The table is on the disk and mapped into memory: nothing is decoded or copied before an image is read.
     table = read.cast_column(image_column, datasets.Image(decode=False)).data.column(image_column)
     firsts = np.cumsum([0, *(len(chunk) for chunk in table.chunks)])
 
@@ -107,7 +108,7 @@ def _column(read: Any, given: str | None, setting: str, kind: type) -> str:
 
 
 def _labels(read: Any, given: str | None) -> tuple[np.ndarray | None, list[str] | None]:
-    """Numbers and names of classes, or none of either."""
+    """Class numbers, int64 [N], and class names; each of them may be None."""
     import datasets
 
     if given is not None and given not in read.features:
@@ -126,5 +127,5 @@ def _labels(read: Any, given: str | None) -> tuple[np.ndarray | None, list[str] 
             f"data.label_column: expected whole numbers or texts in {column}, got values such as {values[:3].tolist()}"
         )
     if values.min(initial=0) < 0:
-        return None, None  # -1: withheld, as of published test sets
+        return None, None  # -1 means withheld, as in published test sets
     return values.astype(np.int64), list(feature.names) if isinstance(feature, datasets.ClassLabel) else None

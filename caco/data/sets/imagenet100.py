@@ -1,4 +1,4 @@
-"""Which 100 ImageNet classes ImageNet-100 has: facts, published with CMC (arXiv 1906.05849, its imagenet100.txt)."""
+"""The 100 ImageNet classes of ImageNet-100, as published with CMC (arXiv 1906.05849, its imagenet100.txt)."""
 
 IMAGENET100_CLASSES = tuple(
     """

@@ -1,5 +1,5 @@
-"""Images that two sets share: by looks at their files and then all of the files' bytes, or by their sizes and then
-their pixels.
+"""Finds images that two sets share. Files are compared by their looks (short fingerprints, see content.py) and then
+byte by byte; other images are compared by their sizes and then by their pixels.
 """
 
 import contextlib
@@ -23,28 +23,28 @@ R = TypeVar("R")
 
 
 class Overlap:
-    """Finds the images that sets share, and keeps what it found out of a set: one is compared with many.
+    """Finds images that sets share. What was read of a set is kept, so that one set can be compared with many.
 
-    Every rank does a share of the reading and has the whole answer, so each method is a collective.
+    Every method is a collective: each rank does a share of the reading, and all ranks have the whole answer.
 
     Args:
-        say: is told how far it is with what takes its time.
+        say: receives the progress of slow steps.
     """
 
     def __init__(self, say: Say = silent) -> None:
         self._say = say
-        # By id, each beside its set, which stays alive with it.
+        # The keys are ids of sets. Each value holds its set, so that the set stays alive and its id is not reused.
         self._seen: dict[int, tuple[Source, np.ndarray | None]] = {}
         self._sizes: dict[int, tuple[Source, np.ndarray]] = {}
         self._hashes: dict[tuple[int, str], tuple[Source, dict[int, bytes]]] = {}
 
     def shared(self, train: Source, test: Source) -> list[tuple[int, int]]:
-        """(position in train, position in test) of every test image that is also a training image, one pair a test
-        image.
+        """Find every test image that is also a training image: (position in train, position in test) pairs, one for
+        each such test image.
 
-        Where both sets lie encoded in files, files are compared byte by byte: only those whose looks are equal are read
-        whole. Other images are compared by their pixels, and only those are decoded whose height and width the other
-        set has too. So a file and its decoded copy are found, one re-encoded is not.
+        If both sets have looks, files are compared byte by byte; only files whose looks are equal are read as a whole.
+        Otherwise images are compared by their pixels; only images whose height and width also occur in the other set
+        are decoded. So a file and its decoded copy count as the same image, a re-encoded copy does not.
         """
         if len(train) == 0 or len(test) == 0:
             return []
@@ -62,23 +62,25 @@ class Overlap:
         return sorted((found[key], j) for key, j in pairs if key in found)
 
     def refuse(self, train: Source, test: Source) -> None:
-        """
+        """Check that two sets share no image.
+
         Raises:
-            UserError: they share images; the first ones are named.
+            UserError: they share images; the message names the first ones.
         """
         pairs = self.shared(train, test)
         if pairs:
             shown = "; ".join(f"{_called(train, i)} is {_called(test, j)}" for i, j in pairs[:3])
             raise UserError(
                 f"{len(pairs)} of the {len(test)} images of {test.name} are images of {train.name} too"
-                f" ({shown}{'; ...' if len(pairs) > 3 else ''}): expected test images that nothing was trained on. Take"
-                " them out, or evaluate all the same with overlap=allow"
+                f" ({shown}{'; ...' if len(pairs) > 3 else ''}): expected test images that are not trained on."
+                " Remove them from one of the sets, or evaluate anyway with overlap=allow"
             )
 
     def refuse_in(self, splits: Splits) -> None:
-        """
+        """Check that no test image is among the images that are trained on, labelled or not.
+
         Raises:
-            UserError: a test image is among the images that are trained on, labelled or not.
+            UserError: there is such an image.
         """
         if splits.test is None:
             return
@@ -92,24 +94,24 @@ class Overlap:
         return self._seen[id(source)][1]
 
     def _shapes(self, source: Source) -> np.ndarray:
-        """int32 [N, 2], the smaller and the larger side of each image."""
+        """int32 [N, 2], the shorter and the longer side of each image."""
         if id(source) not in self._sizes:
             made = self._shared_out(source, range(len(source)), _shape, f"sizes of the images of {source.name}")
             self._sizes[id(source)] = source, np.sort(np.array(made, dtype=np.int32), axis=1)
         return self._sizes[id(source)][1]
 
     def _hashed(self, source: Source, indices: np.ndarray, whole: Callable[[Source, int], bytes]) -> list[bytes]:
-        """A hash of each of these images' content or pixels, computed once."""
+        """A hash of each of these images, of its content or its pixels as `whole` gives them. Each is computed once."""
         _, known = self._hashes.setdefault((id(source), whole.__name__), (source, {}))
         todo = [i for i in indices.tolist() if i not in known]
-        what = f"images of {source.name} compared whole with others like them"
+        what = f"images of {source.name} compared as a whole"
         known.update(zip(todo, self._shared_out(source, todo, lambda s, i: _hash(whole(s, i)), what), strict=True))
         return [known[i] for i in indices.tolist()]
 
     def _shared_out(
         self, source: Source, indices: Sequence[int], work: Callable[[Source, int], R], what: str
     ) -> list[R]:
-        """work(source, i) of each index, in order, each rank a share of them."""
+        """[work(source, i) for each index], with the work divided among the ranks."""
         rank, world = distributed.rank(), distributed.world()
         own = indices[rank::world]
         parts = distributed.together(
@@ -122,12 +124,12 @@ class Overlap:
 
 
 def shared_images(train: Source, test: Source) -> list[tuple[int, int]]:
-    """As Overlap.shared, of two sets that are compared once."""
+    """Like Overlap.shared, for two sets that are compared only once."""
     return Overlap().shared(train, test)
 
 
 def _rows(table: np.ndarray) -> np.ndarray:
-    """Each row of [N, n] as one value that can be compared."""
+    """Each row of [N, n] as one value that can be compared: [N]."""
     return np.ascontiguousarray(table).view(f"V{table.dtype.itemsize * table.shape[1]}").ravel()
 
 
@@ -136,11 +138,11 @@ def _hash(content: bytes) -> bytes:
 
 
 def _content(source: Source, index: int) -> bytes:
-    """An encoded image, whole."""
+    """The bytes of an encoded image."""
     path = source.path(index)
     if path is not None:
         return Path(path).read_bytes()
-    assert source.packed is not None, "what has looks lies in files"
+    assert source.packed is not None, "a set with looks has its images in files"
     (row,) = source.packed.rows(np.array([index]))
     return ctypes.string_at(int(row["data"]), int(row["bytes"]))
 
@@ -149,12 +151,14 @@ def _pixels(source: Source, index: int) -> bytes:
     try:
         pixels = source.pixels(index)
     except UnreadableImage:
-        return f"{id(source)} {index}".encode()  # no other's: whoever takes the image says that it cannot be read
+        # Equal to no other image; whoever uses the image will report that it is unreadable.
+        return f"{id(source)} {index}".encode()
     return repr(pixels.shape).encode() + pixels.tobytes()
 
 
 def _shape(source: Source, index: int) -> tuple[int, ...]:
-    """Height and width, without decoding the image where that can be; 0 and 0 of one that cannot be read."""
+    """The lengths of the image's two sides, in either order, without decoding the image where possible; (0, 0) for an
+    unreadable image."""
     if source.arrays is not None:
         return source.arrays[index].shape[:2]
     if source.packed is not None:

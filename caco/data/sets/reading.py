@@ -1,5 +1,5 @@
-"""The bytes of an image file to RGB pixels: nothing is decoded before its size is known, nothing is shown that is not
-in the file.
+"""Reads the bytes of an image file as RGB pixels. Nothing is decoded before its size is known, and pixels that are not
+in the file are never made up.
 """
 
 import contextlib
@@ -20,33 +20,36 @@ FORMATS = (
     "TIFF",
     "WEBP",
     "GIF",
-)  # others may start programs, as EPS does, or unpack without a limit
-# Modes of which Pillow makes RGB by a rule that keeps 8 bits of each channel as they are; transparency is left out. Of
-# all others (16 and 32 bits, floats, CIE L*a*b*) it cuts values off or guesses a range.
+)  # other formats may start programs, as EPS does, or unpack without a limit
+# Pillow converts these modes to RGB by a rule that keeps the 8 bits of each channel; transparency is dropped. For all
+# other modes (16 and 32 bits, floats, CIE L*a*b*) it clips values or guesses a range.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
-MAX_PIXELS = 178_956_970  # as Pillow's own limit; 537 MB as RGB
-MAX_WORK = 1_000_000_000  # pixels times scans of a JPEG, each of which passes over all pixels: a second or two
+MAX_PIXELS = 178_956_970  # Pillow's own limit; 537 MB as RGB
+# Pixels times scans of a JPEG; every scan passes over all pixels, and this many take a second or two.
+MAX_WORK = 1_000_000_000
 MAX_SCANS = 500
-MAX_ASPECT = 512  # the longer side over the shorter: what is resized by the shorter side grows by it
-_SAMPLE_FORMAT, _SIGNED = 339, 2  # TIFF's tag for the type of numbers
+# Longer side over shorter side. Resizing the shorter side to a fixed size makes the longer side this many times as
+# long.
+MAX_ASPECT = 512
+_SAMPLE_FORMAT, _SIGNED = 339, 2  # the TIFF tag for the type of numbers, and its value for signed integers
 
 
 class UnreadableImage(UserError):
-    """An image that cannot be read; the message names it."""
+    """An image cannot be read; the message names it."""
 
 
 class Refused(ValueError):
-    """Of an image that could be decoded, but must not be; in words."""
+    """An image could be decoded but must not be; the message says why."""
 
 
 def rgb(content: bytes | memoryview, where: str, *, size: tuple[int, int] | None = None) -> Image.Image:
-    """An encoded image as RGB.
+    """Decode an encoded image to RGB.
 
     Args:
-        where: what the error calls it.
+        where: what errors call the image.
         size: the width and height that it must have, if they are known.
     Raises:
-        UnreadableImage: it is damaged, of a kind that would come out wrong, or larger than anything that is meant.
+        UnreadableImage: it is damaged, of a kind that would be decoded wrongly, or implausibly large.
     """
     with opened(io.BytesIO(content), where) as image:
         _check(image, content, size)
@@ -54,22 +57,22 @@ def rgb(content: bytes | memoryview, where: str, *, size: tuple[int, int] | None
 
 
 def read_image(path: Path) -> Image.Image:
-    """One image file as RGB.
+    """Read an image file as RGB.
 
     Raises:
-        UnreadableImage: a ValueError that names the file.
+        UnreadableImage: the file is missing, or as in `rgb`; the message names the file.
     """
     return rgb(file_content(path), str(path))
 
 
 def file_content(path: Path) -> bytes:
-    """An image file's bytes.
+    """The bytes of an image file.
 
     Raises:
         UnreadableImage: it cannot be read.
     """
     try:
-        return path.read_bytes()  # in one read: Pillow's own small ones take longer than decoding a small image
+        return path.read_bytes()  # one read, because Pillow's own small reads take longer than decoding a small image
     except OSError as error:
         raise UnreadableImage(
             f"{path}: expected an image that can be read, got {type(error).__name__}: {error.strerror}. Are the images"
@@ -78,10 +81,10 @@ def file_content(path: Path) -> bytes:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Width and height, from the first bytes of a file.
+    """Width and height of an image file, read from its header.
 
     Raises:
-        UnreadableImage: as of `read_image`, as far as it shows in them.
+        UnreadableImage: as in `read_image`, as far as the header shows it.
     """
     with opened(path, str(path)) as image:
         return image.size
@@ -89,13 +92,17 @@ def size_of(path: Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def opened(file: io.BytesIO | Path, where: str) -> Iterator[Image.Image]:
-    """An image whose pixels are not decoded yet; what goes wrong in the body is said as what is wrong with it."""
+    """Open an image without decoding its pixels. Any error in the body of the `with` becomes an UnreadableImage.
+
+    Raises:
+        UnreadableImage: opening the image or the body failed.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's: of sizes below its limit, of odd metadata
+            warnings.simplefilter("ignore")  # Pillow warns of large sizes below its limit and of odd metadata
             with Image.open(file, formats=FORMATS) as image:
                 yield image
-    # Pillow raises errors of many types for damaged files, some its plugins' own slips: SyntaxError, struct.error,
+    # Pillow raises many types of error for damaged files, some by mistakes of its plugins: SyntaxError, struct.error,
     # IndexError, ...
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
@@ -108,17 +115,17 @@ def opened(file: io.BytesIO | Path, where: str) -> Iterator[Image.Image]:
 
 
 def check_work(width: int, height: int, content: bytes | memoryview) -> None:
-    """Refuse what would take too long or too much memory to decode, by what its headers say.
+    """Refuse an image whose headers show that decoding it would take too much time or memory.
 
     Raises:
-        ValueError: it would.
+        Refused: it would.
     """
     if width * height > MAX_PIXELS:
         raise Refused(f"one of {width} x {height} pixels, where at most {MAX_PIXELS:,} are decoded")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise Refused(f"one of {width} x {height} pixels, a side more than {MAX_ASPECT} times the other")
     if content[:2] == b"\xff\xd8":
-        scans = bytes(content).count(b"\xff\xda")  # those of its thumbnails too, which are few
+        scans = bytes(content).count(b"\xff\xda")  # this also counts the scans of embedded thumbnails, which are few
         if scans > MAX_SCANS or width * height * scans > MAX_WORK:
             raise Refused(
                 f"a JPEG of {width} x {height} pixels in {scans} scans, which would take too long: save it as a"
@@ -134,9 +141,9 @@ def _check(image: Image.Image, content: bytes | memoryview, size: tuple[int, int
     if image.mode not in MODES or signed:
         kind = f"{image.mode}, signed" if signed else image.mode
         raise Refused(
-            f"one of Pillow's mode {kind}, whose values do not fit into 8 bits a channel: say how many channels such"
-            " images have, data.channels=N, and they are read as they are stored, or convert them first, by the range"
-            " that they use"
+            f"one of Pillow's mode {kind}, whose values do not fit into 8 bits a channel: set data.channels=N, the"
+            " number of their channels, to read such images as they are stored, or convert them to 8 bits first,"
+            " according to the range that they use"
         )
 
 

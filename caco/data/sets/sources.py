@@ -1,4 +1,4 @@
-"""Sets of images: what a source is, files on disk, arrays in memory, seeded parts of either."""
+"""Sets of images: the contract of a set (`Source`), sets in files and in memory, and seeded subsets of either."""
 
 import hashlib
 import os
@@ -25,34 +25,40 @@ Arrays = Sequence[np.ndarray] | np.ndarray  # images as uint8 [H, W, 3], one by 
 
 
 class Packed(Protocol):
-    """Images that lie encoded in one file mapped into memory, a .beton: compiled views and FFCV read them without
-    Python.
+    """Encoded images inside one file that is mapped into memory, a .beton. The compiled views and FFCV read them
+    without Python.
 
-    file: the .beton. at: int64 [N], where in it each image of the set stands.
+    Attributes:
+        file: the .beton.
+        at: int64 [N], the number that each image of the set has in the file.
     """
 
     file: Path
     at: np.ndarray
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Where the images at these positions of the set lie in memory: `native.IMAGE` [n], for the compiled views."""
+        """Addresses and sizes in memory of the images at these positions of the set: `native.IMAGE` [n]."""
 
     def unreadable(self, index: int) -> UnreadableImage:
-        """The error that names an image of which the compiled code says that it cannot be decoded."""
+        """An error that names an image of the set; for images that the compiled code failed to decode."""
 
 
 class Source(Protocol):
-    """A map-style set of images: the contract of whatever is trained on, evaluated on or written to a file.
+    """A map-style set of images: the contract of every set that is trained on, evaluated on or written to a file.
 
-    A set of one's own derives from it, and has then no arrays, paths or file unless it says so. Loaders fork their
-    workers and share a set among them: nothing in it may change, and only `image` is called there. A set is asked what
-    it can do, never what it is.
+    To bring a set of your own, derive it from this class; it then has no arrays, paths or file unless you define them.
+    Loaders fork worker processes that share the set, so it must not change; workers call `image` or `pixels` only. The
+    rest of the code asks a set what it can do, never of which class it is.
 
-    name: for people and the record. labels: int64 [N] (of VOC2007 [N, classes]); None where there are none. classes:
-    classes[label] is a class's name; None where nobody knows. arrays: all images where they are in memory: loaders then
-    make views of them without calling `image`. channels: None of photographs; else images are as they are stored, with
-    so many channels, in whatever numbers: loaders call `pixels`, and `arrays` and `packed` are None. damaged: of those
-    in memory, what `image` raises, by position; something of no meaning stands for them in `arrays`.
+    Attributes:
+        name: a name for messages and for the record of results.
+        labels: int64 [N], or [N, classes] for VOC2007; None if there are no labels.
+        classes: classes[label] is the name of a class; None if the names are unknown.
+        arrays: all images, if they are in memory; loaders then make views from them without calling `image`.
+        channels: None for photographs. A number means images with that many channels of any numeric type, used as they
+            are stored: loaders call `pixels`, and `arrays` and `packed` are None.
+        damaged: for images in memory, position -> the error that `image` raises there. `arrays` holds a meaningless
+            placeholder at these positions.
     """
 
     name: str
@@ -68,72 +74,77 @@ class Source(Protocol):
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """The image at a position, RGB; the same one at each call. Where `channels` says that it is none, a picture for
-        people.
+        """The image at a position, RGB. Each call gives the same image. For a set with `channels`, it is a rendering
+        for people to look at.
 
         Raises:
-            UnreadableImage: the loader then ends the run, or lets another image stand in for it.
+            UnreadableImage: the image is damaged; the loader then ends the run or substitutes another image.
         """
 
     def pixels(self, index: int) -> np.ndarray:
-        """The image's numbers: uint8 [H, W, 3], or as they are stored, [H, W, channels].
+        """The image's values: uint8 [H, W, 3] for photographs, or [H, W, channels] in the type of the file.
 
         Raises:
-            UnreadableImage: as of `image`.
+            UnreadableImage: as in `image`.
         """
         return np.asarray(self.image(index))
 
     @abstractmethod
     def part(self, indices: np.ndarray, name: str) -> "Source":
-        """The images at these positions, in their order, under a name of their own: for limits, shares and validation
-        images.
+        """The images at these positions, in this order, as a set with a name of its own. Limits, shares and validation
+        images are made with it.
         """
 
     @abstractmethod
     def digest(self) -> str:
-        """A short hash that changes when the images, their order or their labels do. A checkpoint is gone on from only
-        with the same one, so what does not change an image (a root, a time, a copy) is not in it:
-        caco/data/sets/content.py has the rule.
+        """A short hash that changes when the images, their order or their labels change.
+
+        A run resumes from a checkpoint only if the digest is the same. So the digest must not depend on anything else,
+        such as the root folder, the time or whether files are copies. caco/data/sets/content.py has the rule.
         """
 
     def cache_key(self) -> str:
-        """A short hash by which what was computed of the images is found again on this machine: it changes with the
-        digest, and where files may have been written anew. The digest, of a set that is not in files."""
+        """A short hash under which results computed from the images are cached on this machine. It changes with the
+        digest, and also when files may have been rewritten. For a set without files it is the digest.
+        """
         return self.digest()
 
     def look(self, say: Say = silent) -> None:
-        """Find out, all ranks together, what `digest`, `cache_key` and `looks` need to know of the images, where that
-        means reading them. A collective; without it each rank that needs them does it by itself."""
+        """Read, with all ranks sharing the work, whatever `digest`, `cache_key` and `looks` need to know of the images.
+        A collective. Without this call, each rank that needs them reads everything by itself.
+        """
         return None
 
     def looks(self) -> np.ndarray | None:
-        """uint8 [N, 16], of each image as it lies encoded in a file; None where images do not."""
+        """A fingerprint of each image's encoded bytes, uint8 [N, 16]; None if the images are not encoded in files."""
         return None
 
     def in_memory(self, max_mb: int) -> "Source":
-        """The same set with its images decoded once, where that can be done and takes no more than `max_mb`; else
-        itself.
+        """The same set with all images decoded in memory, if the set supports this and the images take at most
+        `max_mb`; otherwise the set itself.
         """
         return self
 
     def path(self, index: int) -> Path | None:
-        """The file that holds the image and nothing else; None, for every image alike, where there are no such
+        """The file that contains this image and nothing else; None, for all images of the set, if there are no such
         files.
         """
         return None
 
     @property
     def packed(self) -> Packed | None:
-        """The images as they lie encoded in one file; None where they do not."""
+        """The encoded images inside one file, if this set is such a file; otherwise None."""
         return None
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What one run reads: images to pre-train on, and labelled ones to evaluate with.
+    """The images that one run reads: those to pre-train on, and the labelled ones to evaluate with.
 
-    mean, std: of each channel, where images are as they are stored (Source.channels) and somebody gave them; None has
-    them measured.
+    Attributes:
+        pretrain: the images to pre-train on.
+        train, test: the labelled images; None if there are none.
+        mean, std: given statistics of each channel, for images with `Source.channels`; None has them measured.
     """
 
     pretrain: Source
@@ -143,10 +154,12 @@ class Splits:
     std: list[float] | None = None
 
     def labelled(self, purpose: str) -> tuple[Source, Source]:
-        """The labelled (train, test) pair, or an error that says what `purpose` lacks.
+        """The labelled (train, test) pair.
 
+        Args:
+            purpose: what needs the labels, for the error message.
         Raises:
-            ValueError: a split is missing or has no labels.
+            UserError: a split is missing or has no labels.
         """
         for split, source in (("train", self.train), ("test", self.test)):
             if source is None or source.labels is None:
@@ -161,8 +174,8 @@ class Splits:
 
 
 def digest_together(parts: Sequence[Source]) -> str:
-    """Sixteen hexadecimal digits of the images and labels of a set in parts, however a seed has parted and ordered
-    it.
+    """A hash, 16 hexadecimal digits, of the images and labels in several sets together. It does not depend on how they
+    are ordered or divided among the sets.
     """
     images = []
     for part in parts:
@@ -175,14 +188,14 @@ def digest_together(parts: Sequence[Source]) -> str:
 
 
 def labels_of(source: Source) -> np.ndarray:
-    """The labels of a set that is known to have them, from `Splits.labelled` say."""
+    """The labels, int64 [N], of a set that is known to have labels, as after `Splits.labelled`."""
     assert source.labels is not None, f"{source.name}: labelled"
     return source.labels
 
 
 def holds(num_images: int) -> Callable[[Callable[P, Splits]], Callable[P, Splits]]:
-    """Declares of a function that reads a published set how many images it gives to train on, for who plans without
-    having it.
+    """Decorator for a function that reads a published data set: declares how many training images it gives, so that a
+    run can be planned before the data is there.
     """
 
     def declare(read: Callable[P, Splits]) -> Callable[P, Splits]:
@@ -193,12 +206,12 @@ def holds(num_images: int) -> Callable[[Callable[P, Splits]], Callable[P, Splits
 
 
 def num_images_of(read: Callable[..., Splits]) -> int | None:
-    """As `holds` declares it; None of a set that has no one size."""
+    """The number of training images declared by `holds`; None if the set has no fixed size."""
     return getattr(read, "num_images", None)
 
 
 class ImagesInMemory(Source):
-    """Images as uint8 arrays [H, W, 3]; one array [N, H, W, 3] or any sequence of them."""
+    """Images in memory: one array uint8 [N, H, W, 3], or any sequence of arrays uint8 [H, W, 3]."""
 
     arrays: Arrays
 
@@ -231,7 +244,7 @@ class ImagesInMemory(Source):
 
 
 class ImageFiles(Source):
-    """Image files below a root, read when asked for; with `in_memory`, decoded once."""
+    """Image files below a root folder, read at each access; `in_memory` decodes them once."""
 
     def __init__(
         self,
@@ -248,12 +261,14 @@ class ImageFiles(Source):
     ):
         """
         Args:
-            decoded: each image's array, where they are in memory.
-            of: the looks of the set that this is a part of, and the positions there.
+            files: the files' names below `root`, as strings or as an array of bytes.
+            decoded: each image's array, if the images are in memory.
+            of: for a subset of another set, the fingerprints (`Looks`) of that set and the positions in it.
         """
         assert labels is None or len(labels) == len(files)
         self.root = Path(root)
-        # One array of bytes, not a list of strings: forked workers would copy a list's pages by counting references.
+        # One array of bytes, not a list of strings: counting references to the strings would make forked workers copy
+        # the list's memory pages.
         self._files = files if isinstance(files, np.ndarray) else np.array([os.fsencode(file) for file in files])
         self.name = name
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
@@ -273,20 +288,15 @@ class ImageFiles(Source):
         return self.root / os.fsdecode(self._files[index])
 
     def image(self, index: int) -> Image.Image:
-        if self.channels is not None:
-            return shown(self.pixels(index))
-        if index in self.damaged:
-            raise UnreadableImage(str(self.damaged[index]))
-        if self.arrays is not None:
-            return Image.fromarray(self.arrays[index])
-        return read_image(self.path(index))
+        made = decoded_image(self, index, self._decoded, self._read)
+        return shown(made) if isinstance(made, np.ndarray) else made
 
     def pixels(self, index: int) -> np.ndarray:
-        if self.channels is None:
-            return np.asarray(self.image(index))
-        if index in self.damaged:
-            raise UnreadableImage(str(self.damaged[index]))
-        return self._decoded[index] if self._decoded is not None else read_stored(self.path(index), self.channels)
+        return np.asarray(decoded_image(self, index, self._decoded, self._read))
+
+    def _read(self, index: int) -> Image.Image | np.ndarray:
+        path = self.path(index)
+        return read_image(path) if self.channels is None else read_stored(path, self.channels)
 
     def part(self, indices: np.ndarray, name: str) -> "ImageFiles":
         labels = None if self.labels is None else self.labels[indices]
@@ -300,7 +310,7 @@ class ImageFiles(Source):
         )  # fmt: skip
 
     def in_memory(self, max_mb: int) -> "ImageFiles":
-        """The same set decoded once, if that takes no more than `max_mb`; else itself."""
+        """The same set decoded once, if the images take at most `max_mb`; otherwise the set itself."""
         made = all_decoded(self, max_mb, self._decoded_bytes)
         if made is None:
             return self
@@ -317,11 +327,11 @@ class ImageFiles(Source):
                 return self.pixels(index).nbytes
             width, height = size_of(self.path(index))
         except UnreadableImage:
-            return 0  # it will be named when it is read
+            return 0  # the error comes when the image is read
         return 3 * width * height
 
     def digest(self) -> str:
-        # Of the files also when decoded: how a set is held must not change what it is called.
+        # Also for decoded images, from the files: the digest must not depend on whether the images are in memory.
         return digest_of(self._files, self.looks(), self.labels)
 
     def cache_key(self) -> str:
@@ -335,13 +345,33 @@ class ImageFiles(Source):
         return self._looks.of(self._at)[0]
 
 
+def decoded_image(
+    source: Source, index: int, in_memory: Arrays | None, read: Callable[[int], Image.Image | np.ndarray]
+) -> Image.Image | np.ndarray:
+    """The image at a position of a set that may be in memory: RGB for photographs; an array [H, W, channels] for a set
+    with `channels`.
+
+    Args:
+        in_memory: each image's array; None if the images are not in memory.
+        read: position -> the image, if it has to be read.
+    Raises:
+        UnreadableImage: the image is among the set's damaged ones, or `read` raised it.
+    """
+    if index in source.damaged:
+        raise UnreadableImage(str(source.damaged[index]))
+    if in_memory is None:
+        return read(index)
+    return Image.fromarray(in_memory[index]) if source.channels is None else in_memory[index]
+
+
 def all_decoded(
     source: Source, max_mb: int, bytes_of: Callable[[int], int]
 ) -> tuple[list[np.ndarray], dict[int, UnreadableImage]] | None:
-    """Each image's array, and what is said of those that cannot be read; None where these take more than `max_mb`.
+    """Decode all images of a set: each image's array, and the errors of unreadable images by position. None if the
+    arrays take more than `max_mb`.
 
     Args:
-        bytes_of: how many an image takes when it is decoded; asked of some.
+        bytes_of: position -> bytes of the decoded image. It is called for 16 images to estimate the total.
     """
     budget = max_mb * 2**20
     sample = np.unique(np.linspace(0, len(source) - 1, 16).astype(int))
@@ -361,13 +391,14 @@ def all_decoded(
 
 
 def choose(labels: np.ndarray | None, count: int, total: int, *, seed: int, balanced: bool) -> np.ndarray:
-    """`count` of `total` positions, ascending; a smaller count is a subset of a larger one.
+    """Draw `count` of the positions 0..total - 1; they are returned in ascending order. With the same seed, a smaller
+    count gives a subset of a larger one.
 
     Args:
         labels: int64 [total]; None draws without regard to classes.
-        balanced: equally many of each class (as far as the classes go) rather than in proportion to their sizes.
+        balanced: draw equally many of each class, as far as the classes reach; otherwise in proportion to their sizes.
     Raises:
-        ValueError: count is not in 1..total.
+        UserError: count is not in 1..total.
     """
     if not 1 <= count <= total:
         raise UserError(f"expected a number of images in 1..{total}, got {count}")
@@ -377,7 +408,7 @@ def choose(labels: np.ndarray | None, count: int, total: int, *, seed: int, bala
     by_class = draw[np.argsort(labels[draw], kind="stable")]
     _, starts, sizes = np.unique(labels[by_class], return_index=True, return_counts=True)
     rank = np.arange(total) - np.repeat(starts, sizes)
-    # Ties (the r-th images of all classes) fall as in the draw, so no class is always the one that gets the odd image.
+    # The draw's order breaks ties between the r-th images of all classes, so no class always gets the odd image.
     turn = np.empty(total)
     turn[by_class] = rank if balanced else (rank + 0.5) / np.repeat(sizes, sizes)
     return np.sort(draw[np.argsort(turn[draw], kind="stable")][:count])

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of each channel of a set of images as they are stored, measured once for a run."""
+"""Measures the mean and standard deviation of each channel, for images that are used as stored; once for each run."""
 
 import numpy as np
 
@@ -9,14 +9,15 @@ from caco.errors import UserError
 from caco.saying import Say, counted, silent
 
 MOST_IMAGES = (
-    4096  # spread evenly over the set: of more, mean and spread hardly change, and the time would be without bound
+    4096  # images read, evenly spread over the set; more would hardly change the result, but take ever more time
 )
 
 
 def mean_and_std(source: Source, say: Say = silent) -> tuple[list[float], list[float]]:
-    """Of all pixels of up to MOST_IMAGES images, in the numbers that views have (caco/data/views/channels.py). A
-    channel that is the same everywhere has a deviation of 1, so that it stays what it is. A collective, whose result
-    does not depend on the number of ranks.
+    """Mean and standard deviation of each channel over all pixels of up to MOST_IMAGES images.
+
+    They are in the units of the views (caco/data/views/channels.py). A constant channel gets a standard deviation of 1,
+    so that normalising it is harmless. A collective; the result does not depend on the number of ranks.
 
     Raises:
         UserError: none of the images can be read.
@@ -24,7 +25,7 @@ def mean_and_std(source: Source, say: Say = silent) -> tuple[list[float], list[f
     chosen = np.unique(np.linspace(0, len(source) - 1, min(len(source), MOST_IMAGES)).round().astype(np.int64)).tolist()
     rank, world = distributed.rank(), distributed.world()
     own = chosen[rank::world]
-    what = f"images of {source.name} looked at for their mean and standard deviation"
+    what = f"images of {source.name} read for their mean and standard deviation"
 
     def each() -> list[tuple[int, np.ndarray, np.ndarray] | None]:
         found = []
@@ -35,12 +36,12 @@ def mean_and_std(source: Source, say: Say = silent) -> tuple[list[float], list[f
         return found
 
     parts = distributed.together(each)
-    ordered = [parts[place % world][place // world] for place in range(len(chosen))]  # as one rank would have them
+    ordered = [parts[place % world][place // world] for place in range(len(chosen))]  # as one rank would order them
     known = [one for one in ordered if one is not None]
     if not known:
         raise UserError(
-            f"{source.name}: expected images that can be read, got none among {len(chosen)} for their mean and standard"
-            " deviation"
+            f"{source.name}: expected readable images to measure mean and standard deviation, but none of"
+            f" {len(chosen)} images can be read"
         )
     weight_N = np.array([number for number, _, _ in known], np.float64)
     weight_N /= weight_N.sum()
@@ -55,8 +56,8 @@ def mean_and_std(source: Source, say: Say = silent) -> tuple[list[float], list[f
 
 
 def _of_one(source: Source, index: int) -> tuple[int, np.ndarray, np.ndarray] | None:
-    """Pixels, and each channel's mean and variance in float64; None of an image that cannot be read, which the loader
-    speaks of.
+    """Number of pixels, and each channel's mean and variance in float64. None for an unreadable image, which the loader
+    will report.
     """
     try:
         pixels = numbers(source.pixels(index)).astype(np.float64)
@@ -66,5 +67,5 @@ def _of_one(source: Source, index: int) -> tuple[int, np.ndarray, np.ndarray] | 
 
 
 def _rounded(values: np.ndarray) -> list[float]:
-    """To seven digits: what is left does not depend on the order in which a processor adds."""
+    """Round to seven digits, so that the result does not depend on the order in which a processor adds."""
     return [float(f"{value:.7g}") for value in values]

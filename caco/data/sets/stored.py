@@ -1,8 +1,8 @@
-"""Images as they are stored: any number of channels and any type of number, read without a conversion, for
-data.channels=N.
+"""Reads images as they are stored, for data.channels=N: any number of channels and any type of number, without a
+conversion.
 
-What is read here is an array [H, W, C] of the numbers in the file. Not here: photographs, which are RGB of 8 bits
-(reading.py), and what becomes of the numbers (caco/data/views/channels.py).
+The result is an array [H, W, C] of the numbers in the file. Not here: photographs, which are 8-bit RGB (reading.py),
+and what is done with the numbers (caco/data/views/channels.py).
 """
 
 import io
@@ -18,30 +18,31 @@ from caco.data.sets.reading import MAX_PIXELS, Refused, UnreadableImage, check_w
 from caco.errors import UserError
 from caco.installed import is_installed
 
-EXTENSIONS = (".npy",)  # besides those of photographs
+EXTENSIONS = (".npy",)  # files of these endings are images besides those of photographs
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY = b"\x93NUMPY"
 _PNG = b"\x89PNG\r\n\x1a\n"
-# Pillow's modes whose numbers it hands over as they are in the file. Of PNGs with 16 bits and several channels it drops
-# 8 of these.
+# In these modes Pillow gives the numbers exactly as they are in the file. Of PNGs with 16 bits and several channels it
+# keeps only 8 bits, so imagecodecs reads these.
 _AS_STORED = ("L", "LA", "RGB", "RGBA", "CMYK", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
 
 def read_stored(path: Path, channels: int) -> np.ndarray:
-    """One image file, [H, W, channels], in the type of its numbers (uint8, uint16, float32, ...).
+    """Read one image file as an array [H, W, channels] of the file's own type (uint8, uint16, float32, ...).
 
     Raises:
-        UnreadableImage: it is damaged, has another number of channels, or numbers that are not finite; names the file.
+        UnreadableImage: it is damaged, has another number of channels, or has numbers that are not finite; the message
+            names the file.
         UserError: a package that reads such files is not installed.
     """
     return stored(file_content(path), str(path), channels)
 
 
 def stored(content: bytes, where: str, channels: int) -> np.ndarray:
-    """As `read_stored`, of a file's content; `where` is what an error calls it."""
+    """Like `read_stored`, but from the file's content; errors call the image `where`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata
+            warnings.simplefilter("ignore")  # warnings of odd metadata
             if content.startswith(_NPY):
                 pixels = _npy(content)
             elif content.startswith(_TIFF):
@@ -50,7 +51,7 @@ def stored(content: bytes, where: str, channels: int) -> np.ndarray:
                 return checked(_by_pillow(content, where, channels), where, channels)
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - libraries raise what they like where a file is damaged
+    except Exception as error:  # noqa: BLE001 - for damaged files, libraries raise errors of any type
         raise _unreadable(
             where, str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {error}"
         ) from error
@@ -58,10 +59,10 @@ def stored(content: bytes, where: str, channels: int) -> np.ndarray:
 
 
 def checked(pixels: np.ndarray, where: str, channels: int) -> np.ndarray:
-    """An image's array as [H, W, channels], contiguous.
+    """Check an image's array; return it as [H, W, channels], contiguous and in the machine's byte order.
 
     Raises:
-        UnreadableImage: it is no such array, or holds what is no finite number.
+        UnreadableImage: it has another shape or type, or has numbers that are not finite.
     """
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
@@ -79,8 +80,8 @@ def checked(pixels: np.ndarray, where: str, channels: int) -> np.ndarray:
 
 
 def shown(pixels: np.ndarray) -> Image.Image:
-    """For people to look at: the first three channels, or the first, each stretched from its least to its largest
-    number.
+    """Make a picture for people to look at: the first three channels, or only the first one, each stretched from its
+    smallest to its largest number.
     """
     some = pixels[:, :, : 3 if pixels.shape[2] >= 3 else 1].astype(np.float64)
     least, most = some.min((0, 1)), some.max((0, 1))
@@ -125,7 +126,7 @@ def _tiff(content: bytes, where: str) -> np.ndarray:
 def _by_pillow(content: bytes, where: str, channels: int) -> np.ndarray:
     if (
         content.startswith(_PNG) and len(content) > 25 and content[24] == 16 and content[25] in (2, 4, 6)
-    ):  # bits, kind of colour
+    ):  # byte 24 is the bit depth, byte 25 the colour type
         if not is_installed("imagecodecs"):
             raise UserError(
                 f"{where}: PNGs of 16 bits and several channels are read by imagecodecs, which is not installed; to"
@@ -139,7 +140,7 @@ def _by_pillow(content: bytes, where: str, channels: int) -> np.ndarray:
     with opened(io.BytesIO(content), where) as image:
         check_work(*image.size, content)
         if image.mode in ("P", "PA"):
-            image = image.convert("RGBA" if channels == 4 else "RGB")  # what the palette says
+            image = image.convert("RGBA" if channels == 4 else "RGB")  # the palette may have transparency
         elif image.mode == "1":
             image = image.convert("L")
         if image.mode not in _AS_STORED:

@@ -1,7 +1,7 @@
-"""The eleven sets of transfer evaluation (the paper's Table V), read where torchvision's own downloads would put them.
+"""The eleven sets of transfer evaluation (the paper's Table V), in the folders that torchvision's downloads use.
 
-Labels: int64 [N] in [0, C); of VOC2007 int64 [N, 20], 1 present, 0 absent, -1 marked difficult, which counts for
-nothing.
+Labels are int64 [N] in [0, C). VOC2007 has int64 [N, 20]: 1 means present, 0 absent, and -1 marked difficult, which is
+ignored in the score.
 """
 
 import json
@@ -28,7 +28,7 @@ CALTECH_TRAINING_IMAGES = 30
 
 @dataclass(frozen=True)
 class TransferSet:
-    """Training, validation and test images of one set, and how it is scored."""
+    """Training, validation and test images of one set, and the metric by which it is scored."""
 
     name: str
     train: Source
@@ -38,17 +38,20 @@ class TransferSet:
 
 
 class MissingSet(FileError):
-    """A set that is not there; the message says what to fetch and where to put it."""
+    """A set is not there; the message says what to download and where to put it."""
 
 
 def load(name: str, root: Path, *, seed: int) -> TransferSet:
-    """One of the eleven sets, or a folder of your own below `root` with train/ and test/ of class folders.
+    """Read one of the eleven sets, or a folder of your own below `root` that has train/ and test/ of class folders.
 
     Args:
-        seed: of what the protocol leaves to a draw: validation images where none are published, Caltech-101's split.
+        name: one of READERS, or the name of your folder.
+        root: the folder that has all sets.
+        seed: seed of the draws that the protocol leaves open: validation images if none are published, and
+            Caltech-101's split.
     Raises:
-        MissingSet: it is not below root.
-        ValueError: its files are not as published.
+        MissingSet: the set is not below root.
+        UserError: its files are not as published.
     """
     if name in READERS:
         return READERS[name](root, seed)
@@ -63,7 +66,7 @@ def load(name: str, root: Path, *, seed: int) -> TransferSet:
 
 
 def food101(root: Path, seed: int) -> TransferSet:
-    """Food-101: 75,750 and 25,250 images; a tenth of the training images is held out. Top-1."""
+    """Food-101: 75,750 training and 25,250 test images; a tenth of the training images is held out. Top-1."""
     top = _there("food101", root / "food-101", "Food101")
 
     def part(split: str) -> ImageFiles:
@@ -82,17 +85,18 @@ def food101(root: Path, seed: int) -> TransferSet:
 
 
 def cifar10(root: Path, seed: int) -> TransferSet:
-    """CIFAR-10: 50,000 and 10,000 images; a tenth of the training images is held out. Top-1."""
+    """CIFAR-10: 50,000 training and 10,000 test images; a tenth of the training images is held out. Top-1."""
     return _cifar("cifar10", "CIFAR10", "cifar-10-batches-py", root, seed)
 
 
 def cifar100(root: Path, seed: int) -> TransferSet:
-    """CIFAR-100, as `cifar10`."""
+    """CIFAR-100, divided and scored as `cifar10`."""
     return _cifar("cifar100", "CIFAR100", "cifar-100-python", root, seed)
 
 
 def sun397(root: Path, seed: int) -> TransferSet:
-    """SUN397, partition 1 by its published lists: 19,850 and 19,850 images; a fifth of the first is held out. Top-1."""
+    """SUN397, partition 1 by its published lists: 19,850 training and 19,850 test images; a fifth of the training
+    images is held out. Top-1."""
     top = _there(
         "sun397",
         root / "SUN397",
@@ -119,7 +123,7 @@ def sun397(root: Path, seed: int) -> TransferSet:
 
 
 def cars(root: Path, seed: int) -> TransferSet:
-    """Stanford Cars: 8,144 and 8,041 images; a fifth of the training images is held out. Top-1."""
+    """Stanford Cars: 8,144 training and 8,041 test images; a fifth of the training images is held out. Top-1."""
     from scipy.io import loadmat
 
     top = _there(
@@ -144,7 +148,8 @@ def cars(root: Path, seed: int) -> TransferSet:
 
 
 def aircraft(root: Path, seed: int) -> TransferSet:
-    """FGVC Aircraft, variants: 3,334, 3,333 and 3,333 images as published. Mean accuracy per class."""
+    """FGVC Aircraft, variants: 3,334 training, 3,333 validation and 3,333 test images, divided as published. Mean
+    accuracy per class."""
     top = _there("aircraft", root / "fgvc-aircraft-2013b", "FGVCAircraft") / "data"
     classes = [line.strip() for line in read_text(top / "variants.txt").splitlines() if line.strip()]
     number = {name: c for c, name in enumerate(classes)}
@@ -158,7 +163,8 @@ def aircraft(root: Path, seed: int) -> TransferSet:
 
 
 def voc2007(root: Path, seed: int) -> TransferSet:
-    """PASCAL VOC 2007 classification: 2,501, 2,510 and 4,952 images of 20 classes, several an image. 11-point mAP."""
+    """PASCAL VOC 2007 classification: 2,501 training, 2,510 validation and 4,952 test images of 20 classes; an image
+    may have several. 11-point mAP."""
     top = _there(
         "voc2007",
         root / "VOCdevkit" / "VOC2007",
@@ -172,7 +178,7 @@ def voc2007(root: Path, seed: int) -> TransferSet:
             listed = read_text(_file("voc2007", top / "ImageSets" / "Main" / f"{name}_{split}.txt")).splitlines()
             rows = [line.split() for line in listed if line.strip()]
             files.append([f"JPEGImages/{image}.jpg" for image, _ in rows])
-            # Published: 1 present, -1 absent, 0 only difficult ones.
+            # Published marks: 1 present, -1 absent, 0 only objects that are marked difficult.
             columns.append([{"1": 1, "-1": 0, "0": -1}[mark] for _, mark in rows])
         if any(column != files[0] for column in files):
             raise UserError(
@@ -184,7 +190,7 @@ def voc2007(root: Path, seed: int) -> TransferSet:
 
 
 def dtd(root: Path, seed: int) -> TransferSet:
-    """Describable Textures, partition 1: 1,880, 1,880 and 1,880 images. Top-1."""
+    """Describable Textures, partition 1: 1,880 training, 1,880 validation and 1,880 test images. Top-1."""
     top = _there("dtd", root / "dtd" / "dtd" if (root / "dtd" / "dtd").is_dir() else root / "dtd", "DTD")
     lists = {split: read_text(top / "labels" / f"{split}1.txt").split() for split in ("train", "val", "test")}
     classes = sorted({image.partition("/")[0] for image in lists["train"]})
@@ -199,8 +205,8 @@ def dtd(root: Path, seed: int) -> TransferSet:
 
 
 def pets(root: Path, seed: int) -> TransferSet:
-    """Oxford-IIIT Pets, 37 breeds: 3,680 and 3,669 images; a fifth of the first is held out. Mean accuracy per
-    class.
+    """Oxford-IIIT Pets, 37 breeds: 3,680 training and 3,669 test images; a fifth of the training images is held out.
+    Mean accuracy per class.
     """
     top = _there("pets", root / "oxford-iiit-pet", "OxfordIIITPet")
 
@@ -215,8 +221,8 @@ def pets(root: Path, seed: int) -> TransferSet:
 
 
 def caltech101(root: Path, seed: int) -> TransferSet:
-    """Caltech-101: 30 training images of each of its 102 classes (with the background class), drawn; the rest are the
-    test.
+    """Caltech-101: 30 training images are drawn from each of its 102 classes, the background class among them; all
+    other images are test images.
 
     A fifth of the training images is held out. Mean accuracy per class.
     """
@@ -232,7 +238,8 @@ def caltech101(root: Path, seed: int) -> TransferSet:
 
 
 def flowers(root: Path, seed: int) -> TransferSet:
-    """Oxford Flowers-102: 1,020, 1,020 and 6,149 images as published. Mean accuracy per class."""
+    """Oxford Flowers-102: 1,020 training, 1,020 validation and 6,149 test images, divided as published. Mean accuracy
+    per class."""
     from scipy.io import loadmat
 
     top = _there("flowers", root / "flowers-102", "Flowers102")
@@ -281,17 +288,17 @@ def _there(name: str, top: Path, torchvision_name: str | None, *, also: str = ""
 
 def _file(name: str, path: Path) -> Path:
     if not path.is_file():
-        raise MissingSet(f"{name}: expected {path}, got no such file: fetch the set whole")
+        raise MissingSet(f"{name}: expected {path}, got no such file: download the complete set")
     return path
 
 
 def _files(
     root: Path, files: list[str], name: str, labels: Sequence[int] | np.ndarray, classes: list[str]
 ) -> ImageFiles:
-    """Images in files that a published list names.
+    """The images that a published list names.
 
     Raises:
-        ValueError: an image of the list is not there.
+        UserError: an image of the list is missing.
     """
     missing = [file for file in files if not (root / file).is_file()]
     if missing or not files:
@@ -303,7 +310,8 @@ def _files(
 
 
 def _with_held_out(name: str, train: Source, test: Source, metric: Metric, share: float, seed: int) -> TransferSet:
-    """Hold out a share of the training images to choose on, stratified and drawn by the seed; never test images."""
+    """Hold a share of the training images out for validation, stratified by class and drawn with the seed, so that test
+    images are never used to choose settings."""
     held_out = choose(train.labels, round(share * len(train)), len(train), seed=seed, balanced=False)
     rest = np.setdiff1d(np.arange(len(train)), held_out)
     return TransferSet(name, train.part(rest, train.name), train.part(held_out, f"{name}/validation"), test, metric)

@@ -1,4 +1,4 @@
-"""Images that a method cannot learn from, told by looking at the first of them."""
+"""Refuses images that a method cannot learn from, judged by the first images of a set."""
 
 import contextlib
 
@@ -7,12 +7,12 @@ import numpy as np
 from caco.data.sets.sources import Source, UnreadableImage
 from caco.errors import UserError
 
-SMALLEST_SIDE = 24  # of an image that is cut into patches: a third of it has 8 pixels
+SMALLEST_SIDE = 24  # shortest side of an image that is cut into patches; a third of it has 8 pixels
 _NUM_LOOKED_AT = 64
 
 
 def refuse_too_small_for_patches(source: Source) -> None:
-    """Raises UserError where the first image that can be read is."""
+    """Raises UserError if the first readable image is smaller than SMALLEST_SIDE on a side."""
     for pixels in _first(source, 1):
         height, width = pixels.shape[:2]
         if min(height, width) < SMALLEST_SIDE:
@@ -24,7 +24,7 @@ def refuse_too_small_for_patches(source: Source) -> None:
 
 
 def refuse_grey(source: Source) -> None:
-    """Raises UserError where the first images have no colour at all."""
+    """Raises UserError if the first images have no colour at all."""
     images = _first(source, _NUM_LOOKED_AT)
     if images and all((pixels == pixels[..., :1]).all() for pixels in images):
         raise UserError(

@@ -1,5 +1,5 @@
-"""Walks over folders of images: symbolic links are followed, and refused where images would come twice or lead
-nowhere.
+"""Finds the images in folders. Symbolic links are followed; a link that would make images occur twice, or that leads
+nowhere, is an error.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ from caco.data.sets.sources import EXTENSIONS
 from caco.errors import FileError, UserError
 from caco.runs.directory import is_first_rank
 
-# The images of folders walked over inside `kept`, for the next walk alone; by folder and by what counts as an image.
+# The images that walks inside `kept` found, by folder and extensions; each entry serves the next walk and is then
+# removed.
 _kept: dict[tuple[Path, tuple[str, ...]], list[str]] = {}
 _keeping = False
 _QUIET_S = 2.0
@@ -21,8 +22,8 @@ _QUIET_S = 2.0
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """What is found inside is handed to the next walk over the same folder in this process, which looks no second
-    time.
+    """Keep what walks inside this context find. The next walk over the same folder in this process then takes the
+    result without looking again.
     """
     global _keeping
     _keeping = True
@@ -33,12 +34,12 @@ def kept() -> Iterator[None]:
 
 
 def folders_in(top: Path) -> list[str]:
-    """The names of a folder's folders, sorted, without those that are hidden."""
+    """The names of the folders in a folder, sorted, without hidden ones."""
     return sorted(entry.name for entry in _entries(top) if entry.is_dir())
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
-    """What is in a folder, without what is hidden.
+    """The entries of a folder, without hidden ones.
 
     Raises:
         FileError: the folder cannot be read, or holds a link that leads nowhere.
@@ -53,19 +54,20 @@ def _entries(folder: Path) -> list[os.DirEntry]:
         of = error.filename or folder
         link = f", a link to {os.readlink(of)}" if os.path.islink(of) else ""
         raise FileError(
-            f"{of}{link}: expected a folder or an image that can be read, got: {error.strerror}. Mend or remove it."
+            f"{of}{link}: expected a folder or an image that can be read, got: {error.strerror}. Repair or remove it."
         ) from error
     return found
 
 
 class Walk:
-    """Walks over folders, into each of them once: symbolic links are followed, but not to where the walk comes by
-    anyway.
+    """Walks over several folders, and visits each folder once. Symbolic links are followed, but a link must not lead to
+    a folder that the walk visits anyway.
 
     Args:
-        top: what holds all folders that are walked over.
-        extensions: of the names of images.
-    passed_by: the name of a file, in lower case, that was no image; "" where there was none.
+        top: the folder above all folders to walk over.
+        extensions: the file names of images end in one of these.
+    Attributes:
+        passed_by: lower-case name of a file that is not an image, the last one seen; "" if there was none.
     """
 
     def __init__(self, top: Path, extensions: tuple[str, ...] = EXTENSIONS):
@@ -75,11 +77,11 @@ class Walk:
         self._images, self._next_line = 0, time.monotonic() + _QUIET_S
 
     def images_below(self, folder: Path) -> list[str]:
-        """All images, as paths relative to `folder`, sorted.
+        """The paths of all images below `folder`, relative to it, sorted.
 
         Raises:
-            FileError: a folder that cannot be read, a link that leads nowhere, an image that is no file.
-            UserError: a link to a folder that holds it, or to one whose images are there already.
+            FileError: a folder cannot be read, a link leads nowhere, or an image is not a file.
+            UserError: a link leads to a folder above it, or to one that was visited already.
         """
         looked_for = (folder, self._extensions)
         if not _keeping and looked_for in _kept:
@@ -95,7 +97,9 @@ class Walk:
                     ahead.append((current / entry.name, f"{prefix}{entry.name}/"))
                 elif entry.name.lower().endswith(self._extensions):
                     if not entry.is_file():
-                        raise FileError(f"{entry.path}: expected an image, got something that is no file. Remove it.")
+                        raise FileError(
+                            f"{entry.path}: expected an image, got something that is not a file. Remove it."
+                        )
                     found.append(prefix + entry.name)
                 else:
                     self.passed_by = entry.name.lower()
@@ -119,13 +123,13 @@ class Walk:
         identity = _identity(folder)
         if folder != self._top and identity in self._above:
             raise UserError(
-                f"{folder}: a link to {self._above[identity]}, which holds it: its images would come again, as those of"
-                " another class. Remove the link."
+                f"{folder} is a link to {self._above[identity]}, a folder above it, so images would occur twice, the"
+                " second time in another class. Remove the link."
             )
         if identity in self._seen:
             raise UserError(
-                f"{folder} and {self._seen[identity]} are one folder, by a link: its images would come twice. Remove"
-                " one of them."
+                f"{folder} and {self._seen[identity]} are the same folder, because of a link, so its images would occur"
+                " twice. Remove one of them."
             )
         self._seen[identity] = folder
 

@@ -1,4 +1,4 @@
-"""Shards of WebDataset's: tar files of samples, grouped by that library and read by position."""
+"""WebDataset shards: tar files of samples. The webdataset library groups the samples; caco reads them by position."""
 
 import dataclasses
 import json
@@ -38,16 +38,17 @@ def webdataset(
     """A folder of uncompressed tar files: train/*.tar and test/*.tar (or val/), or train-*.tar and test-*.tar, or any
     *.tar to train on.
 
-    Their order is that of their names. A sample is what has one name but for its endings, with one image. They are read
-    by position, in any order, and not as a stream: the shards have to lie on a disk.
+    The shards are ordered by name. A sample consists of the files with the same name up to the extension, and has one
+    image. Samples are read by position, in any order, and not as a stream, so the shards have to be on a disk.
 
     Args:
-        label: the ending of the file that holds the sample's class, a whole number (cls); or NAME.json's key, as
-            json:KEY; null: no labels.
-        limit, validation_fraction, seed, in_memory_mb, channels, mean, std: as of `folder`.
+        root: the folder.
+        label: where a sample's class, a whole number, is found. An extension such as cls names a file of the sample;
+            json:KEY names a key in the sample's .json file; null means no labels.
+        limit, validation_fraction, seed, in_memory_mb, channels, mean, std: as in `folder`.
     Raises:
-        FileError: no root given, no shards there, or one that is no tar file.
-        UserError: WebDataset is not installed; a sample without an image or a label.
+        FileError: no root was given, no shards are there, or one is not a tar file.
+        UserError: webdataset is not installed, or a sample has no image or no label.
     """
     require_statistics_of(channels, mean, std)
     top = existing_root(root, example="data=webdataset")
@@ -118,15 +119,15 @@ def _source(
 
 
 def _members(shard: Path) -> Iterator[dict[str, Any]]:
-    """For WebDataset's grouping: each file's name and, in place of its content, where that lies: (first byte,
-    bytes).
+    """For each file of a shard, its name and the place of its content, (first byte, number of bytes). webdataset groups
+    these as if the places were contents.
     """
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 if member.isreg():
                     yield {"fname": member.name, "data": (member.offset_data, member.size), "__url__": str(shard)}
-                tar.members = []  # type: ignore[attr-defined] # or all are kept; as WebDataset does
+                tar.members = []  # type: ignore[attr-defined] # as WebDataset does; tarfile would keep all of them
     except (tarfile.TarError, OSError) as error:
         raise FileError(f"{shard}: expected an uncompressed tar file, got {type(error).__name__}: {error}") from error
 

@@ -1,3 +1,3 @@
-"""Augmented views of images: the recipes, in Python with Pillow and compiled, the same to the bit.
+"""Augmented views of images: the published recipes in Python with Pillow, and compiled code that gives the same bits.
 
 Not here: which image is read when (caco/data/loaders)."""

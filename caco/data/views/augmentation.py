@@ -1,4 +1,4 @@
-"""Augmented views of one image, as the published recipes draw them."""
+"""The augmentation of the published recipes: random views of one image, and the plain view for evaluation."""
 
 import functools
 import math
@@ -34,8 +34,9 @@ from caco.ranges import (
     hold_fields,
 )
 
-# Where each random number of a view lies in its one vector of uniforms. Every number has a fixed place, so a change of
-# one setting (say blur_p) leaves all other draws of the same seed as they were. (random.h has the same places.)
+# Each view takes one vector of uniform random numbers; these are the positions of its numbers in that vector. Every
+# number has a fixed position, so changing one setting (say blur_p) leaves all other draws of the same seed unchanged.
+# random.h repeats these positions for the compiled views.
 CROP_TRIES = 10
 CROP = slice(0, 2 * CROP_TRIES)
 CROP_TOP, CROP_LEFT, JITTER, GRAY, BLUR, SIGMA, SOLARIZE, FLIP, ANGLE, SHIFT_X, SHIFT_Y = range(20, 31)
@@ -48,18 +49,20 @@ _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resamplin
 
 @dataclass(frozen=True, kw_only=True)
 class Patches:
-    """Square windows of a view, in a grid.
+    """A grid of square windows that are cut out of a view.
 
     Args:
-        grid: windows a side.
-        size: pixels a side of a window.
-        stride: pixels from a cell's corner to its neighbour's; below `size` the windows overlap.
-        jitter: a window's corner lies 0 to so many pixels down and right of its cell's, drawn for each.
-        shuffled: whether the windows come in an order drawn at random, else row by row.
-        each: what is done to each window, as to an image of its own; None: nothing. Its `scale` and `ratio` of [1.0,
-            1.0] keep it whole.
+        grid: number of windows along each side of the grid.
+        size: side of a window in pixels.
+        stride: distance in pixels between the corners of neighbouring grid cells; windows overlap where it is below
+            `size`.
+        jitter: each window is shifted down and to the right of its cell's corner, by 0 to `jitter` pixels drawn for
+            each window.
+        shuffled: whether the windows come in a random order; otherwise they come row by row.
+        each: augmentation of each window, as if it were an image of its own; None leaves the windows as they are. An
+            `each` with `scale` and `ratio` of [1.0, 1.0] does not crop the window.
     Raises:
-        ValueError: a value out of its range.
+        UserError: a value is out of its range, or `each` has patches, a count or a size of its own.
     """
 
     grid: Several
@@ -75,39 +78,50 @@ class Patches:
             self.each.patches is not None or self.each.count != 1 or self.each.size is not None
         ):
             raise UserError(
-                "patches each: expected a view without patches, count and size of its own, for the windows have theirs"
+                "patches.each: expected a view without patches, count or size, because the windows come from the grid"
+                " and have its size"
             )
 
     @property
     def extent(self) -> int:
-        """Pixels a side that the windows may reach over."""
+        """Side in pixels of the smallest square that holds every possible window."""
         return (self.grid - 1) * self.stride + self.jitter + self.size
 
     @property
     def numbers(self) -> int:
-        """Random numbers of an image: where each window lies, down and across, and when it comes."""
+        """How many random numbers an image takes: each window's shifts down and right, and its place in the order."""
         return 3 * self.grid**2
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One kind of view: crop, rotate and shift, jitter, grayscale, blur, solarize, flip, in this order; then what
-    `then` says.
+    """One kind of view: crop, rotate and shift, jitter, grayscale, blur, solarize, flip, in this order; then the
+    operations in `then`.
 
-    Written with Pillow, as the published code is, and held to torchvision's results by the tests. This is what a view
-    is; views.cpp makes the same bits several times faster, and is held to this.
+    This code defines what a view is. It uses Pillow, as the published code does, and the tests compare it with
+    torchvision's results. views.cpp makes the same bits several times faster; the tests compare it with this code.
 
     Args:
-        count: how many views of this kind.
-        size: pixels; None takes the size of the `Views`.
-        scale, ratio: share of the area and aspect ratio of the random crop, each a [low, high] pair.
-        rotate: degrees, drawn in +-rotate. shift: share of the side, drawn in +-shift.
-        jitter: strengths of brightness, contrast, saturation, hue, applied in random order with probability `jitter_p`.
-        blur: standard deviation in pixels, drawn in this range with probability `blur_p`.
-        then: further operations by any name, in order. They are not compiled.
-        patches: the view is no image of its own but cut into these.
+        count: number of views of this kind for each image.
+        size: side of the view in pixels; None takes the size of the `Views`.
+        scale: range [low, high] of the random crop's area, as a share of the image's area.
+        ratio: range [low, high] of the random crop's aspect ratio, width over height.
+        interpolation: filter that resizes the crop.
+        rotate: the angle in degrees is drawn from -rotate to rotate.
+        shift: the shift across and the shift down are drawn from -shift to shift, as shares of the view's side.
+        jitter: strengths of brightness, contrast, saturation and hue, applied in random order with probability
+            `jitter_p`.
+        jitter_p: probability of the jitter.
+        gray_p: probability of grayscale.
+        blur: range [low, high] of the Gaussian blur's standard deviation in pixels.
+        blur_p: probability of the blur.
+        solarize_p: probability that all values of 128 and above are inverted.
+        flip_p: probability of the horizontal flip.
+        then: further operations, applied in order; the names are free. They run in Python, not in the compiled views.
+        patches: windows to cut the view into. The method then receives the windows instead of the view itself.
     Raises:
-        ValueError: a value out of its range.
+        UserError: a value is out of its range, an operation in `then` lacks a member of `Operation`, or `patches` do
+            not fit into the view.
     """
 
     count: Count = 1
@@ -130,7 +144,7 @@ class View:
     patches: Patches | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.patches, Mapping):  # as it stands in a YAML
+        if isinstance(self.patches, Mapping):  # A YAML file gives a mapping.
             each = self.patches.get("each")
             each = View(**each) if isinstance(each, Mapping) else each
             object.__setattr__(self, "patches", Patches(**{**self.patches, "each": each}))
@@ -152,12 +166,13 @@ class View:
 
     @property
     def numbers(self) -> int:
-        """Random numbers of an image: those of `draw`, of each further operation in turn, and of the patches."""
+        """How many random numbers an image takes: first those of `draw`, then those of each operation in `then`, then
+        those of the patches."""
         further = sum(operation.numbers for operation in self.then.values())
         return NUM_UNIFORMS + further + (self.patches.numbers if self.patches else 0)
 
     def further(self, image: Image.Image, u: Sequence[float]) -> Image.Image:
-        """What `then` makes of the view as drawn; u are all of its random numbers."""
+        """Apply the operations in `then` to a drawn view; u holds all of the view's random numbers."""
         first = NUM_UNIFORMS
         for operation in self.then.values():
             image = operation(image, u[first : first + operation.numbers])
@@ -165,8 +180,10 @@ class View:
         return image
 
     def draw(self, image: Image.Image, size: int, u: Sequence[float]) -> Image.Image:
-        """The view, size x size, that these random numbers (see `uniforms`) make of an image, up to what `then`
-        says.
+        """Crop and augment an image into a view of size x size pixels, without the operations in `then`.
+
+        Args:
+            u: the view's random numbers (see `draws.uniforms`).
         """
         box = crop_box(image.width, image.height, self.scale, self.ratio, u[CROP], u[CROP_TOP], u[CROP_LEFT])
         image = rotation(self, size, u)(resize(image.crop(box), size, size, self.interpolation))
@@ -184,21 +201,24 @@ class View:
 
 
 class Views:
-    """All views that a recipe takes of an image, and the plain one that evaluations take.
+    """All views that a recipe makes of an image: the random views for training and the plain view for evaluation.
 
     Args:
-        size: pixels of the plain view, and of every view that names none.
-        views: the kinds of view by any name, in order; a kind of count n gives n views in a row. At most one is cut
-            into patches.
-        plain_crop: share of the shorter side that the plain view keeps (224 of 256: 0.875).
-        plain_interpolation: by which the plain view is resized.
-        colours: what every view, the plain one too, is converted into: "rgb" is none, the others have their lightness
-            first (colours.py).
-        mean, std: of each channel, for pixels in 0..1, or of the colour space's channels as it has them.
+        size: side in pixels of the plain view, and of every view that names no size.
+        views: the kinds of view, in order; their names are free. A kind of count n gives n consecutive views. At most
+            one kind may have patches.
+        plain_crop: share of the shorter side that the plain view keeps; 224 pixels of 256 are 0.875.
+        plain_interpolation: filter that resizes the image for the plain view.
+        colours: colour space that every view, the plain one too, is converted to. "rgb" converts nothing; the other
+            spaces have lightness as their first channel (colours.py).
+        mean, std: mean and standard deviation of each channel. For "rgb" they are of pixels scaled to 0..1; for another
+            colour space they are of its channels, in that space's own units.
+    Attributes:
+        channels: None for photographs; for images of any number of channels, that number (see
+            caco/data/views/channels.py).
+        dtype: type of the pixels before normalisation.
     Raises:
-        ValueError: a value out of its range.
-    channels: None of photographs; else as of the images, see caco/data/views/channels.py. dtype: of pixels before
-    normalisation.
+        UserError: a value is out of its range, or several kinds have patches.
     """
 
     channels: int | None = None
@@ -219,54 +239,62 @@ class Views:
         self.size = size
         self.plain_crop, self.plain_interpolation = plain_crop, plain_interpolation
         self.colours, self.mean, self.std = colours, list(mean), list(std)
-        # A YAML's views arrive as mappings: a named kind of view is a value of the command line, a `_target_` is not.
+        # The views of a YAML file arrive as mappings, not as objects: a setting inside a plain mapping can be changed
+        # on the command line by the view's name.
         kinds = [view if isinstance(view, View) else View(**view) for view in views.values()]
         if sum(view.patches is not None for view in kinds) > 1:
             raise UserError("views: expected at most one kind that is cut into patches, got more")
         self._views = [view for view in kinds for _ in range(view.count)]
         self.kinds = Kinds([(view, view.size or size) for view in self._views])
-        self.patches = self.kinds.patches  # None where no view is cut
-        self.sizes = [view.size or size for view in self._views if view.patches is None]  # of those that stay whole
+        self.patches = self.kinds.patches  # None if no view has patches
+        self.sizes = [view.size or size for view in self._views if view.patches is None]  # of the views without patches
         self.num_views = len(self.sizes)
         self._scale = 1 / (255 * torch.tensor(list(std)))
         self._offset = -torch.tensor(list(mean)) / torch.tensor(list(std))
 
     def with_views(self, views: dict[str, View]) -> "Views":
-        """Other views of images that are normalised as here, with the same plain one but for its interpolation."""
+        """A recipe with other random views, but with this recipe's normalisation, colours and plain view. Only the
+        plain view's interpolation is reset to the default."""
         return Views(
             size=self.size, views=views, mean=self.mean, std=self.std, plain_crop=self.plain_crop, colours=self.colours
         )  # fmt: skip
 
     @property
     def compiled_alone(self) -> bool:
-        """Whether the compiled views can go as far as normalised floats: nothing else is done to the pixels."""
+        """Whether the compiled views can make the final normalised floats, because no Python step follows them."""
         return not self.kinds.needs_finish and self.colours == "rgb"
 
     def view(self, image: Image.Image, v: int, u: Sequence[float]) -> torch.Tensor:
-        """View v as drawn, before its `then`, normalised, float32 [3, H, W]."""
+        """View number v of an image, without the operations in `then`; normalised, float32 [3, H, W]."""
         return self.normalise(torch.from_numpy(self.view_pixels(image, v, u))[None])[0]
 
     def plain(self, image: Image.Image) -> torch.Tensor:
-        """The view for evaluation: shorter side resized, centre cropped, normalised, float32 [3, H, W]."""
+        """The plain view: shorter side resized, centre cropped, normalised; float32 [3, H, W]."""
         return self.normalise(torch.from_numpy(self.plain_pixels(image))[None])[0]
 
     def view_pixels(self, image: Image.Image, v: int, u: Sequence[float]) -> np.ndarray:
-        """View v as drawn, before its `then` and normalisation, uint8 [H, W, 3]."""
+        """View number v of an image, without the operations in `then` and before normalisation; uint8 [H, W, 3]."""
         return np.array(self._views[v].draw(image, self.kinds.kinds[v][1], u))
 
     def batch_pixels(self, images: Sequence[np.ndarray], samples: np.ndarray, stream: int) -> list[np.ndarray]:
-        """All views of some images (uint8 [h, w, 3] each) before normalisation: a view's are uint8 [B, H, W, 3];
-        patches, where there are any, come last, [B, P, H, W, 3].
+        """All views of a batch before normalisation: one array uint8 [B, H, W, 3] for each view. If a kind has patches,
+        the last array holds them, uint8 [B, P, H, W, 3].
 
         Args:
-            samples, stream: what the random numbers depend on, see `draws.uniforms`.
+            images: uint8 [h, w, 3] each.
+            samples, stream: the random numbers follow from these two, see `draws.uniforms`.
         """
         whole, patches = self.kinds.make(images, samples, stream)
         return whole if patches is None else [*whole, patches]
 
     def plain_batch(self, images: np.ndarray, *, num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Plain views, uint8 [B, H, W, 3], of rows of `native.table`, and which of them could not be decoded; compiled,
-        and so for bilinear ones alone (`plain_is_compiled`)."""
+        """Make plain views with the compiled code, which knows only bilinear resizing (`plain_is_compiled`).
+
+        Args:
+            images: rows of `native.table`.
+        Returns:
+            The views, uint8 [B, H, W, 3], and bool [B]: which images could not be decoded.
+        """
         assert self.plain_is_compiled
         made = np.empty((len(images), self.size, self.size, 3), np.uint8)
         settings = native.settings([(View(), self.size)], self._scale, self._offset)
@@ -278,16 +306,16 @@ class Views:
 
     @property
     def plain_is_compiled(self) -> bool:
-        """Whether `plain_batch` makes the plain view here."""
+        """Whether `plain_batch` can make the plain view: the compiled code was built and the resizing is bilinear."""
         return native.library() is not None and self.plain_interpolation == "bilinear"
 
     def settings(self) -> native.Settings:
-        """All views' settings as the compiled views take them."""
+        """The settings of all views in the form that the compiled code takes."""
         return self.kinds.settings(self._scale.tolist(), self._offset.tolist())
 
     def plain_pixels(self, image: Any) -> np.ndarray:
-        """The plain view of an image of Pillow's before normalisation, uint8 [H, W, 3]; rounded as torchvision's Resize
-        and CenterCrop do.
+        """The plain view of a Pillow image before normalisation, uint8 [H, W, 3]. Sizes and offsets are rounded as in
+        torchvision's Resize and CenterCrop.
         """
         (width, height), box = plain_box(image.width, image.height, self.size, self.plain_crop)
         if (width, height) != image.size:
@@ -295,8 +323,8 @@ class Views:
         return np.array(image.crop(box))
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 [..., H, W, 3] to float32 [..., 3, H, W] in channels_last strides, on the pixels' device; floats are
-        done.
+        """Normalise pixels, uint8 [..., H, W, 3], to float32 [..., 3, H, W] with channels_last strides, on the pixels'
+        device. Floating-point pixels count as normalised already: only their axes are moved.
         """
         if pixels.is_floating_point():
             return pixels.movedim(-1, -3)
@@ -325,7 +353,8 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """A random box (left, upper, right, lower): area uniform in `scale`, log of the aspect ratio uniform.
 
-    The first of ten tries that fits inside the image counts; if none does, the largest centred box of an allowed ratio.
+    The first of ten tries that fits inside the image counts; if none does, the box is centred and is the largest with
+    an allowed ratio.
     Source: torchvision's RandomResizedCrop, after arXiv 1409.4842.
     """
     low, high = ratio
@@ -345,7 +374,8 @@ def crop_box(
 def plain_box(
     width: int, height: int, size: int, plain_crop: float
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """To which width and height an image is resized for its plain view, and which box of that the view is."""
+    """The plain view's geometry: the (width, height) to resize the image to, and the box (left, upper, right, lower) to
+    crop from the resized image."""
     short, shorter = round(size / plain_crop), min(width, height)
     width, height = short * width // shorter, short * height // shorter
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -353,8 +383,8 @@ def plain_box(
 
 
 def resize(image: Image.Image, width: int, height: int, interpolation: str) -> Image.Image:
-    """Across, then down, rounded between: what Pillow does at once, except that from 13 on it turns the order for
-    some.
+    """Resize across, round to 8 bits, then resize down. Pillow does the same in one call, but from version 13 on it
+    swaps the two passes for some sizes.
     """
     how = _RESAMPLING[interpolation]
     return image.resize((width, image.height), how).resize((width, height), how)
@@ -363,8 +393,8 @@ def resize(image: Image.Image, width: int, height: int, interpolation: str) -> I
 def _jitter(
     image: Image.Image, strengths: Sequence[float], u_order: Sequence[float], u_factor: Sequence[float]
 ) -> Image.Image:
-    """Brightness, contrast, saturation by factors in 1 +- strength, hue by a shift in +- strength, in the order
-    drawn.
+    """Change brightness, contrast and saturation by factors drawn from 1 +- strength, and hue by a shift drawn from
+    +- strength, in the order drawn.
     """
     for op in sorted(range(4), key=u_order.__getitem__):
         strength = strengths[op]
@@ -378,10 +408,8 @@ def _jitter(
     return image
 
 
-# The four below are Pillow's ImageEnhance and torchvision's adjust_hue (the tests hold them equal) without their
-# detours.
 def rotation(view: View, size: int, u: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
-    """What turns and shifts the view of this size as these random numbers say."""
+    """A function that rotates and shifts a view of this size by the drawn angle and shifts."""
     if not view.rotate and not view.shift:
         return lambda image: image
     degrees = between(-view.rotate, view.rotate, u[ANGLE])

@@ -1,4 +1,4 @@
-// Pillow's Gaussian blur: three box blurs along each axis, the box's two outermost pixels weighted by a fraction.
+// Pillow's Gaussian blur: three box blurs along each axis. The outermost pixels at both ends of a box count by a fraction.
 
 #pragma once
 
@@ -22,19 +22,20 @@ BoxFilter box_filter(float sigma) {
   return {int(radius), inner, ((1 << 24) - (int(radius) * 2 + 1) * inner) / 2};
 }
 
-// out[i] from in[radius + 1 + k][i], k = -radius - 1 .. radius + 1; reads and writes up to 63 bytes more
-template <int kRadius>  // if it is known
+// Computes out[i] as the weighted sum of in[radius + 1 + k][i] for k = -radius - 1 .. radius + 1. Reads and writes up to 63 bytes
+// past the end.
+template <int kRadius>  // kRadius: the radius where it is known at compile time, else -1
 void box_line(const uint8_t* const* in, uint8_t* __restrict out, int n, BoxFilter f) {
   const int radius = kRadius < 0 ? f.radius : kRadius, last = 2 * radius + 2;
 #ifdef MM
-  if (radius < 64) {  // sums that are still 16 bits signed; weights in two halves of 12 bits
+  if (radius < 64) {  // then sums fit into 16 signed bits; each weight is split into two halves of 12 bits
     const Bytes high = MM(set1_epi32)((f.inner >> 12) | (f.outer >> 12) << 16), bytes = MM(set1_epi16)(255);
     const Bytes low = MM(set1_epi32)((f.inner & 4095) | (f.outer & 4095) << 16), half = MM(set1_epi32)(1 << 23);
     const auto weighted = [&](Bytes pairs) {
       return MM(srli_epi32)(add_products(MM(srli_epi32)(add_products(half, pairs, low), 12), pairs, high), 12);
     };
     for (int i = 0; i < n; i += sizeof(Bytes)) {
-      Bytes inner[2] = {}, outer[2] = {}, words[2];  // of the even bytes, of the odd
+      Bytes inner[2] = {}, outer[2] = {}, words[2];  // first of the even bytes, then of the odd bytes
       const auto add = [&](Bytes* sums, int k) {
         const Bytes v = load(in[k] + i);
         sums[0] = MM(add_epi16)(sums[0], v & bytes), sums[1] = MM(add_epi16)(sums[1], MM(srli_epi16)(v, 8));
@@ -56,7 +57,8 @@ void box_line(const uint8_t* const* in, uint8_t* __restrict out, int n, BoxFilte
   }
 }
 
-// Row by row: what three boxes across made of it goes through three boxes down, each with as many rows as it looks at.
+// Blurs row by row. Three box blurs across give a row, which then goes through three box blurs down; each of these keeps only as
+// many rows as its box covers.
 void blur(float sigma, int size, Scratch& s) {
   const BoxFilter f = box_filter(sigma);
   const auto box = f.radius == 0 ? box_line<0> : f.radius == 1 ? box_line<1> : box_line<-1>;
@@ -67,7 +69,7 @@ void blur(float sigma, int size, Scratch& s) {
   const auto row_of = [&](int level, int y) { return s.rows.data() + (2 + level * kept + y % kept) * room; };
   for (int now = 0; now < size + 3 * pad; now++) {
     if (now < size) {
-      uint8_t* line = s.rows.data() + 3 * pad;  // with room for its ends, repeated
+      uint8_t* line = s.rows.data() + 3 * pad;  // has room on both sides for the repeated edge pixels
       std::memcpy(line, &s.image[size_t(now) * stride], stride);
       for (int pass = 0; pass < 3; pass++) {
         for (int k = 1; k <= pad; k++) {

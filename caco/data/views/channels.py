@@ -1,9 +1,10 @@
-"""Views of images as they are stored, with any number of channels (data.channels=N), in NumPy and Pillow's images of
-floats.
+"""Views of images with any number of channels (data.channels=N), made with NumPy and Pillow's images of floats. The
+images are used as they are stored.
 
-The draws are those of the photographs' views (augmentation.py): the same random numbers in the same places, so that a
-view depends on (seed, epoch, image, view) alone. What differs: pixels are float32 and never cut off; what is relative
-to a range is relative to the view's own. Unsigned integers count as 0..1; all other numbers are what they are.
+The draws are the same as for photographs (augmentation.py): the same random numbers at the same positions, so a view
+depends on (seed, epoch, image, view) alone. Two things differ. Pixels are float32 and are never clipped. A step that is
+relative to a range of values uses the range of the view itself. Unsigned integers are scaled to 0..1; all other numbers
+keep their values.
 
 Shapes: [H, W, C] of an image, [B, H, W, C] of a batch.
 """
@@ -40,25 +41,26 @@ from caco.data.views.draws import uniforms
 from caco.data.views.kinds import Kinds
 from caco.errors import UserError
 
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue in grey, ITU-R 601-2
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # weights of red, green and blue in grey, ITU-R 601-2
 
 
 class ChannelViews(Views):
-    """All views of a recipe, of images of so many channels.
+    """All views of a recipe, for images of any number of channels.
 
     Args:
-        like: the recipe; its mean and std, which are of photographs, are not taken.
-        mean, std: of each channel, in the numbers that `numbers` gives.
+        like: the recipe. Its mean and std are not used, because they are of photographs.
+        mean, std: mean and standard deviation of each channel, in the units that the function `numbers` gives; their
+            length is the number of channels.
     Raises:
-        UserError: the recipe has what is of RGB alone: other colour spaces, or further operations (`then`).
+        UserError: the recipe uses something that only RGB has: another colour space, or operations in `then`.
     """
 
     def __init__(self, like: Views, *, mean: Sequence[float], std: Sequence[float]):
         assert len(mean) == len(std)
         if like.colours != "rgb":
             raise UserError(
-                f"augmentation.colours={like.colours}: is of red, green and blue, and data.channels={len(mean)};"
-                " expected rgb"
+                f"augmentation.colours={like.colours}: this colour space needs red, green and blue, but the images have"
+                f" data.channels={len(mean)}. Use augmentation.colours=rgb."
             )
         self._like, self.channels = like, len(mean)
         self.size, self.plain_crop, self.plain_interpolation = like.size, like.plain_crop, like.plain_interpolation
@@ -75,7 +77,7 @@ class ChannelViews(Views):
         return ChannelViews(self._like.with_views(views), mean=self.mean, std=self.std)
 
     def view_pixels(self, image: Any, v: int, u: Sequence[float]) -> np.ndarray:
-        """View v before normalisation, float32 [H, W, C]."""
+        """View number v before normalisation, float32 [H, W, C]."""
         view, size = self.kinds.kinds[v]
         return draw(view, numbers(image), size, u)
 
@@ -89,13 +91,17 @@ class ChannelViews(Views):
         )
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """float32 [..., H, W, C] to float32 [..., C, H, W] in channels_last strides, on the pixels' device."""
+        """Normalise float32 [..., H, W, C] to float32 [..., C, H, W] with channels_last strides, on the same device."""
         mean, std = (torch.from_numpy(values).to(pixels.device) for values in (self._mean, self._std))
         return ((pixels - mean) / std).movedim(-1, -3)
 
 
 class ChannelKinds(Kinds):
-    """Kinds of view of images of so many channels, in float32."""
+    """Kinds of view for images of any number of channels, as float32.
+
+    Raises:
+        UserError: a view has operations in `then`, which are for 8-bit RGB.
+    """
 
     dtype: np.dtype = np.dtype(np.float32)
 
@@ -104,9 +110,9 @@ class ChannelKinds(Kinds):
         for view, _ in kinds:
             if view.then:
                 raise UserError(
-                    f"augmentation: the operations {', '.join(view.then)} of a view's `then` are of RGB of 8 bits, and"
-                    f" data.channels={channels}; leave them out, as '~augmentation.views.NAME.then', or choose another"
-                    " augmentation"
+                    f"augmentation: the operations {', '.join(view.then)} of a view's `then` work only on 8-bit RGB,"
+                    f" but the images have data.channels={channels}. Leave the operations out"
+                    " ('~augmentation.views.NAME.then'), or choose another augmentation."
                 )
         super().__init__(kinds)
 
@@ -120,8 +126,8 @@ class ChannelKinds(Kinds):
 
 
 def numbers(pixels: Any) -> np.ndarray:
-    """An image's numbers as float32: unsigned integers divided by their type's largest, so 0..1; all others as they
-    are.
+    """An image's pixels as float32. Unsigned integers are divided by the largest value of their type, which gives 0..1;
+    all other numbers keep their values.
     """
     pixels = np.asarray(pixels)
     if pixels.dtype.kind == "u":
@@ -130,8 +136,14 @@ def numbers(pixels: Any) -> np.ndarray:
 
 
 def draw(view: View, pixels: np.ndarray, size: int, u: Sequence[float]) -> np.ndarray:
-    """The view, float32 [size, size, C], that these random numbers make of an image, float32 [H, W, C]. Saturation, hue
-    and grey are of three channels alone, which are then red, green and blue; with any other number they do nothing."""
+    """Crop and augment an image, float32 [H, W, C], into a view, float32 [size, size, C].
+
+    Saturation, hue and grey apply only to images of three channels, which are taken as red, green and blue. With any
+    other number of channels these steps do nothing.
+
+    Args:
+        u: the view's random numbers, at the positions listed in augmentation.py.
+    """
     height, width, channels = pixels.shape
     box = crop_box(width, height, view.scale, view.ratio, u[CROP], u[CROP_TOP], u[CROP_LEFT])
     pixels = pixels[box[1] : box[3], box[0] : box[2]]
@@ -148,12 +160,12 @@ def draw(view: View, pixels: np.ndarray, size: int, u: Sequence[float]) -> np.nd
         least, most = pixels.min((0, 1)), pixels.max((0, 1))
         pixels = np.where(
             pixels >= (least + most) / 2, least + most - pixels, pixels
-        )  # the upper half of each channel's range, turned over
+        )  # inverts the upper half of each channel's range
     return pixels[:, ::-1] if u[FLIP] < view.flip_p else pixels
 
 
 def _each_channel(pixels: np.ndarray, change: Any) -> np.ndarray:
-    """Pillow's resampling knows floats, one channel at a time."""
+    """Apply `change` to each channel separately, because Pillow resamples floats only in images of one channel."""
     images = (Image.fromarray(np.ascontiguousarray(pixels[:, :, channel])) for channel in range(pixels.shape[2]))
     return np.stack([np.asarray(change(image)) for image in images], 2)
 
@@ -161,9 +173,10 @@ def _each_channel(pixels: np.ndarray, change: Any) -> np.ndarray:
 def _jitter(
     pixels: np.ndarray, strengths: Sequence[float], u_order: Sequence[float], u_factor: Sequence[float]
 ) -> np.ndarray:
-    """As of photographs, in the order drawn, without cutting anything off: brightness multiplies; contrast moves
-    towards or away from the mean of each channel; saturation towards or away from grey; hue turns, where numbers lie in
-    0..1."""
+    """The jitter of photographs, in the order drawn, but without clipping. Brightness multiplies; contrast moves
+    towards or away from each channel's mean; saturation moves towards or away from grey; hue turns where values lie in
+    0..1.
+    """
     colour = pixels.shape[2] == 3
     for op in sorted(range(4), key=u_order.__getitem__):
         strength = strengths[op]
@@ -186,7 +199,8 @@ def _grey(pixels: np.ndarray) -> np.ndarray:
 
 
 def _turn_hue(pixels: np.ndarray, turns: float) -> np.ndarray:
-    """The hue turned by this share of the circle; what lies outside of 0..1 stays as far outside."""
+    """Turn the hue by this share of the colour circle. Values outside 0..1 are clipped for this, and their excess is
+    added again."""
     from torchvision.transforms.v2.functional import adjust_hue
 
     inside = pixels.clip(0, 1)

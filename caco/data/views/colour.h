@@ -1,4 +1,4 @@
-// Colour: steps over a block's planes of floats that hold 0..255.
+// Colour steps. They work on blocks of pixels whose three channels are separate planes of floats that hold 0..255.
 
 #pragma once
 
@@ -25,7 +25,7 @@ INLINE floats& plane(float* values, int i) { return *reinterpret_cast<floats*>(v
 INLINE float truncated(float x) { return float(int32_t(x)); }
 INLINE floats truncated(floats x) { return __builtin_convertvector(__builtin_convertvector(x, ints), floats); }
 
-INLINE float luma(float r, float g, float b) {  // sums stay below 2^24: exact
+INLINE float luma(float r, float g, float b) {  // the sums stay below 2^24, so they are exact in floats
   return truncated((r * 19595.0f + g * 38470.0f + b * 7471.0f + 32768.0f) * 0x1p-16f);
 }
 
@@ -33,7 +33,7 @@ INLINE float blend(float from, float to, float factor) {
   return truncated(std::min(std::max(from + factor * (to - from), 0.0f), 255.0f));
 }
 
-// Both ways through HSV give Pillow's bytes for every input: tests/data/test_native.py tries them all.
+// Both conversions to and from HSV give Pillow's bytes for every input; tests/data/test_native.py tries all of them.
 
 void to_hsv(Block& p, int n) {  // in place: hue, saturation, value, each 0..255
   const floats zero = {}, one = zero + 1.0f;
@@ -41,7 +41,8 @@ void to_hsv(Block& p, int n) {  // in place: hue, saturation, value, each 0..255
     floats &r = plane(p.r, i), &g = plane(p.g, i), &b = plane(p.b, i);
     const floats rg = r > g ? r : g, most = rg > b ? rg : b, gr = r < g ? r : g, spread = most - (gr < b ? gr : b);
     const floats saturation = truncated(spread / (most > zero ? most : one) * 255.0f);
-    // Of the two lesser channels one is the least, whose term is 1: so one division and one rounding, as in Pillow.
+    // One of the two lesser channels is the least, and its term of Pillow's formula is exactly 1. So one division and one rounding
+    // are enough to give Pillow's result.
     const ints red = r == most, green = g == most;
     const floats plus = most - (red ? b : green ? r : g), minus = most - (red ? g : green ? b : r);
     const ints least = plus == spread;
@@ -53,13 +54,13 @@ void to_hsv(Block& p, int n) {  // in place: hue, saturation, value, each 0..255
   }
 }
 
-// The middle channel as Pillow computes it, in single and double precision: near one half that shows.
+// The middle channel in Pillow's own mix of single and double precision. The precision matters where a value is close to a half.
 float middle_channel(float most, float saturation, float rest, bool odd) {
   const double share = saturation / 255.0f, part = rest / 255.0f;
   return float(int(most * (1.0 - share * (odd ? part : 1.0 - part)) + 0.5));
 }
 
-void from_hsv(Block& p, int n, float turn) {  // and the hue turned
+void from_hsv(Block& p, int n, float turn) {  // in place; also turns the hue
   for (int i = 0; i < n; i += kWide) {
     floats &r = plane(p.r, i), &g = plane(p.g, i), &b = plane(p.b, i);
     const floats turned = r + turn, h = (turned > 255.0f ? turned - 256.0f : turned) * 6.0f, saturation = g, most = b;
@@ -130,7 +131,8 @@ void store_block(const Block& p, int n, uint8_t* out) {
   }
 }
 
-// All steps up to the next contrast in one pass over the image, and with them the sum of grays that it needs.
+// Applies all steps. Each pass over the image applies the steps up to the next contrast, and computes the sum of grays that this
+// contrast needs.
 void colour(uint8_t* image, int n, const Step* steps, int count) {
   if (count == 0) return;
   float mean = 0;

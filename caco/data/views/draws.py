@@ -1,21 +1,25 @@
-"""A view's random numbers: of (stream, image, view) alone, so that any process may make any view. random.h draws the
-same.
+"""A view's random numbers. They depend on (stream, image, view) alone, so any process can make any view. random.h draws
+the same numbers for the compiled views.
 """
 
 import numpy as np
 
 NUM_UNIFORMS = (
-    39  # that every view takes (augmentation.py says for what); further ones are those of its `then` and its patches
+    39  # every view takes these, at the positions listed in augmentation.py; `then` and patches take further ones
 )
 
 
 def uniforms(stream: int, samples: np.ndarray, v: int, count: int = NUM_UNIFORMS) -> np.ndarray:
-    """The random numbers in [0, 1) of view v of some samples, float64 [B, count]: SplitMix64, started from the three.
+    """The random numbers of view number v of a batch: uniform in [0, 1), float64 [B, count].
 
-    Of (stream, sample, view) alone, whichever numbers were drawn before: so any process may make any view.
+    They depend on (stream, sample, v) alone and not on earlier draws, so any process can make any view. The generator
+    is SplitMix64, started from these three.
 
     Args:
-        stream: 64 bits, different for each seed and epoch.
+        stream: a 64-bit number, different for each seed and epoch.
+        samples: int [B], the number of each image.
+        v: the number of the view.
+        count: how many numbers each image takes; a larger count does not change the first ones.
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
     """
     step = np.uint64(0x9E3779B97F4A7C15)
@@ -27,7 +31,7 @@ def uniforms(stream: int, samples: np.ndarray, v: int, count: int = NUM_UNIFORMS
 
 
 def stream_of(stream: int, v: int) -> int:
-    """A stream of its own for what lies inside view v: its patches, each of which is an image there."""
+    """A separate stream for the patches of view number v, because each patch is augmented as an image of its own."""
     step = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         return int(_mix(np.asarray(np.uint64(stream) + step * np.uint64(2**32 + v))))

@@ -1,6 +1,6 @@
-// JPEGs as pixels, by libturbojpeg; and of those that more than a few rows can be left out of, the rest, by libjpeg-turbo's
-// own interface, where its header was there when this was compiled and its library is there when it runs. The pixels are
-// the same.
+// Decodes JPEGs. libturbojpeg decodes whole images. Where many rows of an image are not needed, libjpeg-turbo's own interface
+// skips these rows, provided that its header was found at compile time and its library is found at run time. Both give the same
+// pixels.
 
 #pragma once
 
@@ -48,7 +48,7 @@ class RowDecoder {
     errors_.emit_message = [](j_common_ptr info, int level) { info->err->num_warnings += level < 0; };
     info_.client_data = &failed_;
     usable_ = false;
-    if (setjmp(failed_)) return;  // a library of another version
+    if (setjmp(failed_)) return;  // the library has another version than the header
     create(&info_, JPEG_LIB_VERSION, sizeof info_);
     created_ = usable_ = true;
   }
@@ -57,8 +57,9 @@ class RowDecoder {
   }
   RowDecoder(const RowDecoder&) = delete;
 
-  // Rows first..last of the image into its place in `pixels`. False, whatever was written: let the whole be decoded, which
-  // also decides what is unreadable; so for all that is truncated, warned of, or in several scans.
+  // Decodes at least rows first..last of the image into their place in `pixels`. False if this is not possible, whatever was
+  // written by then; the caller then decodes the whole image, which also decides whether it is unreadable. It is false for every
+  // image that is truncated, gives a warning, or has several scans.
   bool decode(const uint8_t* data, size_t bytes, int width, int height, int first, int last, uint8_t* pixels) {
     if (!usable_ || bytes < 4 || data[bytes - 2] != 0xFF || data[bytes - 1] != 0xD9) return false;
     errors_.num_warnings = 0;
@@ -70,7 +71,7 @@ class RowDecoder {
     if (!plain || info_.progressive_mode || info_.comps_in_scan != info_.num_components) return abort_(&info_), false;
     info_.out_color_space = JCS_RGB;
     start_(&info_);
-    const int block = 8 * info_.max_v_samp_factor;  // one more each way: colours are interpolated across its edge
+    const int block = 8 * info_.max_v_samp_factor;  // decode one block more at both ends: libjpeg interpolates colours across a block's edge
     first = first / block * block - block, last += block;
     if (first > 0) skip_(&info_, first);
     while (int(info_.output_scanline) < (last < height ? last : height)) {
@@ -103,7 +104,7 @@ struct RowDecoder {
 
 #endif
 
-// As caco/data/sets/reading.py refuses it: every scan passes over all pixels.
+// Whether decoding would take too long, by the rule of caco/data/sets/reading.py: every scan passes over all pixels.
 bool takes_too_long(const uint8_t* data, size_t bytes, int width, int height) {
   int64_t scans = 0;
   const uint8_t* const end = data + bytes;
@@ -112,15 +113,15 @@ bool takes_too_long(const uint8_t* data, size_t bytes, int width, int height) {
   return scans > 500 || int64_t(width) * height * scans > 1000000000;
 }
 
-// One thread's decoder.
+// The decoder of one thread.
 class Decoder {
  public:
   explicit Decoder(const TurboJpeg& library) : library_(library), handle_(library.start()) {}
   ~Decoder() { library_.stop(handle_); }
   Decoder(const Decoder&) = delete;
 
-  // uint8 [height, width, 3] of which at least rows first..last are right; null where Pillow refuses the image too, so not
-  // for a mere oddity that libjpeg warns of.
+  // Pixels, uint8 [height, width, 3], of which at least rows first..last are correct. Null if Pillow refuses the image too; an
+  // image that libjpeg merely warns of is decoded.
   const uint8_t* decode(const uint8_t* data, size_t bytes, int width, int height, int first, int last) {
     int w, h, subsampling, colours;
     if (library_.read_header(handle_, data, bytes, &w, &h, &subsampling, &colours) != 0) return nullptr;
@@ -128,11 +129,11 @@ class Decoder {
     try {
       pixels_.resize(size_t(width) * height * 3);
     } catch (const std::bad_alloc&) {
-      return nullptr;  // thrown in a thread, it would end the process
+      return nullptr;  // an exception that leaves a thread would end the process
     }
     if (height - (last - first) >= 32 && rows_.decode(data, bytes, width, height, first, last, pixels_.data())) return pixels_.data();
     if (library_.decompress(handle_, data, bytes, pixels_.data(), w, 0, h, 0, 0) == 0) return pixels_.data();
-    // The message is the last one: of a truncated file with several scans it may be another's.
+    // libturbojpeg keeps only its last message; for a truncated file with several scans that may be about something else.
     const uint8_t *const end = data + bytes, end_marker[] = {0xFF, 0xD9};
     const bool truncated = std::strstr(library_.error(handle_), "Premature end") ||
                            std::search(data + bytes / 2, end, end_marker, end_marker + 2) == end;

@@ -1,7 +1,7 @@
-"""Kinds of view made of a batch of images: compiled where that was built, else by Pillow; then what neither of a kind's
-settings says but its `then` and its `patches`, by Pillow and NumPy in both cases. So the bits are the same.
+"""Makes all kinds of view for a batch of images. The compiled code draws the views if it was built; otherwise Pillow
+does, with the same bits. A view's `then` and `patches` are not compiled: Pillow and NumPy apply them in both cases.
 
-Shapes: B images, P patches of each, H and W pixels; pixels are uint8.
+Shapes: B images, P patches of each, H and W pixels, C channels, N random numbers; photographs are uint8 with C = 3.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +16,12 @@ from caco.data.views.draws import stream_of, uniforms
 
 
 class Operation(Protocol):
-    """One of a view's further operations (its `then`): called with an RGB image and `numbers` random numbers in [0, 1),
-    it gives an image of the same size, the same one for the same numbers. operations.py has some.
+    """A further operation of a view, as listed in its `then`. It is called with an RGB image and `numbers` random
+    numbers in [0, 1), and returns an image of the same size. The same numbers must give the same image. operations.py
+    has some operations.
 
-    numbers: how many it takes, whatever it does with them.
+    Attributes:
+        numbers: how many random numbers each call receives, whether the operation uses them all or not.
     """
 
     numbers: int
@@ -28,11 +30,12 @@ class Operation(Protocol):
 
 
 class Kinds:
-    """All kinds of view of a recipe, by number.
+    """All kinds of view of a recipe, in order.
 
     Args:
         kinds: (caco.data.views.augmentation.View, its size in pixels) pairs; at most one of them has patches.
-    channels, dtype: of the pixels.
+    Attributes:
+        channels, dtype: number of channels and type of the pixels.
     """
 
     channels = 3
@@ -47,29 +50,33 @@ class Kinds:
         self.needs_finish = any(view.then for view, _ in self.kinds) or self.cut is not None
 
     def of(self, kinds: Sequence[tuple[Any, int]]) -> "Kinds":
-        """Others of the same images."""
+        """Other kinds of view of the same sort of images: same channels and type of pixels."""
         return Kinds(kinds)
 
     def settings(self, scale: Sequence[float] = (1, 1, 1), offset: Sequence[float] = (0, 0, 0)) -> native.Settings:
-        """As the compiled views take them."""
+        """The settings in the form that the compiled views take; scale and offset normalise a pixel, [3] each."""
         return native.settings(self.kinds, scale, offset)
 
     def shapes(self, count: int) -> list[tuple[int, ...]]:
-        """Of what is drawn of so many images, a kind's [B, H, W, 3], before any is cut."""
+        """For each kind, the shape [B, H, W, C] of its views of `count` images, before any view is cut into patches."""
         return [(count, size, size, self.channels) for _, size in self.kinds]
 
     def shape_of_patches(self, count: int) -> tuple[int, ...]:
-        """[B, P, H, W, 3]."""
+        """The shape [B, P, H, W, C] of the patches of `count` images."""
         assert self.patches is not None
         return (count, self.patches.grid**2, self.patches.size, self.patches.size, self.channels)
 
     def make(
         self, images: Sequence[np.ndarray], samples: np.ndarray, stream: int
     ) -> tuple[list[np.ndarray], np.ndarray | None]:
-        """Of each kind that stays whole, [B, H, W, 3], and the patches of the one that is cut.
+        """Make all views of a batch.
 
         Args:
-            images: [h, w, 3] each. samples, stream: what the random numbers depend on, see `draws.uniforms`.
+            images: [h, w, C] each.
+            samples, stream: the random numbers follow from these two, see `draws.uniforms`.
+        Returns:
+            An array [B, H, W, C] for each kind without patches; and the patches [B, P, H, W, C] of the kind that has
+            them, or None.
         """
         drawn = [np.empty(shape, self.dtype) for shape in self.shapes(len(images))]
         self.draw(images, samples, stream, drawn)
@@ -78,7 +85,7 @@ class Kinds:
         return [pixels for v, pixels in enumerate(drawn) if v != self.cut], patches
 
     def draw(self, images: Sequence[np.ndarray], samples: np.ndarray, stream: int, drawn: Sequence[np.ndarray]) -> None:
-        """Fill drawn[v], of each kind, with what is drawn of these images."""
+        """Crop and augment the images, and write the views of kind number v into drawn[v], without their `then`."""
         if native.library() is not None:
             images = [np.ascontiguousarray(image) for image in images]
             native.make_views(self.settings(), native.table(images), samples, stream, drawn)
@@ -96,8 +103,8 @@ class Kinds:
         patches: np.ndarray | None = None,
         num_threads: int = 1,
     ) -> None:
-        """What is left to do when the kinds are drawn: each one's `then`, in place, and the cut into `patches`, which
-        is filled.
+        """Complete views that `draw` made: apply each kind's `then` in place, and fill `patches`, [B, P, H, W, C], with
+        the windows of the kind that has patches.
         """
 
         def part(rows: np.ndarray) -> None:
@@ -129,14 +136,16 @@ class Kinds:
 
 
 def windows(patches: Any, pixels_BHWC: np.ndarray, u_BN: np.ndarray) -> np.ndarray:
-    """The windows of each image, row by row: [B, P, size, size, 3].
+    """Cut the windows of each image out, in row-major order: [B, P, size, size, C].
 
     Args:
-        patches: caco.data.views.augmentation.Patches. u_BN: the first 2 P say how far down each window lies in its
-            cell, then how far to the right.
+        patches: caco.data.views.augmentation.Patches.
+        pixels_BHWC: the views to cut.
+        u_BN: uniform numbers; the first P give each window's shift down within its cell, the next P its shift to the
+            right.
     """
     grid, size = patches.grid, patches.size
-    corners = np.mgrid[:grid, :grid].reshape(2, -1) * patches.stride  # of cells, down and across
+    corners = np.mgrid[:grid, :grid].reshape(2, -1) * patches.stride  # of the cells: [2, P], down and across
     corner_B2P = corners + (u_BN[:, : 2 * grid**2] * (patches.jitter + 1)).astype(np.int64).reshape(-1, 2, grid**2)
     made = np.empty((len(pixels_BHWC), grid**2, size, size, pixels_BHWC.shape[3]), pixels_BHWC.dtype)
     for pixels, of_image, (tops, lefts) in zip(pixels_BHWC, made, corner_B2P.tolist(), strict=True):
@@ -146,14 +155,14 @@ def windows(patches: Any, pixels_BHWC: np.ndarray, u_BN: np.ndarray) -> np.ndarr
 
 
 def _further(view: Any, pixels_BHWC: np.ndarray, u_BN: np.ndarray) -> None:
-    """A view's `then`, in place."""
+    """Apply a view's `then`, in place."""
     if view.then:
         for pixels, u in zip(pixels_BHWC, u_BN.tolist(), strict=True):
             pixels[...] = view.further(Image.fromarray(pixels), u)
 
 
 def _in_parts(work: Callable[[np.ndarray], None], count: int, num_threads: int) -> None:
-    """Rows 0 to count - 1, a part for each thread."""
+    """Divide the rows 0 to count - 1 among threads and call `work` on each part."""
     parts = np.array_split(np.arange(count), min(num_threads, count))
     if len(parts) == 1:
         work(parts[0])

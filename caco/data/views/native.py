@@ -1,4 +1,4 @@
-"""The compiled views (views.cpp), if they were built: whole batches at once, to the bit what Pillow makes."""
+"""Calls the compiled views (views.cpp), which may be missing: whole batches at once, with the same bits as Pillow's."""
 
 import ctypes
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ IMAGE = np.dtype([("data", "<u8"), ("bytes", "<i8"), ("height", "<i4"), ("width"
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled views, or None where they were not built or are turned off; `why_not` says which."""
+    """The compiled views, or None if they were not built or are turned off; `why_not` tells which of the two."""
     loaded = instructions.compiled(instructions.VIEWS)
     if loaded is not None:
         loaded.caco_make_views.argtypes, loaded.caco_make_views.restype = [ctypes.POINTER(_Job)], None
@@ -60,15 +60,15 @@ def library() -> ctypes.CDLL | None:
 
 
 def why_not() -> str:
-    """Why there is no library."""
+    """Why `library` gives None, as the end of a sentence about the compiled views."""
     return f"are turned off by {instructions.VARIABLE}=torch" if instructions.LEVEL == "torch" else "were not built"
 
 
 @cache
 def turbojpeg() -> ctypes.Array | None:
-    """The addresses of libturbojpeg's functions that views.cpp calls, or None where it is not installed.
+    """The addresses of the functions of libturbojpeg that views.cpp calls, or None if the library is not installed.
 
-    The functions of version 2, which version 3 still has.
+    They are functions of libturbojpeg 2; version 3 still has them.
     """
     try:
         loaded = ctypes.CDLL("libturbojpeg.so.0")
@@ -78,13 +78,13 @@ def turbojpeg() -> ctypes.Array | None:
     made = (ctypes.c_void_p * len(names))(
         *(ctypes.cast(getattr(loaded, f"tj{name}"), ctypes.c_void_p) for name in names)
     )
-    setattr(made, "library", loaded)  # for as long as its addresses are held
+    setattr(made, "library", loaded)  # keeps the library loaded for as long as its addresses are in use
     return made
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A recipe as C structs; the arrays are kept for as long as it is."""
+    """A recipe's settings as C structs; this object keeps the arrays alive that the structs point to."""
 
     views: ctypes.Array
     scale: np.ndarray
@@ -92,7 +92,12 @@ class Settings:
 
 
 def settings(views: Sequence[tuple[Any, int]], scale: Any, offset: Any) -> Settings:
-    """Of (view, its size) pairs, and the factor and summand that normalise each channel of a uint8 pixel."""
+    """The settings for the compiled views.
+
+    Args:
+        views: (caco.data.views.augmentation.View, its size in pixels) pairs.
+        scale, offset: [3] each; a pixel of 0..255 is normalised to pixel * scale + offset.
+    """
     made = (_View * len(views))()
     for struct, (view, size) in zip(made, views, strict=True):
         struct.size, struct.bicubic = size, view.interpolation == "bicubic"
@@ -103,7 +108,12 @@ def settings(views: Sequence[tuple[Any, int]], scale: Any, offset: Any) -> Setti
 
 
 def table(images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
-    """Where these images lie; they must stay there. One array [N, h, w, 3] or a sequence of [h, w, 3], all uint8."""
+    """The addresses and sizes of images in memory, an `IMAGE` record for each. The caller keeps the images alive and in
+    place while the table is in use.
+
+    Args:
+        images: one array uint8 [N, h, w, 3], or a sequence of arrays uint8 [h, w, 3].
+    """
     made = np.zeros(len(images), IMAGE)
     if isinstance(images, np.ndarray):
         assert images.flags.c_contiguous and images.dtype == np.uint8 and images.shape[3:] == (3,)
@@ -126,14 +136,16 @@ def make_views(
     plain: int = 0,
     num_threads: int = 1,
 ) -> np.ndarray:
-    """Fill out[v], [B, H, W, 3] each: normalised where it is float32, pixels where it is uint8.
+    """Make all views of a batch and write them into `out`.
 
     Args:
-        images: rows of `table`.
-        samples, stream: what the random numbers depend on, see caco.data.views.draws.uniforms.
-        plain: not 0: no random view, but the middle of each image after its shorter side was resized to this.
+        images: rows of `table`, [B].
+        samples, stream: the random numbers follow from these two, see caco.data.views.draws.uniforms.
+        out: for each view an array [B, H, W, 3]: float32 is filled with normalised values, uint8 with pixels.
+        plain: 0 makes random views; another number makes the plain view instead: the shorter side is resized to this
+            many pixels, and the middle is cropped.
     Returns:
-        bool [B], which images are JPEGs that cannot be decoded; their rows of out are as they were.
+        bool [B]: which images are JPEGs that could not be decoded; their rows of `out` are unchanged.
     """
     images, samples = np.ascontiguousarray(images), np.ascontiguousarray(samples, np.int64)
     normalise = out[0].dtype == np.float32
@@ -163,6 +175,6 @@ def make_views(
         unreadable=unreadable.ctypes.data,
     )
     loaded = library()
-    assert loaded is not None, "whoever calls this has asked"
-    loaded.caco_make_views(ctypes.byref(job))  # lets go of the interpreter: other threads run on
+    assert loaded is not None, "the caller has to check that library() is not None"
+    loaded.caco_make_views(ctypes.byref(job))  # ctypes releases the interpreter's lock, so other threads run on
     return unreadable

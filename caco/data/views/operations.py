@@ -1,9 +1,9 @@
-"""Further operations on a view, for its `then`: each takes an image to another of its size, by the random numbers that
-it is given.
+"""Further operations for a view's `then`. Each changes an image, keeps its size, and takes all its randomness from the
+numbers that it is given.
 
-Written with Pillow, as the published code is. The numbers that say whether and how stand in fixed places, so that a
-changed setting leaves the other draws as they were. Magnitudes of RandAugment are those of the implementation that
-InfoMin's code has taken over.
+They use Pillow, as the published code does. Each of the random numbers has one fixed meaning, so that changing a
+setting leaves the other draws unchanged. RandAugment's magnitudes are those of the implementation that InfoMin's code
+uses.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,32 +17,37 @@ from scipy import ndimage
 from caco.errors import UserError
 from caco.ranges import Colour, Count, Length, NonNegative, PositiveInterval, Range, Several, Share, held
 
-MEAN_COLOUR = (124, 116, 104)  # of ImageNet
-_LARGEST = 10.0  # magnitude
-_NUMBERS_EACH = 5  # of an operation of RandAugment: which, whether, how much, which way, how it is resampled
+MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean colour: red, green, blue in 0..255
+_LARGEST = 10.0  # largest magnitude
+_NUMBERS_EACH = 5  # random numbers of one RandAugment operation: which, whether, magnitude, direction, resampling
 
 
 class RandAugment:
-    """Some operations drawn with replacement from fifteen, each applied with a probability and at a magnitude drawn
-    about one value.
+    """Draws some of fifteen operations with replacement. Each one drawn is applied with a probability, at a magnitude
+    drawn around a mean.
 
-    At magnitude L of 0..10: rotation by +-30 L/10 degrees; shear by +-0.3 L/10; translation by +-0.45 L/10 of the side;
-    enhancement (colour, contrast, brightness, sharpness) by a factor of 1 +- 0.9 L/10; posterization keeps bits from
-    posterize_bits[0] at 0 to posterize_bits[1] at 10; solarization inverts from the value 256 L/10 on, so that it does
-    nothing at 10; 110 L/10 is added to values below 128. What a rotation, shear or translation uncovers gets the colour
-    `fill`; they resample bilinearly or bicubically, as drawn.
+    At magnitude L in 0..10: rotation by +-30 L/10 degrees; shear by +-0.3 L/10; translation by +-0.45 L/10 of the side;
+    enhancement (colour, contrast, brightness, sharpness) by a factor of 1 +- 0.9 L/10; posterization keeps
+    posterize_bits[0] bits at L = 0, posterize_bits[1] bits at L = 10, and a number between in between; solarization
+    inverts values of 256 L/10 and above, so it does nothing at L = 10; solarize_add adds 110 L/10 to values below 128.
+    Rotations, shears and translations resample bilinearly or bicubically, as drawn, and fill uncovered pixels with the
+    colour `fill`.
 
-    Source: arXiv 1909.13719, as in PyContrast's datasets/RandAugment.py (timm's), whose enhancement factors are
-    one-sided: 0.1 + 1.8 L/10, never below 1 at the magnitudes that InfoMin draws. `enhancement="one_sided"` is that.
+    Source: arXiv 1909.13719, as implemented in PyContrast's datasets/RandAugment.py, which comes from timm. The
+    enhancement factors there are one-sided: 0.1 + 1.8 L/10, never below 1 at the magnitudes that InfoMin draws.
+    `enhancement="one_sided"` follows that implementation.
 
     Args:
-        operations: how many are drawn.
-        magnitude, spread: mean and standard deviation of L, which is cut to 0..10; without a spread (None) it is drawn
-            evenly from 0 to `magnitude`.
-        p: probability of each operation that was drawn.
-        names: the operations to draw from; None for all but identity.
+        operations: how many operations are drawn for each image.
+        magnitude, spread: mean and standard deviation of L, which is clipped to 0..10. With a spread of None, L is
+            uniform between 0 and `magnitude`.
+        p: probability that an operation that was drawn is applied.
+        names: the operations to draw from; None draws from all but identity.
+        enhancement: whether enhancement factors lie on both sides of 1 or follow the published code (see above).
+        posterize_bits: bits that posterization keeps at magnitude 0 and at magnitude 10.
+        fill: red, green and blue of uncovered pixels, 0..255.
     Raises:
-        UserError: a value out of its range, or an operation that is not known.
+        UserError: a value is out of its range, or an operation is unknown.
     """
 
     @held
@@ -82,7 +87,7 @@ class RandAugment:
         return image
 
     def level(self, u: float) -> float:
-        """The magnitude that a random number stands for."""
+        """The magnitude that a uniform random number u in [0, 1) gives."""
         if self.spread is None:
             return self.magnitude * u
         if self.spread == 0:
@@ -91,7 +96,8 @@ class RandAugment:
         return min(max(drawn, 0.0), _LARGEST)
 
     def apply(self, image: Image.Image, name: str, level: float, *, negative: bool, bicubic: bool) -> Image.Image:
-        """An operation by its name, at a magnitude; in its other direction where it has two and `negative` is set."""
+        """Apply the operation of this name at a magnitude of 0..10. `negative` chooses the opposite direction of an
+        operation that has two; `bicubic` chooses the resampling of a geometric one."""
         share = level / _LARGEST
         signed = -share if negative else share
         if name in _PLAIN:
@@ -121,15 +127,15 @@ class RandAugment:
         return image.transform(image.size, Image.Transform.AFFINE, matrix, how, fillcolor=self.fill)
 
 
-# Pillow's ImageOps give the same, from tables of 768 values that it makes anew for each image: most of the time of a
-# small one.
+# The three functions below give what Pillow's ImageOps gives. Pillow builds tables of 768 values for each image, which
+# takes most of the time for a small image.
 def posterize(image: Image.Image, bits: int) -> Image.Image:
-    """Only the highest bits of each channel; black where that is none."""
+    """Keep only the highest `bits` bits of each channel; 0 bits give black."""
     return Image.fromarray(np.asarray(image) & np.uint8(256 - 2 ** (8 - bits)))
 
 
 def solarize(image: Image.Image, threshold: int) -> Image.Image:
-    """Values from the threshold on inverted."""
+    """Invert all values of `threshold` and above."""
     pixels = np.asarray(image)
     return Image.fromarray(np.where(pixels < threshold, pixels, 255 - pixels))
 
@@ -154,10 +160,12 @@ ALL_OPERATIONS = (
 
 
 class Photometric:
-    """All or none of: posterized to 4 to 8 bits, sharpened by a factor of 0.1 to 1.9, solarized from a value of 0 to
-    256 on, autocontrast.
+    """Applies all of these or none: posterize to 4 to 8 bits, sharpen by a factor of 0.1 to 1.9, solarize from a
+    threshold of 0 to 256 on, autocontrast.
 
-    Source: PIRL (arXiv 1912.01991), vissl's ImgPilRandomPhotometric.
+    Args:
+        p: probability that they are applied.
+    Source: PIRL (arXiv 1912.01991), ImgPilRandomPhotometric in vissl.
     """
 
     numbers = 4
@@ -176,7 +184,11 @@ class Photometric:
 
 
 class Grayscale:
-    """To grayscale, as a view's own `gray_p` does, but in the place of `then` where it stands."""
+    """Converts to grayscale, as a view's own `gray_p` does, but at its own position among the operations of `then`.
+
+    Args:
+        p: probability of the conversion.
+    """
 
     numbers = 1
 
@@ -189,15 +201,20 @@ class Grayscale:
 
 
 class SampledBlur:
-    """A Gaussian sampled at so many taps and normalised, across and down, the image reflected at its edges.
+    """Blurs with a Gaussian that is sampled at `taps` points and normalised, across and then down. The image is
+    mirrored at its edges.
 
-    A view's own `blur` is Pillow's, three box passes over an image whose edge pixels are repeated.
+    A view's own `blur` differs: it is Pillow's, three box blurs of an image whose edge pixels are repeated.
 
-    Source: InfoMin's 23 taps, PyContrast's datasets/util.py: GaussianBlur. That cuts off where this rounds to 8 bits.
+    Source: InfoMin, with 23 taps: GaussianBlur in PyContrast's datasets/util.py. That code truncates to 8 bits; this
+    one rounds.
 
     Args:
-        sigma: standard deviation in pixels, drawn in this range with probability p.
-        taps: an odd number.
+        p: probability of the blur.
+        sigma: range [low, high] of the standard deviation in pixels.
+        taps: number of samples of the Gaussian, odd.
+    Raises:
+        UserError: low is above high, or `taps` is even.
     """
 
     numbers = 2
@@ -224,17 +241,18 @@ class SampledBlur:
 
 
 class Elastic:
-    """Sheared and elastically deformed: a coarse lattice of displacements, interpolated by cubic splines, moves the
-    pixels.
+    """Shears the image and deforms it elastically: displacements drawn on a coarse lattice, and interpolated between
+    its points by cubic splines, move the pixels.
 
-    CPC v2 names both (arXiv 1905.09272, after De Fauw et al., 2018) and gives no numbers; those here are of U-Net's
-    kind (arXiv 1505.04597, 3 x 3 lattice), in shares of the side, and are ours.
+    CPC v2 (arXiv 1905.09272, after De Fauw et al., 2018) names both steps but gives no numbers. The numbers here are
+    this project's own: a 3 x 3 lattice as in U-Net (arXiv 1505.04597), with displacements as shares of the side.
 
     Args:
-        p: probability of both together.
-        shear: strength of the shear, drawn in +-shear, of columns along rows.
-        displacement: standard deviation of a lattice point's displacement across and down, as a share of the side.
-        lattice: points a side.
+        p: probability that both steps are applied.
+        shear: range of the shear, drawn from -shear to shear: the shift across, in pixels, for each pixel further down.
+        displacement: standard deviation of a lattice point's displacement, both across and down, as a share of the
+            side.
+        lattice: number of lattice points along each side.
     """
 
     @held
@@ -270,11 +288,12 @@ class Elastic:
 
 
 class DropChannels:
-    """One of the three colour channels stays, the two others become even: so that no patch is found by its colours (CPC
-    v2).
+    """Keeps one of the three colour channels, drawn at random, and sets the two others to a constant, so that a network
+    cannot recognise a patch by its colours (CPC v2).
 
     Args:
-        fill: what the others become, the mean colour.
+        p: probability that channels are dropped.
+        fill: the constants of red, green and blue, 0..255.
     """
 
     numbers = 2

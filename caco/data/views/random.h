@@ -1,5 +1,5 @@
-// A view's random numbers, and the box of the image that they choose. A number depends on seed, image, view and its place, so that
-// a step that is turned on or off leaves all others as they were (caco/data/views/augmentation.py has the same places).
+// A view's random numbers, and the crop box that they choose. A number depends on seed, epoch, image, view and its position alone,
+// so turning one step on or off leaves all other numbers unchanged (caco/data/views/augmentation.py has the same positions).
 
 #pragma once
 
@@ -19,7 +19,7 @@ struct Box {
   int left, top, width, height;
 };
 
-uint64_t mix(uint64_t z) {  // SplitMix64's
+uint64_t mix(uint64_t z) {  // the output function of SplitMix64
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
   return z ^ (z >> 31);

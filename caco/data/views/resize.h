@@ -1,4 +1,5 @@
-// Resizing: outputs begin..begin + size of the `out` that `in` inputs become; the filter is widened when it shrinks.
+// Resizing, as in Pillow. A line of `in` inputs becomes `out` outputs, of which only begin .. begin + size - 1 are computed. The
+// filter is widened when the image shrinks.
 
 #pragma once
 
@@ -7,7 +8,7 @@
 namespace views {
 namespace {
 
-constexpr int kBits = 22;  // of a weight
+constexpr int kBits = 22;  // of a weight's fraction
 
 INLINE int clipped(int v) { return std::min(std::max(v, 0), 255); }
 
@@ -33,7 +34,7 @@ void find_taps(int in, int out, int begin, int size, bool bicubic, std::vector<d
     taps.used[i] = std::min(in, int(centre + support + 0.5)) - taps.first[i];
     most = std::max(most, taps.used[i]);
   }
-  taps.count = (most + 3) & ~3;  // vectors take four at a time
+  taps.count = (most + 3) & ~3;  // the vector code takes four taps at a time
   taps.weight.assign(size_t(size) * taps.count, 0);
   w.resize(taps.count);
   for (int i = 0; i < size; i++) {
@@ -50,14 +51,15 @@ void find_taps(int in, int out, int begin, int size, bool bicubic, std::vector<d
   }
 }
 
-// A weight's digits are summed apart, in 32 bits, and put together at the end: no bit is lost.
+// The digits of a weight are summed separately, in 32 bits, and combined at the end, so that no bit is lost.
 
 #ifdef MM
 
-constexpr int kLanes = kWide / 4;  // outputs across at a time: a lane of 16 bytes each
+constexpr int kLanes = kWide / 4;  // outputs computed at once along a row: a lane of 16 bytes for each
 
-// The sum over `chunks` of four taps, rounded. taps(c): one of four outputs' or more; word(c, j): the weights packed above.
-template <int kChunks, class AllTaps, class Word>  // kChunks: if they are known
+// The rounded sum over `chunks` of four taps each. taps(c): the inputs of chunk c for all outputs of the vector; word(c, j): word j
+// of the packed weights of chunk c.
+template <int kChunks, class AllTaps, class Word>  // kChunks: the number of chunks where it is known at compile time, else 0
 INLINE Bytes weighted_sum(int chunks, AllTaps taps, Word word) {
   if (kChunks) chunks = kChunks;
   Bytes sum = MM(set1_epi32)(1 << (kBits - 1)), digits[kDigits] = {};
@@ -71,7 +73,7 @@ INLINE Bytes weighted_sum(int chunks, AllTaps taps, Word word) {
   return sum;
 }
 
-// Where each output's inputs begin, and the weights, spread over its lane.
+// Computes where each output's inputs begin, and repeats each output's packed weights over its lane.
 void spread_taps(const Taps& taps, int size, bool flip, std::vector<int32_t>& offset, std::vector<int32_t>& spread) {
   const int chunks = taps.count / 4, padded = (size + kLanes - 1) / kLanes * kLanes;
   offset.assign(padded, 0);
@@ -121,7 +123,7 @@ void resize_column(const uint8_t* const* in, uint8_t* out, int size, int chunks,
 
 #endif
 
-// The box of the image as size x size pixels in scratch.image: the window that begins at (left, top) of width x height.
+// Resizes the box of the image to width x height, and writes the window of size x size pixels at (left, top) of it to s.image.
 void resize(const uint8_t* pixels, int image_width, Box box, int width, int height, int left, int top, int size,
                    bool bicubic, bool flip, Scratch& s) {
   const bool across = width != box.width, down = height != box.height;
@@ -144,7 +146,7 @@ void resize(const uint8_t* pixels, int image_width, Box box, int width, int heig
     const uint8_t* in = pixels + (size_t(box.top + y) * image_width + box.left) * 3;
     if (across) {
 #ifdef MM
-      std::memcpy(s.row.data(), in, 3 * box.width);  // vectors touch what lies behind
+      std::memcpy(s.row.data(), in, 3 * box.width);  // a copy, because vectors read past the end of the row
       const auto resize_it = s.x.count == 4 ? resize_row<1> : s.x.count == 8 ? resize_row<2> : resize_row<0>;
       resize_it(s.row.data(), row, size, s.x.count / 4, s.offset.data(), s.spread.data());
 #else

@@ -1,4 +1,4 @@
-// An image turned and shifted.
+// Rotation and shift of an image.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 namespace views {
 namespace {
 
-// Turned about its middle and shifted, bilinear, black outside.
+// Rotates the image about its middle and shifts it, with bilinear interpolation; black where the image does not reach.
 void rotate_and_shift(double degrees, double right, double down, int size, bool flip, Scratch& s) {
   const double angle = degrees * (M_PI / 180), cosine = std::cos(angle), sine = std::sin(angle), middle = size / 2.0;
   const double dx = -middle - right, dy = -middle - down;

@@ -1,4 +1,4 @@
-// One view of one image: its crop, then what its random numbers say, in Pillow's order. views.h says how this is compiled.
+// Makes one view of one image: the crop, then the drawn steps in the order of Pillow's code. views.h says how this is compiled.
 
 #pragma once
 
@@ -17,7 +17,7 @@ void write_out(const Job& job, int v, int64_t n, const uint8_t* image) {
     return;
   }
   float* out = static_cast<float*>(job.out[v]) + start;
-  const bool apart = reinterpret_cast<uintptr_t>(out) % sizeof(floats) == 0;  // from the cache, which has no use for it
+  const bool apart = reinterpret_cast<uintptr_t>(out) % sizeof(floats) == 0;  // these stores bypass the cache, because nobody here reads the output again
   floats scale[3], offset[3];
   for (int i = 0; i < 3 * kWide; i++) scale[i / kWide][i % kWide] = job.scale[i % 3], offset[i / kWide][i % kWide] = job.offset[i % 3];
   size_t i = 0;
@@ -42,7 +42,7 @@ void make_view(const Job& job, int64_t n, int v, const uint8_t* pixels, int widt
   }
   double u[kNumUniforms];
   draw_uniforms(job.stream, job.samples[n], v, u);
-  // All steps after the crop and the rotation give the mirror image of a mirror image: so it is turned there.
+    // All steps after the crop and the rotation commute with mirroring, so the flip is done there.
   const bool flip = u[kFlip] < view.flip_p, rotate = view.rotate != 0 || view.shift != 0;
   resize(pixels, width, crop_box(view, width, height, u), size, size, 0, 0, size, view.bicubic, flip && !rotate, s);
   if (rotate)

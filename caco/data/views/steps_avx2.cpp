@@ -1,11 +1,11 @@
-// The steps of a view for processors with AVX2; views.h says what comes before the pragma.
+// The steps of a view for processors with AVX2; views.h says which headers have to come before the pragma.
 
 #include "views.h"
 
 #ifdef HAS_CHOICE
 #pragma GCC push_options
 #pragma GCC target("avx2")
-#define WITH_AVX2  // __AVX2__ does not follow the pragma
+#define WITH_AVX2  // the pragma does not define __AVX2__
 #include "steps.h"
 
 namespace views {

@@ -1,7 +1,7 @@
-"""The views of a recipe as transforms in a program of one's own: of one image, or of a batch of them.
+"""A recipe's views as transforms for your own program; they take one image or a batch of images.
 
-two = Transform(views) # of one image two tensors [3, H, W], of a batch two of [B, 3, H, W]; other draws at each call
-plain = Preprocessing(views)               # what evaluations take of an image, always the same
+two = Transform(views)  # of one image two tensors [3, H, W], of a batch two of [B, 3, H, W]; each call draws anew
+plain = Preprocessing(views)  # the view for evaluation, always the same
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ from caco.data.views.augmentation import Views
 
 
 def _arrays(images: Any, channels: int | None) -> tuple[list[np.ndarray], bool]:
-    """Images as uint8 [H, W, 3] each, or as they are, [H, W, channels]; and whether it was one alone."""
+    """The images as a list of arrays, uint8 [H, W, 3], or [H, W, channels] of any type if `channels` is given; and
+    whether `images` was a single image."""
     alone = isinstance(images, Image.Image) or isinstance(images, np.ndarray) and images.ndim in (2, 3)
     batch: Sequence[Any] = [images] if alone else images
     named = [(image, f"image {number}" if not alone else "image") for number, image in enumerate(batch)]
@@ -28,27 +29,27 @@ def _arrays(images: Any, channels: int | None) -> tuple[list[np.ndarray], bool]:
 
 
 class Transform:
-    """All views that a recipe takes of an image, drawn anew at each call from torch's generator (a DataLoader's workers
-    have their own).
+    """Makes all views of a recipe. Each call draws new ones with torch's generator, of which each DataLoader worker has
+    its own.
 
     Args:
-        views: of a recipe: `caco.library.views("simclr")`, or made by hand.
+        views: the views of a recipe, as `caco.library.views("simclr")` gives them, or your own `Views`.
     """
 
     def __init__(self, views: Views):
         self.views = views
 
     def __call__(self, images: Any, *, stream: int | None = None, samples: Sequence[int] | None = None) -> list[Tensor]:
-        """Each view, normalised, float32: [3, H, W] of one image, [B, 3, H, W] of a batch; patches, where a recipe has
-        them, come last, [P, 3, H, W] or [B, P, 3, H, W].
+        """Make every view, normalised, float32: [3, H, W] for one image, [B, 3, H, W] for a batch. If the recipe has
+        patches, they come last, [P, 3, H, W] or [B, P, 3, H, W].
 
         Args:
-            images: a Pillow image or uint8 [H, W, 3]; or a batch: uint8 [B, H, W, 3] or a sequence of images of any
-                sizes.
-            stream, samples: what the draws depend on, for who wants them again: 64 bits, and a number for each image.
-                The same give the same bits, whatever else is in the batch.
+            images: one image, a Pillow image or uint8 [H, W, 3]; or a batch, uint8 [B, H, W, 3] or a sequence of images
+                of any sizes. For a recipe with `channels`, arrays with that many channels.
+            stream, samples: set these to repeat draws: a 64-bit number, and a number for each image. The same pair
+                gives the same bits for an image, whatever else is in the batch.
         Raises:
-            UserError: something that is no image of 8 bits.
+            UserError: an image is of an unsuitable type or shape.
         """
         arrays, alone = _arrays(images, self.views.channels)
         stream = int(torch.randint(2**62, ())) if stream is None else stream
@@ -60,17 +61,17 @@ class Transform:
 
 
 class Preprocessing:
-    """What evaluations take of an image: shorter side resized, centre cropped, normalised.
+    """Makes the plain view for evaluation: shorter side resized, centre cropped, normalised.
 
     Args:
-        views: of a recipe, whose plain view it is.
+        views: the recipe whose plain view to make.
     """
 
     def __init__(self, views: Views):
         self.views = views
 
     def __call__(self, images: Any) -> Tensor:
-        """float32 [3, H, W] of one image, [B, 3, H, W] of a batch; `images` as of `Transform`."""
+        """float32 [3, H, W] for one image, [B, 3, H, W] for a batch; `images` are as for `Transform`."""
         arrays, alone = _arrays(images, self.views.channels)
         taken: list[Any] = [Image.fromarray(array) for array in arrays] if self.views.channels is None else arrays
         made = torch.stack([self.views.plain(image) for image in taken])

@@ -1,5 +1,6 @@
-// What the processor's own instructions are needed for: kWide pixels at once, each a lane of 32 bits, red lowest. Three sets of
-// the same words, for AVX-512, AVX2 and any processor; the first two also have `Bytes`, and MM(name) for an instruction by its name.
+// The operations that need the processor's own instructions, on kWide pixels at once: each pixel is a lane of 32 bits with red in
+// the lowest byte. The same functions are defined three times, for AVX-512, for AVX2 and for any processor. The first two sets also
+// define `Bytes` and MM(name), which gives the instruction of that name in the right width.
 
 #pragma once
 
@@ -30,13 +31,13 @@ INLINE bool any(ints v) { return _mm512_test_epi32_mask((__m512i)v, (__m512i)v);
 
 INLINE ints load_bytes(const uint8_t* p) { return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 
-INLINE ints load_pixels(const uint8_t* p) {  // touches 64 bytes
+INLINE ints load_pixels(const uint8_t* p) {  // reads 64 bytes
   const __m512i each = _mm512_setr_epi32(0x020100, 0x050403, 0x080706, 0x0B0A09, 0x0E0D0C, 0x11100F, 0x141312, 0x171615,
                                          0x1A1918, 0x1D1C1B, 0x201F1E, 0x232221, 0x262524, 0x292827, 0x2C2B2A, 0x2F2E2D);
   return (ints)_mm512_maskz_permutexvar_epi8(0x7777777777777777, each, _mm512_loadu_si512(p));
 }
 
-INLINE __m512i without_fourths(__m512i v) {  // of each 4 bytes
+INLINE __m512i without_fourths(__m512i v) {  // removes the fourth of every 4 bytes
   return _mm512_permutexvar_epi8(_mm512_setr_epi32(0x04020100, 0x09080605, 0x0E0D0C0A, 0x14121110, 0x19181615, 0x1E1D1C1A,
                                                    0x24222120, 0x29282625, 0x2E2D2C2A, 0x34323130, 0x39383635, 0x3E3D3C3A,
                                                    0, 0, 0, 0), v);
@@ -44,7 +45,7 @@ INLINE __m512i without_fourths(__m512i v) {  // of each 4 bytes
 
 INLINE void store_pixels(uint8_t* p, ints v) { _mm512_mask_storeu_epi8(p, (1ull << 48) - 1, without_fourths((__m512i)v)); }
 
-INLINE void store_lanes(uint8_t* p, Bytes v) {  // the first three bytes of each 16, and four of nothing
+INLINE void store_lanes(uint8_t* p, Bytes v) {  // writes the first three bytes of each 16, then four bytes without meaning
   _mm_storeu_si128((__m128i*)p, _mm512_castsi512_si128(without_fourths(_mm512_permutexvar_epi32(_mm512_setr_epi32(
                                     0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), v))));
 }
@@ -54,7 +55,7 @@ INLINE Bytes load_windows(const uint8_t* in, const int32_t* offset) {
                             _mm256_loadu2_m128i((const __m128i*)(in + offset[3]), (const __m128i*)(in + offset[2])), 1);
 }
 
-// Three digits of 8 bits make a weight.
+// A weight is split into three digits of 8 bits.
 constexpr int kDigits = 3, kWords = 3, kDigitBits = 8;
 
 INLINE void pack_weights(const int32_t* w, int32_t* words) {
@@ -82,13 +83,13 @@ INLINE bool any(ints v) { return _mm256_movemask_epi8((__m256i)v); }
 
 INLINE ints load_bytes(const uint8_t* p) { return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 
-INLINE ints load_pixels(const uint8_t* p) {  // touches 28 bytes
+INLINE ints load_pixels(const uint8_t* p) {  // reads 28 bytes
   const __m256i halves = _mm256_loadu2_m128i((const __m128i*)(p + 12), (const __m128i*)p);
   return (ints)_mm256_shuffle_epi8(halves, _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1,
                                                             0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
 }
 
-INLINE __m256i without_fourths(__m256i v) {  // of each 4 bytes, in each half
+INLINE __m256i without_fourths(__m256i v) {  // removes the fourth of every 4 bytes, in each half
   return _mm256_shuffle_epi8(v, _mm256_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1,
                                                  0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
 }
@@ -101,7 +102,7 @@ INLINE void store_pixels(uint8_t* p, ints v) {
   _mm_storeu_si32(p + 20, _mm_srli_si128(last, 8));
 }
 
-INLINE void store_lanes(uint8_t* p, Bytes v) {  // the first three bytes of each 16, and two of nothing
+INLINE void store_lanes(uint8_t* p, Bytes v) {  // writes the first three bytes of each 16, then two bytes without meaning
   _mm_storel_epi64((__m128i*)p, _mm256_castsi256_si128(without_fourths(_mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0)))));
 }
 
@@ -109,7 +110,8 @@ INLINE Bytes load_windows(const uint8_t* in, const int32_t* offset) {
   return _mm256_loadu2_m128i((const __m128i*)(in + offset[1]), (const __m128i*)(in + offset[0]));
 }
 
-// Two digits of 11 bits make a weight; of four taps' words the first and third lie together, and the second and fourth.
+// A weight is split into two digits of 11 bits. Of the words for four taps, the first and the third are adjacent, and so are the
+// second and the fourth.
 constexpr int kDigits = 2, kWords = 4, kDigitBits = 11;
 
 INLINE void pack_weights(const int32_t* w, int32_t* words) {

@@ -1,11 +1,12 @@
-// All views of a batch in one call: what caco/data/views/augmentation.py makes with Pillow, to the last bit.
+// Makes all views of a batch in one call, with the same bits as caco/data/views/augmentation.py makes with Pillow.
 //
-// Pillow keeps 8 bits a channel after every step, so each step can be repeated exactly: integer taps of 22 bits when it
-// resizes, float blends that are cut off, box blurs of 24 bits. Here a view's bytes stay in the second-level cache from crop
-// to output, a flip is where the crop is written to, and colour steps run over blocks of planar floats that hold integers.
-// Compiled without contraction of a * b + c: the bits must not depend on what the processor can fuse.
+// Pillow rounds to 8 bits a channel after every step, so each step can be repeated exactly: its resize uses integer weights of 22
+// bits, its blends truncate floats, and its box blurs use weights of 24 bits. For speed, a view's bytes stay in the second-level
+// cache from crop to output, a flip only changes where the crop's pixels are written, and colour steps run over blocks of planar
+// floats that hold integers. The compiler must not contract a * b + c into one instruction: the bits must not depend on whether a
+// processor has that instruction.
 //
-// The steps (steps.h) are compiled for any processor, for AVX2 and for AVX-512, and chosen when called: views.h says how.
+// The steps (steps.h) are compiled for any processor, for AVX2 and for AVX-512; the choice is made at each call (see views.h).
 
 #include <algorithm>
 #include <atomic>
@@ -23,7 +24,7 @@
 namespace views {
 namespace {
 
-enum Set { PLAIN, AVX2, AVX512 };  // as caco/instructions.py numbers them
+enum Set { PLAIN, AVX2, AVX512 };  // numbered as in caco/instructions.py
 
 // The best instruction set of this processor that is no better than the one asked for; asked = -1 sets no bound.
 int chosen(int asked) {
@@ -67,7 +68,7 @@ void work(const Job& job, std::atomic<int64_t>& next) {
 }  // namespace
 }  // namespace views
 
-// The Set that serves where this one is asked for.
+// The Set that is used where the caller asks for this one.
 extern "C" int caco_set(int asked) { return views::chosen(asked); }
 
 extern "C" void caco_make_views(views::Job* job) {

@@ -1,8 +1,9 @@
-// What the loop over images (views.cpp) and the steps of one view (steps.h) share.
+// Declarations that the loop over images (views.cpp) and the steps of one view (steps.h) share.
 //
-// The steps are compiled three times: for any processor, for AVX2 and for AVX-512 (as of 2019: with VBMI and VNNI). Each of the files
-// steps_*.cpp does so with a pragma of its own, and all that the steps need of the standard library is included here, before it:
-// what is included after the pragma may run on one kind of processor only, and the linker may choose it for every other.
+// The steps are compiled three times: for any processor, for AVX2 and for AVX-512 (with VBMI and VNNI, as processors have it since
+// 2019). Each of the files steps_*.cpp sets its instruction set by a pragma. The standard library's headers that the steps need are
+// all included here, before that pragma. If one were included after it, its functions might use instructions that other processors
+// lack, and the linker might choose these copies for every processor.
 
 #pragma once
 
@@ -25,13 +26,13 @@
 
 namespace views {
 
-struct Taps {  // for each of `size` outputs: its first input, how many it has, and `count` weights
+struct Taps {  // the weights of a resize: for each output its first input, how many inputs it uses, and room for `count` weights
   int count;
   std::vector<int> first, used;
   std::vector<int32_t> weight;
 };
 
-struct Scratch {  // one thread's memory
+struct Scratch {  // the working memory of one thread
   std::vector<uint8_t> row, rows, image, other;
   std::vector<const uint8_t*> inputs;
   std::vector<int32_t> offset, spread, words;
@@ -39,7 +40,7 @@ struct Scratch {  // one thread's memory
   Taps x, y;
 };
 
-constexpr int kSlack = 64;  // bytes past the end of an image that vectors may touch
+constexpr int kSlack = 64;  // vector instructions may touch this many bytes past the end of an image
 
 typedef void MakeView(const Job& job, int64_t n, int view, const uint8_t* pixels, int width, int height, Scratch& s);
 

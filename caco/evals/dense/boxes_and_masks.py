@@ -1,8 +1,8 @@
-"""From annotated images to what a detector is given, and from its answers to boxes and masks of the whole image.
+"""Converts annotated images into a detector's inputs, and a detector's outputs into boxes and masks of the whole image.
 
-Sizes are chosen, boxes scaled and masks drawn as detectron2 does it: the image resized by Pillow, polygons drawn at the
-resolution of the mask's own grid, the answer's mask put back by bilinear interpolation between the centres of its
-cells.
+Resizing, scaling of boxes and drawing of masks follow detectron2: Pillow resizes the image, polygons are drawn at the
+resolution of the mask's own grid, and a predicted mask is mapped back to pixels by bilinear interpolation between the
+centres of its cells.
 
 Shapes: H, W pixels of an image; n objects; M cells along a mask's side.
 """
@@ -22,11 +22,14 @@ from caco.evals.dense.detection_sets import Objects
 
 @dataclass
 class Example:
-    """An image as a detector sees it, and its objects in its pixels.
+    """An image as a detector receives it, and its objects in the pixels of this image.
 
-    image: uint8 [3, H, W]. boxes: float32 [n, 4], each with an area. labels: int64 [n], from 1 (0 is the background).
-    polygons: the rings [points, 2] of each object; None where no masks are learned. seed: of the draws of anchors and
-    regions.
+    Attributes:
+        image: uint8 [3, H, W].
+        boxes: float32 [n, 4], all with a positive area.
+        labels: int64 [n], from 1 on; 0 is the background.
+        polygons: the rings [points, 2] of each object; None if no masks are learned.
+        seed: seed for the draws of anchors and regions.
     """
 
     image: Tensor
@@ -37,7 +40,8 @@ class Example:
 
 
 def resized(width: int, height: int, *, short: int, longest: int) -> tuple[int, int]:
-    """The size at which the shorter side has `short` pixels, or fewer so that the longer has no more than `longest`."""
+    """The (width, height) at which the shorter side has `short` pixels, or less if the longer side would otherwise
+    exceed `longest`."""
     scale = min(short / min(width, height), longest / max(width, height))
     return int(width * scale + 0.5), int(height * scale + 0.5)
 
@@ -45,11 +49,12 @@ def resized(width: int, height: int, *, short: int, longest: int) -> tuple[int, 
 def example_of(
     image: Image.Image, objects: Objects, *, short: int, longest: int, flip: bool, masks: bool, seed: int = 0
 ) -> Example:
-    """Resize, perhaps flip, and scale the objects alike; those that then have no area within the image are left out."""
+    """Resize an image and its objects, and flip them if asked. Objects that then have no area inside the image are left
+    out."""
     width, height = resized(*image.size, short=short, longest=longest)
     scale = np.array([width / image.width, height / image.height], dtype=np.float32)
-    # Across, then down, with two calls: from version 13 on Pillow turns the order for some shapes, and rounds in
-    # between.
+    # Two calls, first across, then down: from version 13 on Pillow swaps the two passes for some shapes, which changes
+    # the rounding.
     across = image.resize((width, image.height), Image.Resampling.BILINEAR)
     pixels = np.asarray(across.resize((width, height), Image.Resampling.BILINEAR))
     boxes = objects.boxes * np.tile(scale, 2)
@@ -76,7 +81,7 @@ def _moved(ring: np.ndarray, width: int, flip: bool) -> np.ndarray:
 
 
 def mask_targets(polygons: Sequence[list[np.ndarray]], boxes: np.ndarray, size: int) -> np.ndarray:
-    """Each object's polygons as the mask that a box [x0, y0, x1, y1] sees of it, bool [n, size, size]."""
+    """Each object's polygons as the mask inside its region, a box [x0, y0, x1, y1]: bool [n, size, size]."""
     from pycocotools import mask as rle
 
     targets = np.zeros((len(boxes), size, size), dtype=bool)
@@ -88,18 +93,18 @@ def mask_targets(polygons: Sequence[list[np.ndarray]], boxes: np.ndarray, size: 
 
 
 def decoded(run_lengths: dict) -> np.ndarray:
-    """COCO's run lengths as a bool mask [H, W]."""
+    """Decode COCO's run lengths into a bool mask [H, W]."""
     from pycocotools import mask as rle
 
     with warnings.catch_warnings():
-        # pycocotools 2.0.11 hands NumPy 2 an array in a way that NumPy will no longer take one day.
+        # pycocotools 2.0.11 passes NumPy 2 an array in a deprecated way.
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
         return rle.decode(run_lengths).astype(bool)
 
 
 def pasted(mask: Tensor, box: Tensor, width: int, height: int) -> np.ndarray:
-    """A mask of probabilities [M, M] over its box as the object's pixels in the image, bool [height, width]: those
-    above one half.
+    """Map a mask of probabilities [M, M] over its box to the image: bool [height, width], True where the probability is
+    at least one half.
     """
     x0, y0, x1, y1 = box.double().tolist()
     left, top = max(int(x0) - 1, 0), max(int(y0) - 1, 0)
@@ -107,7 +112,7 @@ def pasted(mask: Tensor, box: Tensor, width: int, height: int) -> np.ndarray:
     out = np.zeros((height, width), dtype=bool)
     if right <= left or bottom <= top or x1 <= x0 or y1 <= y0:
         return out
-    # Places of pixels' centres between -1 and 1, the edges of the box.
+    # The centres of pixels on a scale on which the box reaches from -1 to 1.
     x = (torch.arange(left, right, dtype=torch.float64) + 0.5 - x0) / (x1 - x0) * 2 - 1
     y = (torch.arange(top, bottom, dtype=torch.float64) + 0.5 - y0) / (y1 - y0) * 2 - 1
     rows, columns = torch.meshgrid(y, x, indexing="ij")
@@ -118,7 +123,7 @@ def pasted(mask: Tensor, box: Tensor, width: int, height: int) -> np.ndarray:
 
 
 def encoded(mask: np.ndarray) -> dict:
-    """A bool mask [H, W] as COCO's run lengths, with text that JSON can hold."""
+    """Encode a bool mask [H, W] as COCO's run lengths, as text that JSON can hold."""
     from pycocotools import mask as rle
 
     found = rle.encode(np.asfortranarray(mask.astype(np.uint8)))

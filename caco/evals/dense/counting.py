@@ -1,4 +1,5 @@
-"""What dense evaluators take, counted on tensors without contents and timed on real ones, for caco.plan."""
+"""The cost of dense evaluators for caco.plan: arithmetic counted on tensors without data, time measured on real
+ones."""
 
 import copy
 
@@ -8,15 +9,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from caco.evals.base import Work
 
-VOC_IMAGE = (375, 500)  # height and width of most of VOC's images
+VOC_IMAGE = (375, 500)  # height and width of most images of VOC
 
 
 def work_of(what: str, images: int, network: nn.Module, *, height: int, width: int, training: bool) -> Work:
-    """Images of one size through a network from pixels to anything, and with `training` back.
+    """The cost of images of one size in a network's forward pass, with `training` also in its backward pass.
 
     Args:
-        images: how many.
+        what: description, see `Work`.
+        images: number of images.
         network: on the CPU; it is copied.
+        height, width: of the images, in pixels.
     """
 
     def once(device: torch.device, *, count: int = 1) -> None:
@@ -27,5 +30,5 @@ def work_of(what: str, images: int, network: nn.Module, *, height: int, width: i
             out.sum().backward()
 
     with FlopCounterMode(display=False) as counter:
-        once(torch.device("meta"), count=2)  # BatchNorm needs more than one value of a feature, whatever the size
+        once(torch.device("meta"), count=2)  # two images, because BatchNorm needs more than one value of each feature
     return Work(what, images, counter.get_total_flops() / 2, once)

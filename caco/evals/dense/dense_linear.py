@@ -1,4 +1,4 @@
-"""A linear head on the frozen features of places: segmentation in minutes instead of days.
+"""A linear segmentation head on frozen features of places: segmentation in minutes instead of days.
 
 Shapes: N images, P places drawn in each, D features, K = 21 classes, S the side of an image.
 """
@@ -25,33 +25,34 @@ from caco.evals.logistic import fit, moments
 from caco.evals.pixels import RawPixels
 from caco.ranges import AboveZero, Count, Side, held
 
-BATCH = 16  # images a forward pass: features are gone on with at a multiple of it
+BATCH = 16  # images in a forward pass; an interrupted computation of features resumes at a multiple of it
 UNLABELLED = -1.0
 
 
 class DenseLinear(Evaluator):
-    """Of the pixels of VOC 2012 val, classified by a linear layer on frozen features: `<protocol>/voc2012_miou`,
-    `_mean_accuracy`, `_pixel_accuracy`, percent. The protocol is `dense_linear`; what is changed of it stands in its
-    name (caco/metrics.py).
+    """Segmentation of VOC 2012 val by a linear layer on frozen features: `<protocol>/voc2012_miou`, `_mean_accuracy`,
+    `_pixel_accuracy`, percent. The protocol is called `dense_linear`; changed settings appear in its name
+    (caco/metrics.py).
 
-    Ours, and another quantity than `segment_fcn16`: nothing of the backbone learns, and places are as coarse as it has
-    them (32 pixels for a ResNet-50). Each image is resized to a square; of its places that have a label some are drawn,
-    the same for every backbone with those places; an L2-regularised multinomial logistic regression of their
-    standardised features, as `probe` has it, gives the 1x1 layer. Its scores go from places to the square's pixels and
-    to the image's own size by bilinear interpolation.
+    The protocol is caco's own, and its numbers cannot be compared with those of `segment_fcn16`: nothing of the
+    backbone is trained, and places are as coarse as in the backbone (32 pixels for a ResNet-50). Each image is resized
+    to a square. Of its labelled places some are drawn, the same for every backbone with these places. An L2-regularised
+    multinomial logistic regression of their standardised features, as in `probe`, gives a 1x1 convolution. Its scores
+    are interpolated bilinearly from places to the pixels of the square, and then to the image's own size.
 
     Args:
         root, train: as in Segment.
-        size: S, pixels of the square; of a ViT a multiple of its patches.
-        places: P, drawn in each training image, or as many as it has.
+        size: S, side of the square in pixels; for a ViT a multiple of its patch size.
+        places: P, number of places drawn in each training image; fewer if it has fewer labelled ones.
         l2, max_iterations: as in Probe.
-        precision: of the backbone, "fp32" or "bf16".
-        when: "epoch" (while training, and at its end) or "end".
+        precision: precision of the backbone, "fp32" or "bf16".
+        when: "epoch" (during training and at its end) or "end".
     """
 
     on_all_ranks = True
-    reads_photographs = True  # of its own: no backbone for data.channels goes (caco/config/channels_needed.py)
-    departures = ("dense_linear: a protocol of caco's own; its numbers cannot be set beside those of fine-tuning.",)
+    # Its own photographs, so a backbone for data.channels cannot be evaluated (caco/config/channels_needed.py).
+    reads_photographs = True
+    departures = ("dense_linear: a protocol of caco's own; its numbers cannot be compared with those of fine-tuning.",)
 
     @held
     def __init__(
@@ -73,10 +74,10 @@ class DenseLinear(Evaluator):
         )
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
-        """Finds the set.
+        """Find the set.
 
         Raises:
-            UserError: it is not whole, or tests on images that the encoder was trained on.
+            UserError: the set is incomplete, or tests on images that the encoder was trained on.
         """
         self._store, self._seed = store, seed
         self._set = found_voc2012(self.root, "dense_linear", self.train, store)
@@ -85,7 +86,7 @@ class DenseLinear(Evaluator):
         Maps(backbone, purpose="dense_linear")
 
     def inputs(self) -> list[Any]:
-        """The images and labels."""
+        """The images and labels, by cache key."""
         return [self._set.train.cache_key(), self._set.test.cache_key()]
 
     def image_sets(self) -> dict[str, str]:
@@ -95,11 +96,11 @@ class DenseLinear(Evaluator):
         """Yields (`<protocol>/voc2012_<measure>`, percent).
 
         Raises:
-            UserError: the backbone is neither a ResNet nor a ViT of timm's.
+            UserError: the backbone is neither a ResNet nor a ViT from timm, or its features are not finite.
         """
         store = self._store
         if isinstance(backbone, RawPixels):
-            store.say(f"{self.protocol} goes on without raw pixels, which have no maps of features")
+            store.say(f"{self.protocol} skips the baseline of raw pixels, which has no feature maps")
             return
         maps = Maps(backbone, purpose="dense_linear")
         with as_evaluated(backbone), torch.no_grad():
@@ -107,15 +108,15 @@ class DenseLinear(Evaluator):
             weight_DK, bias_K = torch.zeros(maps.width, len(CLASSES)), torch.zeros(len(CLASSES))
             if distributed.is_main():
                 weight_DK, bias_K = self._fitted(x_ND, labels_N)
-            distributed.wait_for_main()  # the regression may take longer than a collective waits
+            distributed.wait_for_main()  # the regression may take longer than the time limit of a collective
             weight_DK, bias_K = (distributed.from_main(one.to(store.device)) for one in (weight_DK, bias_K))
             matrix_KK = self._confusion(maps, weight_DK, bias_K)
         for measure, value in pixel_metric.scores(matrix_KK).items():
             yield f"{self.protocol}/voc2012_{measure}", value
 
     def _labelled_places(self, maps: Maps) -> tuple[Tensor, Tensor]:
-        """Features float32 [N P, D] and labels int64 [N P] of the drawn places of all training images, in their order,
-        on rank 0.
+        """The features, float32 [N P, D], and labels, int64 [N P], of the drawn places of all training images in order;
+        on rank 0. Places without a label are left out.
         """
         store, images = self._store, self._set.train
         own = len(range(distributed.rank(), len(images), distributed.world()))
@@ -135,7 +136,7 @@ class DenseLinear(Evaluator):
             rows = distributed.on_each(
                 lambda: files.get(made_from, own, lambda first, take: self._features_of(maps, first, take), batch=BATCH)
             )
-        # Every rank sends as many: one that has an image less adds one that counts for nothing.
+        # Every rank has to send the same number of rows; a rank with one image less adds one without labels.
         each = -(-len(images) // distributed.world())
         padded = torch.cat([rows, torch.full((each - own, rows.shape[1]), UNLABELLED)])
         every = distributed.gather_on_main(padded.to(store.device)).cpu()
@@ -146,9 +147,9 @@ class DenseLinear(Evaluator):
         return labelled[:, :-1], labelled[:, -1].long()
 
     def _features_of(self, maps: Maps, first: int, take: Callable[[Tensor, Tensor], Any]) -> None:
-        """Calls take([b, P (D + 1)], []) for each batch of this rank's images from its number `first` on: of each place
-        its features and its label, -1 where an image has fewer places with a label than P, and everywhere in one that
-        cannot be read.
+        """Call take([b, P (D + 1)], []) for each batch of this rank's images, from its image number `first` on. For
+        each place the rows hold its features and its label. The label is -1 if an image has fewer than P labelled
+        places, and everywhere in an unreadable image.
         """
         store, images, batch = self._store, self._set.train, list[tuple[Tensor, Tensor, Tensor]]()
         count = len(range(distributed.rank(), len(images), distributed.world()))
@@ -184,7 +185,7 @@ class DenseLinear(Evaluator):
         return found
 
     def _fitted(self, x_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight [D, K] and bias [K] for the features as they come."""
+        """Weight [D, K] and bias [K] for features that are not standardised."""
         x_ND, labels_N = x_ND.to(self._store.device), labels_N.to(self._store.device)
         mean_D, scale_D = moments(x_ND)
         self._store.say(f"{self.protocol}: logistic regression of {len(x_ND):,} places")
@@ -196,7 +197,7 @@ class DenseLinear(Evaluator):
         return weight_DK, bias_K - mean_D @ weight_DK
 
     def _confusion(self, maps: Maps, weight_DK: Tensor, bias_K: Tensor) -> Tensor:
-        """Of all test images over all ranks, int64 [K, K]."""
+        """The confusion matrix of all test images, over all ranks, int64 [K, K]."""
         images, num_classes = self._set.test, len(CLASSES)
         matrix_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=self._store.device)
 
@@ -220,21 +221,21 @@ class DenseLinear(Evaluator):
         return distributed.sum_(matrix_KK)
 
     def work(self, backbone: Callable[[], nn.Module]) -> list[Work]:
-        """The features alone: how many iterations the regression takes nobody knows before."""
+        """The cost of computing features; that of the regression is unknown before it has run."""
         images, maps = NUM_IMAGES[self.train] + NUM_IMAGES["val"], Maps(backbone(), purpose="dense_linear")
         what = f"{self.protocol}: images of {self.size} px to take features of"
         return [work_of(what, images, maps, height=self.size, width=self.size, training=False)]
 
 
 def drawn_places(labels: np.ndarray, at: Tensor, size: int, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Numbers int64 [count] of some of a square image's places, row by row, and their labels float32 [count].
-
-    Of those with a label, in an order drawn by the seed; where there are fewer, place 0 with -1 stands for the rest.
+    """Draw labelled places of an image that is resized to a square: their numbers, int64 [count], counted row by row,
+    and their labels, float32 [count]. If there are fewer labelled places, the rest is place 0 with label -1.
 
     Args:
         labels: uint8 [H, W], of the image at its own size.
-        at: the pixel of the square at which each place of a row stands, `Maps.places`; at `size` or beyond it has no
+        at: the pixel of the square of each place in a row, from `Maps.places`; a place at `size` or beyond has no
             label.
+        size: side of the square in pixels.
     """
     height, width = labels.shape
     inside = at.numpy()[at.numpy() < size]

@@ -1,5 +1,5 @@
-"""Detection: a detector around a copy of the backbone, fine-tuned on PASCAL VOC 07+12 or COCO 2017, and scored once on
-the test images."""
+"""Detection: a detector around a copy of the backbone is fine-tuned on PASCAL VOC 07+12 or COCO 2017, and scored once
+on the test images."""
 
 import contextlib
 import json
@@ -28,50 +28,56 @@ from caco.nn.norm import BATCH_NORMS
 from caco.ranges import Count, Length, Natural, NonNegative, Pixels, Share, ShareBelowOne, held
 
 NUM_TEST_IMAGES = {"voc": 4952, "coco": 5000}
-_OPTIONS = {  # of conf/eval
+_OPTIONS = {  # the options of conf/eval, by the recipe's name
     "detect_voc_c4": "detect", "detect_coco_c4_1x": "detect_coco", "detect_coco_c4_2x": "detect_coco_2x",
     "detect_coco_fpn_1x": "detect_coco_fpn",
 }  # fmt: skip
-_NEW_LAYERS, _STATISTICS = 3, 4  # what is drawn, beside what the shared loop draws
+_NEW_LAYERS, _STATISTICS = 3, 4  # what is drawn, continuing the numbers in training.py
 
 
 class Detect(Evaluator):
-    """AP of boxes, and of masks for COCO: `<protocol>/voc2007_ap50`, `_ap`, `_ap75`, or `<protocol>/coco2017_box_ap`,
-    `_mask_ap` and others,
-    percent. The protocol is `name`; what is changed of the recipe with that name stands in it (caco/metrics.py).
+    """Average precision of boxes, and for COCO of masks, percent: `<protocol>/voc2007_ap50`, `_ap`, `_ap75`, or
+    `<protocol>/coco2017_box_ap`, `_mask_ap` and others. The protocol is called `name`; changed settings of the recipe
+    with that name appear in it (caco/metrics.py).
 
-    Protocol of MoCo (arXiv 1911.05722, and the configurations of its code): all layers learn, BatchNorm over the images
-    of all ranks, boxes by a plain L1 loss, class by class, no weight decay on norms, statistics of BatchNorm taken anew
-    before the test, which is the only one. It differs from detectron2, with which MoCo ran, in `departures`.
+    The protocol is MoCo's (arXiv 1911.05722, and the configurations of its code): all layers are trained, BatchNorm
+    uses the images of all ranks, boxes have a plain L1 loss and are predicted class by class, normalisation layers have
+    no weight decay, and BatchNorm's statistics are computed anew before the test, which is done once. `departures`
+    lists the differences from detectron2, which MoCo used.
 
     Args:
-        name: detect_voc_c4, detect_coco_c4_1x, detect_coco_c4_2x, detect_coco_fpn_1x, or one of your own.
+        name: detect_voc_c4, detect_coco_c4_1x, detect_coco_c4_2x, detect_coco_fpn_1x, or a name of your own.
         root: the folder that holds the set.
         dataset: "voc" (07+12; MoCo's later tables) or "coco" (2017, with masks).
         head: "c4" or "fpn", see `detector`.
-        steps, images, rate, milestones, warmup_steps, momentum, weight_decay: see Recipe; steps and rate are for 16
-            images a step, and other `images` scale both.
-        short_sides: pixels of the shorter side in training, drawn for each image. test_side: the one in the test.
-            longest: of the longer side.
+        steps, images, rate, milestones, warmup_steps, momentum, weight_decay: see Recipe; steps and rate are given for
+            16 images in a step and are scaled for other `images`.
+        short_sides: possible lengths in pixels of the shorter side in training, drawn for each image.
+        test_side: length in pixels of the shorter side in the test.
+        longest: greatest length in pixels of the longer side.
         anchors, proposal_samples, region_samples, region_cells: see `detector`.
-        precise_batches: training batches over which the running statistics are taken anew; 0 keeps those of training.
+        precise_batches: number of training batches over which BatchNorm's statistics are computed anew; 0 keeps those
+            of training.
         precision: "fp32", as published, or "bf16" (autocast).
-        save_every_steps: between checkpoints.
-        when: "epoch" (while training, and at its end) or "end".
+        save_every_steps: steps between checkpoints; it does not change the result.
+        when: "epoch" (during training and at its end) or "end".
+    Raises:
+        UserError: a value is out of its range.
     """
 
     on_all_ranks = True
-    reads_photographs = True  # of its own: no backbone for data.channels goes (caco/config/channels_needed.py)
+    # Its own photographs, so a backbone for data.channels cannot be evaluated (caco/config/channels_needed.py).
+    reads_photographs = True
     _seed = 0
     departures = (
         (
             "detect: differs from detectron2, with which the published numbers were made, in this: each image's anchors"
-            " and regions, and the order of images, are drawn otherwise; a step's images are not grouped by their"
+            " and regions, and the order of images, are drawn in another way; a step's images are not grouped by their"
             " aspect ratio, and all ranks pad to one size; losses of regions and masks are means over all ranks, as on"
             " one GPU with all images; orientation tags of image files are not read; VOC's recalls are compared with"
-            " tenths exactly. None of this was measured."
+            " tenths exactly. The effect of these differences was not measured."
         ),
-        "detect: on GPUs PyTorch's float32 convolutions use TF32 unless it is told otherwise.",
+        "detect: on GPUs PyTorch's float32 convolutions use TF32 unless this is turned off.",
     )
 
     @held
@@ -154,10 +160,10 @@ class Detect(Evaluator):
         return self.dataset == "coco"
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
-        """Reads the annotations and looks for every image.
+        """Read the annotations and check that every image is there.
 
         Raises:
-            UserError: the set is not whole; masks need a package that is not installed; test images are among the
+            UserError: the set is incomplete, masks need a package that is not installed, or test images are among the
                 pre-training images.
         """
         self._store, self._seed = store, seed
@@ -171,7 +177,7 @@ class Detect(Evaluator):
         require_resnet(backbone, "detect")
 
     def inputs(self) -> list[Any]:
-        """What the numbers depend on besides the arguments: the set, by name and content."""
+        """What the numbers depend on besides the arguments: the set, by name, digests and cache keys."""
         return [*self._set.inputs(), *(self._store.key_of(part.files) for part in (self._set.train, self._set.test))]
 
     def image_sets(self) -> dict[str, str]:
@@ -181,11 +187,11 @@ class Detect(Evaluator):
         """Yields (`<protocol>/<set>_<measure>`, percent). A collective; ranks other than 0 yield nothing.
 
         Raises:
-            UserError: the backbone is no ResNet of timm's; the loss is not finite.
+            UserError: the backbone is not a ResNet from timm, or the loss is not finite.
         """
         store, views = self._store, self._store.views
         if isinstance(backbone, RawPixels):
-            store.say(f"{self.protocol} goes on without raw pixels, which have no stages to fine-tune")
+            store.say(f"{self.protocol} skips the baseline of raw pixels, which has no stages to fine-tune")
             return
         require_resnet(backbone, "detect")
         task = Training(self._set.train, self.short_sides, self.longest, masks=self.masks)
@@ -243,8 +249,8 @@ class Detect(Evaluator):
             )
 
     def _found(self, network: Detector) -> list[dict[str, Any]]:
-        """A row for each detection in this rank's test images, in their own pixels; of one that cannot be read, which
-        image it is alone.
+        """A row for each detection in this rank's test images, in the pixels of the image itself. For an unreadable
+        image there is one row that has only the image's number.
         """
         store, test, rows = self._store, self._set.test, []
         example = _TestImage(test, self.test_side, self.longest)
@@ -263,7 +269,8 @@ class Detect(Evaluator):
         read = np.full(len(test), True)
         read[[row["image"] for row in rows if "label" not in row]] = False
         rows = [row for row in rows if "label" in row]
-        rows.sort(key=lambda row: row["image"])  # stable: an image's detections stay in order, the surest first
+        # A stable sort keeps the order of an image's detections, highest score first.
+        rows.sort(key=lambda row: row["image"])
         if self.dataset == "coco":
             assert known.truth is not None and known.category_ids is not None
             results = [coco_row(row, test.names, known.category_ids) for row in rows]
@@ -281,7 +288,7 @@ class Detect(Evaluator):
 
 
 class Training(Task):
-    """Training images, their shorter side drawn and every second one flipped."""
+    """The training images; the shorter side is drawn, and an image is flipped with probability 0.5."""
 
     def __init__(self, images: AnnotatedImages, short_sides: Sequence[int], longest: int, *, masks: bool) -> None:
         self.images, self.files, self.short_sides, self.longest, self.masks = (
@@ -303,7 +310,7 @@ class Training(Task):
 
 
 class _TestImage:
-    """Test images resized, uint8 [3, H, W]; made in workers."""
+    """Index -> the test image, resized, uint8 [3, H, W]. Workers call this."""
 
     def __init__(self, images: AnnotatedImages, short: int, longest: int) -> None:
         self.images, self.short, self.longest = images, short, longest
@@ -317,16 +324,19 @@ class _TestImage:
 def take_statistics(
     network: nn.Module, task: Task, images: int, count: int, store: FeatureStore, *, seed: int, precision: Precision
 ) -> None:
-    """Replaces the running statistics of every BatchNorm by the mean over `count` training batches; the network is in
-    eval mode after it.
+    """Replace the running statistics of every BatchNorm by their mean over `count` training batches. Afterwards the
+    network is in eval mode. A collective.
 
-    Source: detectron2's PRECISE_BN, which MoCo's configurations turn on.
+    Source: detectron2's PRECISE_BN, which MoCo's configurations use.
+
+    Args:
+        images: number of images in a batch, over all ranks.
     """
     norms = [module for module in network.modules() if isinstance(module, BATCH_NORMS)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms if count else ():
         norm.reset_running_stats()
-        norm.momentum = None  # the plain mean of all batches
+        norm.momentum = None  # makes BatchNorm compute the plain mean over all batches
     network.train()
     steps = batches(task, images, 0, count, store, seed=mixed_seed(seed, _STATISTICS))
     with (
@@ -343,11 +353,13 @@ def take_statistics(
 
 
 def rows_of(index: int, found: Detection, seen: tuple[int, int], size: tuple[int, int]) -> list[dict[str, Any]]:
-    """A row of plain values for each detection of one image: image, label, score, box in the image's own pixels, mask
-    as run lengths.
+    """A row of plain values for each detection of one image: image, label, score, box in the image's own pixels, and
+    the mask as run lengths.
 
     Args:
-        seen, size: (width, height) that the detector saw, and those of the image.
+        index: the image's number.
+        seen: (width, height) of the resized image that the detector received.
+        size: (width, height) of the image itself.
     """
     scale = torch.tensor([size[0] / seen[0], size[1] / seen[1]] * 2, dtype=torch.float64)
     boxes = (found.boxes.double().cpu() * scale).clamp(min=0).minimum(torch.tensor(size * 2, dtype=torch.float64))
@@ -363,7 +375,7 @@ def rows_of(index: int, found: Detection, seen: tuple[int, int], size: tuple[int
 
 
 def coco_row(row: dict[str, Any], image_ids: np.ndarray, category_ids: np.ndarray) -> dict[str, Any]:
-    """A row as COCO's results have it."""
+    """A row in the format of COCO's results."""
     x0, y0, x1, y1 = row["box"]
     of_mask = {"segmentation": row["mask"]} if "mask" in row else {}
     ids = {"image_id": int(image_ids[row["image"]]), "category_id": int(category_ids[row["label"]])}
@@ -371,7 +383,7 @@ def coco_row(row: dict[str, Any], image_ids: np.ndarray, category_ids: np.ndarra
 
 
 def on_main(rows: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """The rows of all ranks on rank 0, in the order of the ranks; the others keep their own."""
+    """The rows of all ranks on rank 0, in the order of the ranks; the other ranks keep their own rows."""
     if distributed.world() == 1:
         return rows
     text = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(device)
@@ -387,9 +399,10 @@ def on_main(rows: list[dict[str, Any]], device: torch.device) -> list[dict[str, 
 
 
 def require_pycocotools() -> None:
-    """
+    """Check that pycocotools is installed.
+
     Raises:
-        UserError: it is not installed.
+        UserError: it is not.
     """
     try:
         import pycocotools.mask  # noqa: F401

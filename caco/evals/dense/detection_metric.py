@@ -1,6 +1,7 @@
-"""How good boxes are: PASCAL VOC's 11-point average precision at ten IoU thresholds, and COCO's by pycocotools.
+"""Scores of detections: PASCAL VOC's 11-point average precision at ten IoU thresholds, and COCO's scores by
+pycocotools.
 
-Shapes: D detections, M truths, K classes.
+Shapes: D detections, M true objects, K classes.
 """
 
 import contextlib
@@ -12,11 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-THRESHOLDS = (50, 55, 60, 65, 70, 75, 80, 85, 90, 95)  # of the IoU, percent
+THRESHOLDS = (50, 55, 60, 65, 70, 75, 80, 85, 90, 95)  # IoU thresholds in percent
 
 
 class Boxes(NamedTuple):
-    """Boxes of many images: image int64 [n], label int64 [n], box [n, 4] with 0 at the image's edge."""
+    """Boxes in many images: the image of each box, int64 [n], its label, int64 [n], and its corners, [n, 4], with 0 at
+    the image's edge."""
 
     image: np.ndarray
     label: np.ndarray
@@ -24,19 +26,23 @@ class Boxes(NamedTuple):
 
 
 def voc_scores(found: Boxes, score: np.ndarray, truth: Boxes, difficult: np.ndarray) -> dict[str, float]:
-    """`ap50`, `ap75` and `ap`, the mean over ten thresholds, each the mean over the classes, percent.
+    """PASCAL VOC's scores in percent: `ap50`, `ap75`, and `ap`, the mean over ten thresholds. Each is a mean over the
+    classes.
 
-    As detectron2 evaluates VOC, whose numbers MoCo's and later papers print, and not as COCO does: a detection, the
-    surest first, is right where its best truth of that class overlaps it by more than the threshold and was not hit
-    before. Detections of difficult truths count as neither right nor wrong, and difficult truths need not be found.
-    Boxes count pixels, both edges included. Scores are rounded to 3 decimals and coordinates to 0.1, as in VOC's files
-    of results; equal scores stand in the order in which they were given.
+    They are computed as in detectron2's evaluation of VOC, whose numbers MoCo and later papers report, and not as in
+    COCO. Detections are taken in the order of their scores, highest first. One is correct if the true object of its
+    class with which it overlaps most overlaps by more than the threshold and was not found before. Detections of
+    difficult objects count as neither correct nor wrong, and difficult objects need not be found. Boxes are in whole
+    pixels, both edges included. Scores are rounded to 3 decimals and coordinates to 0.1, as in VOC's result files;
+    equal scores keep their order.
 
     Args:
-        score: float [D], of the detections.
-        difficult: bool [M], of the truths.
+        found: the detections.
+        score: float [D], the scores of the detections.
+        truth: the true objects.
+        difficult: bool [M], which true objects are marked difficult.
     Raises:
-        ValueError: no class has a truth that is not difficult.
+        ValueError: there is no true object that is not difficult.
     """
     score = np.round(np.asarray(score, dtype=np.float64), 3)
     published = np.round(np.asarray(found.box, dtype=np.float64) + [1, 1, 0, 0], 1)
@@ -53,7 +59,8 @@ def voc_scores(found: Boxes, score: np.ndarray, truth: Boxes, difficult: np.ndar
         for column, threshold in enumerate(THRESHOLDS):
             hit = np.flatnonzero(overlap > threshold / 100)
             right = np.zeros(len(own), dtype=bool)
-            right[hit[np.unique(best[hit], return_index=True)[1]]] = True  # the first to hit each truth
+            # Only the first detection of each object is correct.
+            right[hit[np.unique(best[hit], return_index=True)[1]]] = True
             counts = np.ones(len(own), dtype=bool)
             counts[hit] = ~is_difficult[best[hit]]
             precisions[row, column] = eleven_points(right[counts], int((~is_difficult).sum()))
@@ -64,8 +71,8 @@ def voc_scores(found: Boxes, score: np.ndarray, truth: Boxes, difficult: np.ndar
 def best_truths(
     image_D: np.ndarray, box_D4: np.ndarray, truth_image_M: np.ndarray, truth_M4: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each detection's largest overlap with a truth of its image, [D], and which truth that is, [D]; 0 and -1 without
-    one.
+    """The largest overlap of each detection with a true object in its image, [D], and the index of that object, [D]; 0
+    and -1 if its image has no object.
     """
     overlap, best = np.zeros(len(image_D)), np.full(len(image_D), -1)
     order = np.argsort(image_D, kind="stable")
@@ -80,7 +87,7 @@ def best_truths(
 
 
 def pixel_iou(a_N4: np.ndarray, b_M4: np.ndarray) -> np.ndarray:
-    """IoU [N, M] of boxes of whole pixels, both edges included."""
+    """Intersection over union [N, M] of boxes in whole pixels, both edges included."""
     low = np.maximum(a_N4[:, None, :2], b_M4[None, :, :2])
     high = np.minimum(a_N4[:, None, 2:], b_M4[None, :, 2:])
     common = (high - low + 1).clip(0).prod(axis=2)
@@ -89,11 +96,15 @@ def pixel_iou(a_N4: np.ndarray, b_M4: np.ndarray) -> np.ndarray:
 
 
 def eleven_points(right: np.ndarray, num_truths: int) -> float:
-    """Mean over recalls 0, 0.1, ..., 1 of the best precision at a recall no smaller; 0 where none is reached. Of
-    detections in order."""
+    """The mean, over the recalls 0, 0.1, ..., 1, of the best precision at this or a larger recall; 0 for recalls that
+    are never reached.
+
+    Args:
+        right: bool [D], whether each detection is correct, in the order of their scores.
+    """
     hits = np.cumsum(right)
     precision = hits / np.arange(1, len(hits) + 1)
-    # In integers: 3 of 10 truths are a recall of exactly 0.3.
+    # Recalls are compared as integers, so that 3 of 10 objects are a recall of exactly 0.3.
     return float(sum(precision[10 * hits >= tenth * num_truths].max(initial=0.0) for tenth in range(11))) / 11
 
 
@@ -105,15 +116,16 @@ def coco_scores(
     say: Callable[[str], None],
     images: list[int] | None = None,
 ) -> dict[str, float]:
-    """COCO's `box_ap`, `box_ap50`, `box_ap75`, `box_ap_small`, `_medium`, `_large`, and `mask_ap` ... alike, percent.
-
-    By pycocotools, over every image of its truth, or these. A size of which there is no truth gives no number.
+    """COCO's scores in percent, by pycocotools: `box_ap`, `box_ap50`, `box_ap75`, `box_ap_small`, `box_ap_medium`,
+    `box_ap_large`, and the same with `mask_`. A size class without true objects gives no score.
 
     Args:
-        truth: the published file of annotations.
-        rows: image_id, category_id, bbox (x, y, width, height), score, and segmentation (run lengths) where masks are
-            scored.
-        say: is told what pycocotools prints.
+        truth: the published annotation file.
+        rows: detections as dictionaries: image_id, category_id, bbox (x, y, width, height), score, and for masks
+            segmentation (run lengths).
+        masks: whether masks are scored too.
+        say: receives pycocotools' lines of scores.
+        images: ids of the images to score; None scores all images of the annotation file.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -125,10 +137,10 @@ def coco_scores(
     with contextlib.redirect_stdout(printed):
         known = COCO(str(truth))
         for kind, prefix in (("bbox", "box"), ("segm", "mask"))[: 1 + masks]:
-            if not rows:  # pycocotools refuses to load nothing
+            if not rows:  # pycocotools cannot load an empty list
                 scores |= {f"{prefix}_{name}": 0.0 for name in names[:3]}
                 continue
-            # With `bbox` in them pycocotools would take the areas of masks from the boxes.
+            # If the rows had `bbox` too, pycocotools would take the areas of masks from the boxes.
             of_kind = [
                 {k: v for k, v in row.items() if k != ("segmentation" if kind == "bbox" else "bbox")} for row in rows
             ]
@@ -145,6 +157,6 @@ def coco_scores(
                 if v > -1
             }
     for line in printed.getvalue().splitlines():
-        if "Average" in line:  # not that it loads and is done
+        if "Average" in line:  # not the lines about loading and finishing
             say(line.strip())
     return scores

@@ -1,8 +1,8 @@
 """Images with boxes: PASCAL VOC 2007 and 2012, and COCO 2017, read from their published layouts and those of their
 mirrors.
 
-Shapes: N images, M objects, R rings of polygons, P points. Boxes are x, y of two corners in pixels, with 0 at the
-image's edge, so that a box that covers a whole image of width W goes from 0 to W.
+Shapes: N images, M objects, R rings of polygons, P points. Boxes are x0, y0, x1, y1, two corners in pixels, with 0 at
+the image's edge: a box over a whole image of width W reaches from 0 to W.
 """
 
 import hashlib
@@ -22,10 +22,13 @@ from caco.evals.dense.roots import absent, first_with, refuse_missing
 
 
 class Objects(NamedTuple):
-    """What is annotated in one image.
+    """The annotated objects of one image.
 
-    boxes: float32 [m, 4]. labels: int64 [m], from 0. difficult: bool [m], of VOC. polygons: of COCO, the rings [points,
-        2] of each object, float32.
+    Attributes:
+        boxes: float32 [m, 4].
+        labels: int64 [m], from 0 on.
+        difficult: bool [m]; only VOC marks objects as difficult.
+        polygons: the rings [points, 2] of each object, float32; None for VOC.
     """
 
     boxes: np.ndarray
@@ -36,13 +39,17 @@ class Objects(NamedTuple):
 
 @dataclass(frozen=True)
 class AnnotatedImages:
-    """Image files and their objects, in a few flat arrays: forked workers would copy the pages of lists by counting
-    references.
+    """Image files and their objects, in a few flat arrays. With lists, counting references would make forked workers
+    copy memory pages.
 
-    files: the images. names: what the annotations call each, a name of VOC's or an id of COCO's, [N]. sizes: int32 [N,
-    2], width and height. first: int64 [N + 1], where each image's objects begin. boxes, labels, difficult: [M, 4], [M],
-    [M], as in Objects. first_ring, first_point, points: [M + 1], [R + 1], [P, 2]: each object's rings and each ring's
-    points; None without polygons.
+    Attributes:
+        files: the images.
+        names: [N], each image's name in the annotations: VOC's name or COCO's id.
+        sizes: int32 [N, 2], width and height.
+        first: int64 [N + 1]; the objects of image i are those from first[i] to first[i + 1] - 1.
+        boxes, labels, difficult: [M, 4], [M], [M], as in Objects.
+        first_ring, first_point, points: int64 [M + 1], int64 [R + 1], float32 [P, 2]: where each object's rings begin,
+            where each ring's points begin, and the points; None without polygons.
     """
 
     files: ImageFiles
@@ -60,7 +67,7 @@ class AnnotatedImages:
         return len(self.names)
 
     def objects(self, index: int) -> Objects:
-        """Those of one image, in the order of its annotations."""
+        """The objects of one image, in the order of its annotations."""
         own = slice(self.first[index], self.first[index + 1])
         return Objects(self.boxes[own], self.labels[own], self.difficult[own], self._polygons(own))
 
@@ -73,7 +80,7 @@ class AnnotatedImages:
         return [[self.points[a:b] for a, b in zip(s[:-1], s[1:], strict=True)] for s in starts]
 
     def digest(self) -> str:
-        """A short hash that changes when images, their order or their objects do."""
+        """A short hash that changes when images, their order or their objects change."""
         state = hashlib.blake2b(self.files.digest().encode(), digest_size=8)
         for array in (
             self.first,
@@ -90,7 +97,7 @@ class AnnotatedImages:
 
 @dataclass
 class _Gathering:
-    """Objects as they are read, one image after the other."""
+    """Collects objects while annotations are read, one image after the other."""
 
     polygons: bool
     names: list[Any] = field(default_factory=list)
@@ -137,10 +144,12 @@ class _Gathering:
 
 @dataclass(frozen=True)
 class DetectionSet:
-    """A set to train on and one to test on.
+    """The images to train on and those to test on.
 
-    classes: names, of labels 0, 1, ... truth: of COCO, the file that its own evaluation reads, and the published id of
-    each label.
+    Attributes:
+        classes: the name of each label.
+        truth: for COCO, the annotation file that its own evaluation reads.
+        category_ids: for COCO, int64 [K], the published id of each label.
     """
 
     name: str
@@ -151,14 +160,14 @@ class DetectionSet:
     category_ids: np.ndarray | None = None
 
     def inputs(self) -> list[Any]:
-        """What numbers on this set depend on, as plain values."""
+        """Plain values that results on this set depend on."""
         truth = None if self.truth is None else hashlib.blake2b(self.truth.read_bytes(), digest_size=8).hexdigest()
         return [self.name, self.train.digest(), self.test.digest(), truth]
 
 
 # ----------------------------------------------------------------------------------------------------------------- VOC
 
-# Each part: year, list, and the folder that its archive is often unpacked to by mirrors.
+# Each part: year, list, and the folder into which mirrors often unpack its archive.
 _VOC_PARTS = {
     "2007 trainval": ("2007", "trainval", "VOCtrainval_06-Nov-2007"),
     "2012 trainval": ("2012", "trainval", "VOCtrainval_11-May-2012"),
@@ -168,17 +177,17 @@ VOC_LAYOUT = """\
   VOCdevkit/VOC2007/Annotations/000005.xml, JPEGImages/000005.jpg, ImageSets/Main/trainval.txt and test.txt
   VOCdevkit/VOC2012/Annotations/2008_000008.xml, JPEGImages/2008_000008.jpg, ImageSets/Main/trainval.txt
 as VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar and VOCtrainval_11-May-2012.tar unpack in one folder;
-VOC2007 and VOC2012 may lie in root itself, and each archive in a folder of its own name, as mirrors have it"""
+VOC2007 and VOC2012 may be in root itself, and each archive in a folder of its own name, as mirrors have it"""
 
 
 def voc(root: Path) -> DetectionSet:
-    """PASCAL VOC 07+12: 5,011 + 11,540 training images, 4,952 test images of 2007, 20 classes.
+    """PASCAL VOC 07+12: 5,011 + 11,540 training images, the 4,952 test images of 2007, 20 classes.
 
-    Difficult objects are kept, in training too, and marked. Boxes are published 1-based and inclusive: 1 is taken from
-    their left and upper edges alone.
+    Difficult objects are kept, also in training, and marked. Published boxes count pixels from 1 and include both
+    edges, so 1 is subtracted from their left and upper edges only.
 
     Raises:
-        UserError: parts are missing; all of them are named, with the layout.
+        UserError: parts are missing; the message lists all of them and the expected layout.
     """
     found: dict[str, tuple[Path, list[str]]] = {}
     missing = []
@@ -197,7 +206,7 @@ def voc(root: Path) -> DetectionSet:
             files = absent(top / folder, [name + extension for name in names])
             if files:
                 missing.append(
-                    f"{len(files)} of the {len(names)} files of VOC {part} in {top / folder}, {files[0]} for one"
+                    f"{len(files)} of the {len(names)} files of VOC {part} in {top / folder}, {files[0]} for example"
                 )
         found[part] = (top, names)
     refuse_missing("VOC", root, missing, VOC_LAYOUT)
@@ -231,7 +240,7 @@ def _read_voc(path: Path, image: str, gathering: _Gathering, number: dict[str, i
             raise ValueError(f"no {key}")
         return found.strip()
 
-    for thing in annotation.findall("object"):  # children alone: the parts of a person have boxes too
+    for thing in annotation.findall("object"):  # direct children only, because the parts of a person have boxes too
         x0, y0, x1, y1 = (float(text(thing, f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax"))
         difficult = (thing.findtext("difficult") or "0").strip() == "1"
         gathering.object([x0 - 1, y0 - 1, x1, y1], number[text(thing, "name")], difficult=difficult)
@@ -243,17 +252,17 @@ def _read_voc(path: Path, image: str, gathering: _Gathering, number: dict[str, i
 COCO_LAYOUT = """\
   annotations/instances_train2017.json and instances_val2017.json, train2017/000000000009.jpg, val2017/000000000139.jpg
 as annotations_trainval2017.zip, train2017.zip and val2017.zip unpack in one folder, which is root or root/coco
-(coco2017, COCO); the images may lie in images/train2017 and images/val2017, as mirrors have it"""
+(coco2017, COCO); the images may be in images/train2017 and images/val2017, as mirrors have it"""
 
 
 def coco(root: Path) -> DetectionSet:
     """COCO 2017: 118,287 images to train on, all 5,000 of val2017 to test on, 80 classes, polygons.
 
-    Of the training images crowds are left out, objects without area, and then images without objects. The test images
-    keep all: what is scored there is COCO's own file.
+    For training, crowds and objects without area are left out, and then images without objects. All test images are
+    kept, because COCO's own annotation file is used for scoring.
 
     Raises:
-        UserError: parts are missing; all of them are named, with the layout.
+        UserError: parts are missing; the message lists all of them and the expected layout.
     """
     tops = [root / name for name in ("", "coco", "coco2017", "COCO", "COCO2017", "coco-2017")]
     top = first_with(tops, "annotations") or first_with(tops, "train2017") or root
@@ -269,7 +278,7 @@ def coco(root: Path) -> DetectionSet:
             parts[split] = _coco_part(annotations)
             names = [image["file_name"] for image in parts[split]["images"]]
             if files := absent(folder, names):
-                missing.append(f"{len(files)} of the {len(names)} images in {folder}, {files[0]} for one")
+                missing.append(f"{len(files)} of the {len(names)} images in {folder}, {files[0]} for example")
             parts[split]["folder"] = folder
     refuse_missing("COCO 2017", root, missing, COCO_LAYOUT)
     categories = sorted(parts["train2017"]["categories"], key=lambda category: category["id"])

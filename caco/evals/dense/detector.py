@@ -1,7 +1,7 @@
-"""Faster and Mask R-CNN around a ResNet of timm's, from torchvision's parts, as detectron2 and MoCo put them together.
+"""Faster and Mask R-CNN around a ResNet from timm, made from torchvision's parts as detectron2 and MoCo do it.
 
-torchvision's own assemblies differ from the published ones: boxes are pooled without alignment, the box loss is smooth,
-layers start otherwise, and there is no C4. What is here overrides just that.
+torchvision's own detectors differ from the published ones: they pool boxes without alignment, use a smooth box loss,
+initialise layers differently, and have no C4 variant. This file and the classes that it uses change only these points.
 
 Shapes: n images, R regions of all images, C channels, M cells along a mask's side.
 """
@@ -29,10 +29,13 @@ Head = Literal["c4", "fpn"]
 
 
 class Detection(NamedTuple):
-    """What was found in one image, the surest first, in its pixels.
+    """The objects found in one image, the highest score first, in the pixels of the image that the detector received.
 
-    boxes: [d, 4]. labels: int64 [d], from 0. scores: [d]. masks: probabilities [d, M, M] over the boxes; None without
-    masks.
+    Attributes:
+        boxes: [d, 4].
+        labels: int64 [d], from 0 on.
+        scores: [d].
+        masks: probabilities [d, M, M] over the boxes; None without masks.
     """
 
     boxes: Tensor
@@ -42,12 +45,13 @@ class Detection(NamedTuple):
 
 
 class Detector(nn.Module):
-    """A detector: `forward` gives its losses on examples, `detect` what it finds in images.
+    """A detector: `forward` gives its losses on examples, `detect` the objects in images.
 
     Args:
-        body: images [n, 3, H, W] to levels by name.
-        divisible: sides are padded to multiples of it.
-        mean, std: of pixels between 0 and 1, as in pre-training.
+        body: images [n, 3, H, W] -> feature maps of the levels, by name.
+        proposals, regions: the two stages.
+        divisible: the sides of images are padded to multiples of this.
+        mean, std: of each channel, for pixels in 0..1, as in pre-training.
     """
 
     def __init__(
@@ -68,8 +72,8 @@ class Detector(nn.Module):
         self.std: Tensor
 
     def forward(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Losses by name: objectness, proposal_box, class, box, mask; their sum is what is minimised. In training
-        mode.
+        """The losses by name, in training mode: objectness, proposal_box, class, box, mask. Training minimises their
+        sum.
         """
         for sampler in (self.proposals.fg_bg_sampler, self.regions.fg_bg_sampler):
             sampler.seeds = [example.seed for example in examples]
@@ -85,7 +89,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def detect(self, images: list[Tensor]) -> list[Detection]:
-        """What is in images uint8 [3, H, W], in eval mode."""
+        """The objects in images, uint8 [3, H, W] each; in eval mode."""
         batch = self._batch(images)
         features = self.body(batch.tensors)
         proposals, _ = self.proposals(batch, features)
@@ -93,11 +97,10 @@ class Detector(nn.Module):
         return [Detection(one["boxes"], one["labels"] - 1, one["scores"], one.get("masks")) for one in found]
 
     def _batch(self, images: list[Tensor], *, over_ranks: bool = False) -> ImageList:
-        """Normalised, and padded with 0 to the right and below to a common size.
+        """Normalise images, and pad them with 0 to the right and below to a common size.
 
         Args:
-            over_ranks: the size is that of the images of all ranks: padding is among what BatchNorm's statistics are
-                of.
+            over_ranks: take the common size of the images on all ranks, because padding enters BatchNorm's statistics.
         """
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         largest = torch.tensor(sizes, device=self.mean.device).amax(dim=0)
@@ -112,7 +115,7 @@ class Detector(nn.Module):
 
 
 class Conv4(nn.Module):
-    """Stem and the first three stages; one level."""
+    """The stem and the first three stages of a ResNet; its only level is the output of the third stage, conv4."""
 
     def __init__(self, backbone: ResNet) -> None:
         super().__init__()
@@ -124,7 +127,8 @@ class Conv4(nn.Module):
 
 
 class Conv5(nn.Module):
-    """The last stage over regions, and a BatchNorm of its own, without ReLU: [R, C, 14, 14] to [R, 2 C, 7, 7]."""
+    """The last stage, conv5, applied to regions, and an additional BatchNorm without ReLU: [R, C, 14, 14] to [R, 2 C,
+    7, 7]."""
 
     def __init__(self, backbone: ResNet, width: int) -> None:
         super().__init__()
@@ -135,7 +139,7 @@ class Conv5(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """All four stages and a feature pyramid of 256 channels with BatchNorm; five levels."""
+    """All four stages of a ResNet and a feature pyramid of 256 channels with BatchNorm; it has five levels."""
 
     def __init__(self, backbone: ResNet, widths: Sequence[int]) -> None:
         super().__init__()
@@ -168,17 +172,20 @@ def detector(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Detector:
-    """A detector of a copy of the backbone, with new layers drawn by torch's random numbers.
+    """Make a detector from a copy of the backbone. New layers are initialised with torch's random numbers.
 
     Args:
-        head: "c4": regions of the fourth stage go through the fifth and MoCo's extra BatchNorm. "fpn": a feature
-            pyramid, two linear layers for boxes and four convolutions for masks, without BatchNorm, as in MoCo's runs.
-        anchors: sizes in pixels: of c4 all at each place, of fpn one for each of its five levels.
-        proposal_samples, region_samples: anchors and regions of an image that losses are taken of.
-        region_cells: cells along the side of a pooled region: of c4 before the fifth stage, of fpn for masks, and half
-            of it for boxes.
+        head: "c4": regions of conv4's map go through conv5 and MoCo's additional BatchNorm. "fpn": a feature pyramid,
+            two linear layers for boxes and four convolutions for masks, both without BatchNorm, as in MoCo's runs.
+        num_classes: K, without the background.
+        masks: whether masks are learned and predicted.
+        anchors: sizes in pixels; for c4 all of them at each place, for fpn one for each of its five levels.
+        proposal_samples, region_samples: number of anchors and of regions of an image that enter the losses.
+        region_cells: number of cells along each side of a pooled region: for c4 before conv5; for fpn of masks, and
+            half as many of boxes.
+        mean, std: see Detector.
     Raises:
-        UserError: the backbone has no such stages, or a pyramid has not five sizes of anchors.
+        UserError: the backbone has no such stages, or there are not five anchors for fpn.
     """
     backbone = copy.deepcopy(require_resnet(backbone, "detect")).requires_grad_(True)
     widths, strides = stages_of(backbone)
@@ -236,7 +243,7 @@ def detector(
 
 @torch.no_grad()
 def stages_of(backbone: ResNet) -> tuple[list[int], list[int]]:
-    """Channels and strides of the four stages, found by sending an image through a copy."""
+    """The channels and the strides of the four stages, measured with an image in a copy of the backbone."""
     probe = copy.deepcopy(backbone).cpu().float().eval()
     x, widths, strides = _stem(probe)(torch.zeros(1, 3, 64, 64)), [], []
     for stage in (probe.layer1, probe.layer2, probe.layer3, probe.layer4):

@@ -1,4 +1,4 @@
-"""What a detector takes for an image, counted on tensors without contents and timed on real ones, for caco.plan."""
+"""The cost of a detector for caco.plan: arithmetic counted on tensors without data, time measured on real ones."""
 
 import copy
 
@@ -15,10 +15,11 @@ TEST_REGIONS = 1000  # proposals of a test image
 
 
 def counted(what: str, images: int, network: Detector, height: int, *, training: bool) -> Work:
-    """Images of `height` pixels and a third more across through a detector on the CPU, and with `training` back.
+    """The cost of images, `height` pixels high and a third more wide, in a detector on the CPU; with `training` also of
+    the backward pass.
 
-    The arithmetic is that of its layers, on as many regions as are drawn, a quarter of them with masks; RoIAlign and
-    suppression, which have little, are in the time alone.
+    The arithmetic is that of the layers, for as many regions as are drawn; a quarter of them have masks in training.
+    The little arithmetic of RoIAlign and non-maximum suppression is not counted, but their time is measured.
     """
     width = 4 * height // 3
 
@@ -40,7 +41,7 @@ def counted(what: str, images: int, network: Detector, height: int, *, training:
 
 
 class _Layers(nn.Module):
-    """Everything of a detector that multiplies, without what depends on values."""
+    """The layers of a detector that do arithmetic, without the steps that depend on values."""
 
     def __init__(self, network: Detector, num_regions: int) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class _Layers(nn.Module):
         levels = list(network.body(images).values())
         logits, deltas = network.proposals.head(levels)
         size = regions.box_roi_pool.size
-        # Of a feature of the level, so that a backward pass goes on into the body as it does through RoIAlign.
+        # Computed from a level's features, so that the backward pass reaches the body, as it does through RoIAlign.
         pooled = levels[0].mean(dim=(2, 3), keepdim=True).expand(self.num_regions, -1, size, size)
         rows = regions.box_head(pooled)
         outputs = [*logits, *deltas, *regions.box_predictor(rows)]
@@ -67,7 +68,7 @@ class _Layers(nn.Module):
 
 
 def _example(height: int, width: int) -> Example:
-    """Noise with three boxes."""
+    """An image of noise with three boxes."""
     draw = torch.Generator().manual_seed(0)
     boxes = torch.tensor([[0.1, 0.1, 0.4, 0.5], [0.3, 0.2, 0.9, 0.9], [0.6, 0.1, 0.7, 0.2]]) * torch.tensor(
         [width, height] * 2

@@ -1,4 +1,4 @@
-"""A backbone as what gives a feature for every place of an image, and back from places to pixels.
+"""Uses a backbone to compute a feature for every place of an image, and interpolates from places back to pixels.
 
 Shapes: B images of H x W pixels, h x w places, D features.
 """
@@ -17,17 +17,18 @@ from caco.errors import UserError
 
 
 class Maps(nn.Module):
-    """Images [B, 3, H, W] to feature maps [B, D, h, w].
+    """Turns images [B, 3, H, W] into feature maps [B, D, h, w].
 
-    Place i of a ResNet stands at pixel i * stride: its convolutions see as far to one side as to the other. So images
-    are padded with zeros, the mean colour, to a multiple of the stride and one more, which has a place at both ends, as
-    every crop of 513 pixels has. A ViT's place stands in the middle of its patch, and its images consist of whole
-    patches.
+    Place i of a ResNet is at pixel i * stride, because its convolutions reach equally far to both sides. Images are
+    therefore padded with zeros, the mean colour, to a multiple of the stride plus one, which has a place at both ends;
+    a crop of 513 pixels has this size already. A place of a ViT is in the middle of its patch, and its images must
+    consist of whole patches.
 
     Args:
-        backbone: of timm's; not copied.
+        backbone: a ResNet or a VisionTransformer from timm; it is not copied.
+        purpose: what needs it, for the error message.
     Raises:
-        UserError: it is neither.
+        UserError: it is neither of these.
     """
 
     backbone: Any  # timm's, without types
@@ -50,7 +51,7 @@ class Maps(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
     def to_pixels(self, maps: Tensor, height: int, width: int) -> Tensor:
-        """Values [B, K, h, w] at the places to [B, K, H, W] at the pixels, bilinear, float32."""
+        """Interpolate values [B, K, h, w] at the places to [B, K, H, W] at the pixels; bilinear, float32."""
         maps = maps.float()
         if self.in_patches:
             return F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)
@@ -58,8 +59,8 @@ class Maps(nn.Module):
         return F.interpolate(maps, whole, mode="bilinear", align_corners=True)[..., :height, :width]
 
     def places(self, side: int) -> Tensor:
-        """The pixel, of `side`, at which each place stands, int64; a ResNet's last may stand on the padding, at `side`
-        or after it.
+        """The pixel of each place along an image's side of `side` pixels, int64. The last place of a ResNet may be in
+        the padding, at pixel `side` or beyond.
         """
         if self.in_patches:
             return torch.arange(self.stride // 2, side, self.stride)
@@ -67,9 +68,10 @@ class Maps(nn.Module):
 
 
 def require_resnet(backbone: nn.Module, purpose: str) -> ResNet:
-    """
+    """Check that a backbone is a ResNet from timm with a stem and four stages; returns it.
+
     Raises:
-        UserError: not a ResNet of timm's, with a stem and four stages.
+        UserError: it is not.
     """
     if not isinstance(backbone, ResNet):
         raise UserError(
@@ -81,8 +83,8 @@ def require_resnet(backbone: nn.Module, purpose: str) -> ResNet:
 
 @torch.no_grad()
 def stride_and_width(backbone: ResNet) -> tuple[int, int]:
-    """Pixels from one place of the last stage to the next, and its features, found by sending an image of zeros
-    through.
+    """The distance in pixels between neighbouring places of the last stage, and the number of its features. Both are
+    measured with an image of zeros.
     """
     weight = next(backbone.parameters())
     with as_evaluated(backbone):
@@ -91,14 +93,14 @@ def stride_and_width(backbone: ResNet) -> tuple[int, int]:
 
 
 def dilated_last_stage(backbone: ResNet) -> ResNet:
-    """The last stage in place at twice the resolution: its 3x3 convolutions have stride 1 and dilation 2, in all
-    blocks.
+    """Double the resolution of the last stage, in place: its 3x3 convolutions get stride 1 and dilation 2, in all
+    blocks. The weights stay the same.
 
-    As MoCo describes it; timm's output_stride and mmsegmentation leave the first block with half the dilation. The
-    weights stay.
+    This is what MoCo's paper describes. timm's output_stride and mmsegmentation instead give the first block half the
+    dilation.
 
     Raises:
-        UserError: a last stage that halves the resolution in another way.
+        UserError: the last stage halves the resolution in another way.
     """
     before, _ = stride_and_width(backbone)
     for module in backbone.layer4.modules():
@@ -118,7 +120,7 @@ def dilated_last_stage(backbone: ResNet) -> ResNet:
 
 @contextlib.contextmanager
 def as_evaluated(network: nn.Module) -> Iterator[None]:
-    """In eval mode, and afterwards in the modes that its parts had."""
+    """Put a network into eval mode for this context, and restore the modes of its parts afterwards."""
     was_training = {module: module.training for module in network.modules()}
     try:
         network.eval()

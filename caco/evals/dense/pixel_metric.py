@@ -1,4 +1,4 @@
-"""How well pixels are classified: everything from one confusion matrix over all pixels of all test images.
+"""Scores of a segmentation, all computed from one confusion matrix over all pixels of all test images.
 
 Shapes: K classes.
 """
@@ -10,10 +10,11 @@ from caco.evals.dense.segmentation_sets import IGNORED
 
 
 def confusion(truth: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
-    """int64 [K, K]: how many pixels of class (row) were taken for class (column); pixels labelled 255 are left out.
+    """The confusion matrix, int64 [K, K]: the number of pixels of class (row) that were predicted as class (column).
+    Pixels labelled 255 are left out.
 
     Args:
-        truth, predicted: integers of any one shape, on one device.
+        truth, predicted: integers, both of the same shape and on the same device.
     """
     counts = truth != IGNORED
     cell = truth[counts].long() * num_classes + predicted[counts].long()
@@ -21,11 +22,11 @@ def confusion(truth: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
 
 
 def scores(matrix_KK: Tensor) -> dict[str, float]:
-    """`miou`, the mean over the classes of intersection over union; `mean_accuracy`, of the share of a class's pixels
-    that were found; `pixel_accuracy`, the share of all pixels; in percent.
+    """The scores, in percent: `miou`, the mean over classes of intersection over union; `mean_accuracy`, the mean over
+    classes of the share of the class's pixels that were found; `pixel_accuracy`, the share of all pixels.
 
-    A class of which there is no pixel and which is nowhere predicted is left out of the mean. Of the real set all 21
-    are there.
+    A class without any pixel in truth and prediction is left out of the means. The real set has pixels of all 21
+    classes.
 
     Raises:
         ValueError: there is no labelled pixel.

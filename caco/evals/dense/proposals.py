@@ -1,4 +1,5 @@
-"""Proposals of regions in which there may be an object: torchvision's network, as detectron2 has it.
+"""The first stage of a detector: proposals of regions that may contain an object, by torchvision's network, changed to
+match detectron2.
 
 Shapes: n images, R regions of all images.
 """
@@ -15,12 +16,13 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 from caco import distributed
 
-RATIOS = (0.5, 1.0, 2.0)  # height by width of the anchors
+RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors
 
 
 class Anchors(AnchorGenerator):
-    """Anchors at the places of each level, a fixed stride apart. torchvision rounds them to whole pixels, and divides
-    the image's size by that of the level's map: 15 instead of 16 for an image of 801 pixels."""
+    """Anchors at the places of each level, a fixed stride apart. torchvision's class differs: it rounds anchors to
+    whole pixels, and takes as stride the image's size over the map's size, which is 15 instead of 16 for an image of
+    801 pixels."""
 
     def __init__(self, sizes: Sequence[Sequence[int]], strides: Sequence[int]) -> None:
         super().__init__(tuple(tuple(level) for level in sizes), (RATIOS,) * len(sizes))
@@ -46,10 +48,11 @@ class Anchors(AnchorGenerator):
 
 
 class SeededSampler:
-    """Positive and negative positions of each image, at most `positive_fraction` of `size` positive; drawn by the
-    image's own seed, so that it does not matter which rank has it.
+    """Draws positive and negative positions of each image; at most the share `positive_fraction` of `size` is positive.
+    The draw depends on the image's own seed, so that it does not matter which rank has the image.
 
-    seeds: of the images of the next call, set before it.
+    Attributes:
+        seeds: the seeds of the images of the next call; set before each call.
     """
 
     def __init__(self, size: int, positive_fraction: float) -> None:
@@ -70,7 +73,8 @@ class SeededSampler:
 
 
 class Proposals(RegionProposalNetwork):
-    """torchvision's, with a plain L1 loss, and both losses over the number of anchors that are to be drawn."""
+    """torchvision's network with a plain L1 loss. Both losses are divided by the number of anchors to draw, even if
+    fewer could be drawn."""
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
@@ -84,8 +88,8 @@ class Proposals(RegionProposalNetwork):
 
 
 class FloatRPNHead(RPNHead):
-    """torchvision's; its answers are float32 under autocast too: bfloat16 has 8 bits for a place in an image of 1,333
-    pixels.
+    """torchvision's RPNHead with float32 outputs, under autocast too: bfloat16 has only 8 bits, too few for positions
+    in an image of 1,333 pixels.
     """
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -94,12 +98,12 @@ class FloatRPNHead(RPNHead):
 
 
 def of_a_rank(count: int, like: Tensor) -> Tensor:
-    """The mean of the ranks' counts: sums over it, averaged over the ranks, are the means of one process that has
-    everything.
+    """The mean of the counts over all ranks, a scalar. If each rank divides its sum by it, the mean over the ranks is
+    the mean that one process with all images would compute.
     """
     return distributed.sum_(torch.tensor(float(count), dtype=like.dtype, device=like.device)) / distributed.world()
 
 
 def wide(x: Tensor) -> Tensor:
-    """float32 of what autocast made narrower."""
+    """Convert bfloat16 and float16, as autocast makes them, to float32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,6 +1,8 @@
-"""What is in each region: its class, box and mask, by torchvision's heads, as detectron2 has them.
+"""The second stage of a detector: class, box and mask of each region, by torchvision's heads, changed to match
+detectron2.
 
-Shapes: n images, R regions of all images, K classes (0 is the background), C channels, M cells along a mask's side.
+Shapes: n images, R regions of all images, K classes (label 0 is the background), C channels, M cells along a mask's
+side.
 """
 
 from collections.abc import Sequence
@@ -18,12 +20,13 @@ from caco.evals.dense.proposals import of_a_rank, wide
 
 
 class AlignedPool(nn.Module):
-    """RoIAlign, aligned to half a pixel, with as many samples as a region has pixels; each region takes one of the
-    levels, by its size.
+    """RoIAlign, aligned to half a pixel, with as many samples as a region has pixels. Each region is pooled from one
+    level, chosen by its size.
 
     Args:
-        strides: of the levels, which come first in the features; a single level, or those from 4 to 32.
-        size: cells along a side of what a region gives.
+        strides: the strides of the levels to pool from, which are the first levels of the features: one level, or those
+            of strides 4 to 32.
+        size: number of cells along each side of the result.
     """
 
     def __init__(self, strides: Sequence[int], size: int) -> None:
@@ -31,7 +34,7 @@ class AlignedPool(nn.Module):
         self.strides, self.size = list(strides), size
 
     def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: object = None) -> Tensor:
-        """[R, C, size, size], image by image."""
+        """Pool all boxes, image by image: [R, C, size, size]."""
         levels = [wide(level) for level in list(features.values())[: len(self.strides)]]
         images = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
         regions = torch.cat([images, torch.cat(boxes)], dim=1)
@@ -45,8 +48,8 @@ class AlignedPool(nn.Module):
 
 
 def level_of(boxes_R4: Tensor, count: int) -> Tensor:
-    """The level of each region, int64 [R], from 0: a box of 224 pixels square takes the third, one of half the side the
-    one before.
+    """The level of each region, int64 [R], numbered from 0. A box of 224 x 224 pixels takes the third level, a box of
+    half its side the second, and so on.
 
     Source: Feature Pyramid Networks (arXiv 1612.03144), equation 1.
     """
@@ -55,8 +58,8 @@ def level_of(boxes_R4: Tensor, count: int) -> Tensor:
 
 
 class Predictor(nn.Module):
-    """Scores [R, K + 1] and a box for each class [R, (K + 1) * 4], float32; of maps [R, C, h, w] it takes the mean over
-    places.
+    """Scores [R, K + 1] and a box for each class [R, (K + 1) * 4], float32. Inputs are rows [R, width] or maps [R,
+    width, h, w], of which it takes the mean over places.
     """
 
     def __init__(self, width: int, num_classes: int) -> None:
@@ -72,8 +75,8 @@ class Predictor(nn.Module):
 
 
 def mask_layers(width: int, num_classes: int, *, convolutions: int) -> nn.Sequential:
-    """Maps [R, width, M, M] to logits [R, K + 1, 2 M, 2 M]: convolutions of 256 channels, one that doubles the grid,
-    and a 1x1.
+    """Layers that turn maps [R, width, M, M] into logits [R, K + 1, 2 M, 2 M]: convolutions of 256 channels, one that
+    doubles the resolution, and a 1x1 convolution.
     """
     layers: list[nn.Module] = []
     for _ in range(convolutions):
@@ -92,13 +95,14 @@ def mask_layers(width: int, num_classes: int, *, convolutions: int) -> nn.Sequen
 
 
 class Regions(RoIHeads):
-    """torchvision's, with its own pass: a plain L1 loss, losses over the regions of all ranks, and masks, where
-    `mask_pool` is None, from the rows that the box head has computed already. With targets it gives losses, without
-    them what it finds.
+    """torchvision's RoIHeads with its own `forward`. The box loss is a plain L1 loss, and losses are means over the
+    regions of all ranks. If `mask_pool` is None, masks use the maps that the box head has computed already. With
+    targets `forward` gives losses, without them detections.
 
     Args:
-        mask_layers, mask_pool: see `mask_layers` and AlignedPool; None without masks.
-        settings: of torchvision's RoIHeads.
+        mask_layers: see the function `mask_layers`; None for a detector without masks.
+        mask_pool: an AlignedPool, or None.
+        settings: arguments of torchvision's RoIHeads.
     """
 
     def __init__(self, *, mask_layers: nn.Module | None, mask_pool: AlignedPool | None, **settings: Any) -> None:
@@ -149,11 +153,14 @@ class Regions(RoIHeads):
 
 
 def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy of the classes and L1 of the box of each positive region's own class, both over the number of
-    regions.
+    """Cross-entropy of the classes, and the L1 loss of each positive region's box for its own class. Both are sums
+    divided by the number of regions.
 
     Args:
-        logits: [R, K + 1]. deltas: [R, (K + 1) * 4]. labels: int64 [R]. targets: [R, 4].
+        logits: [R, K + 1].
+        deltas: [R, (K + 1) * 4], predicted boxes relative to the regions.
+        labels: int64 [R]; 0 is the background.
+        targets: [R, 4], the boxes to predict.
     """
     count = of_a_rank(len(labels), logits)
     positive = (labels > 0).nonzero()[:, 0]
@@ -165,7 +172,14 @@ def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, targets: Tensor) 
 
 
 def mask_loss(logits: Tensor, labels: Tensor, polygons: list, boxes: Tensor) -> Tensor:
-    """Binary cross-entropy of the mask of each positive region's own class, the mean over cells and regions."""
+    """Binary cross-entropy of each positive region's mask for its own class, averaged over cells and regions.
+
+    Args:
+        logits: [R, K + 1, 2 M, 2 M], of the positive regions.
+        labels: int64 [R].
+        polygons: the rings of each region's object.
+        boxes: [R, 4], the regions.
+    """
     targets = torch.from_numpy(mask_targets(polygons, boxes.cpu().numpy(), logits.shape[-1])).to(logits)
     own = logits[torch.arange(len(labels), device=labels.device), labels]
     count = of_a_rank(len(labels), logits).clamp(min=1 / distributed.world())

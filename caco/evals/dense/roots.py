@@ -1,4 +1,4 @@
-"""Sets of images with labels for places, where they lie, and one refusal that says all that is missing of one."""
+"""Finds the folders of sets with dense labels, and reports everything that a set lacks in a single error."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -8,12 +8,13 @@ from caco.errors import UserError
 
 
 def existing(root: str | None, evaluator: str, layout: str) -> Path:
-    """The folder that a setting names.
+    """The folder that the setting `root` of an evaluator names.
 
     Args:
-        layout: how the set should lie in it.
+        evaluator: the evaluator's name, for the error message.
+        layout: the expected layout of the folder, for the error message.
     Raises:
-        UserError: none is named, or it is not there.
+        UserError: no folder is named, or it does not exist.
     """
     if root is None or not Path(root).expanduser().is_dir():
         raise UserError(
@@ -24,26 +25,27 @@ def existing(root: str | None, evaluator: str, layout: str) -> Path:
 
 
 def first_with(candidates: Sequence[Path], inside: str) -> Path | None:
-    """The first folder that has this file or folder in it."""
+    """The first of these folders that contains this file or folder; None if none does."""
     return next((folder for folder in candidates if (folder / inside).exists()), None)
 
 
 def absent(folder: Path, files: Iterable[str]) -> list[str]:
-    """Those of the files that are not in a folder, listed once: asking for each of ten thousand takes long on network
-    shares.
+    """The files that a folder lacks. The folder is listed once, because a query for each of ten thousand files takes
+    long on a network share.
     """
     there = set(os.listdir(folder)) if folder.is_dir() else set()
     return [file for file in files if file not in there]
 
 
 def refuse_missing(name: str, root: Path, missing: Sequence[str], layout: str) -> None:
-    """
+    """Refuse an incomplete set.
+
     Args:
-        missing: a line each; nothing is refused where there are none.
-        layout: how the set should lie, and which archives hold it.
+        missing: a line for each missing part; nothing happens if it is empty.
+        layout: the expected layout of the set, and the archives that contain it.
     Raises:
-        UserError: with all of it.
+        UserError: something is missing; the message has all of these lines.
     """
     if missing:
         listed = "".join(f"\n  {line}" for line in missing)
-        raise UserError(f"root: {name} is not whole below {root}. Missing:{listed}\nExpected below root:\n{layout}")
+        raise UserError(f"root: {name} is incomplete below {root}. Missing:{listed}\nExpected below root:\n{layout}")

@@ -1,4 +1,4 @@
-"""Semantic segmentation: the whole network fine-tuned on VOC 2012 with MoCo's head, FCN-16s.
+"""Semantic segmentation: the whole network is fine-tuned on VOC 2012 with MoCo's head, FCN-16s.
 
 Shapes: B images of H x W pixels, S the side of a crop, K = 21 classes.
 """
@@ -35,40 +35,45 @@ from caco.evals.features import FeatureStore, Precision
 from caco.evals.pixels import RawPixels
 from caco.ranges import Count, Interval, NonNegative, Share, ShareBelowOne, Side, Width, held
 
-DILATION = 6  # of the head
+DILATION = 6  # dilation of the head's convolutions
 
 
 class Segment(Evaluator):
-    """Of the pixels of VOC 2012 val: `<protocol>/voc2012_miou`, `_mean_accuracy`, `_pixel_accuracy`, percent. The
-    protocol is `segment_fcn16`; what is changed of it stands in its name (caco/metrics.py).
+    """Segmentation of VOC 2012 val: `<protocol>/voc2012_miou`, `_mean_accuracy`, `_pixel_accuracy`, percent. The
+    protocol is called `segment_fcn16`; changed settings appear in its name (caco/metrics.py).
 
-    Protocol of MoCo (arXiv 1911.05722, appendix): a copy of the ResNet, the 3x3 convolutions of conv5 with stride 1 and
-    dilation 2, so that its stride is 16; two 3x3 convolutions of 256 channels, dilation 6, with BatchNorm and ReLU, and
-    a 1x1 to 21 classes. Everything learns, BatchNorm too, over all images of a step. Images are scaled by 0.5 to 2,
-    cropped to 513 pixels and flipped; tested whole, at their own size. The mIoU is of one confusion matrix over all
-    pixels, of the network after the last step.
+    The protocol is MoCo's (arXiv 1911.05722, appendix). The network is a copy of the ResNet whose 3x3 convolutions of
+    conv5 have stride 1 and dilation 2, so that its stride is 16; two 3x3 convolutions of 256 channels, dilation 6, with
+    BatchNorm and ReLU; and a 1x1 convolution to 21 classes. Everything is trained, BatchNorm too, over all images of a
+    step. Training images are scaled by 0.5 to 2, cropped to 513 pixels and flipped; test images are used as a whole, at
+    their own size. The mIoU is computed from one confusion matrix over all pixels, for the network after the last step.
 
     Args:
         root: the folder that holds VOCdevkit, and SBD's labels in one of their layouts (docs/dense.md).
         train: "trainaug", 10,582 images, or "train", 1,464.
-        images, steps, rate, milestones, momentum, weight_decay: see Recipe; steps and rate, at 16 images a step, follow
-            `images`.
-        crop: pixels of a side. scale: drawn evenly from this range. channels: of the head's two layers.
+        images, steps, rate, milestones, momentum, weight_decay: see Recipe; steps and rate are given for 16 images in a
+            step and are scaled for other `images`.
+        crop: side of a crop in pixels.
+        scale: range [smallest, largest] of the scale, which is drawn uniformly.
+        channels: number of channels of the head's two hidden layers.
         precision: "fp32" as published, or "bf16".
-        save_every_steps: a checkpoint of the training; changes no number.
-        when: "epoch" (while training, and at its end) or "end".
+        save_every_steps: steps between checkpoints of the training; it does not change the result.
+        when: "epoch" (during training and at its end) or "end".
+    Raises:
+        UserError: scale is not above 0 or not ascending.
     """
 
     on_all_ranks = True
-    reads_photographs = True  # of its own: no backbone for data.channels goes (caco/config/channels_needed.py)
+    # Its own photographs, so a backbone for data.channels cannot be evaluated (caco/config/channels_needed.py).
+    reads_photographs = True
     departures = (
         (
             "segment_fcn16: MoCo's code for it was not published. Where the paper is silent, the scale is drawn evenly"
             " from its range, small images are padded with the mean colour and the label 255, weight decay is on all"
-            " weights, new layers start with He's spread and the last with 0.01, and scores are bilinear between the"
-            " pixels at which places stand. None of this was measured."
+            " weights, new layers are initialised with He's standard deviation and the last one with 0.01, and scores"
+            " are interpolated bilinearly between places. The effect of these choices was not measured."
         ),
-        "segment_fcn16: on GPUs PyTorch's float32 convolutions use TF32 unless it is told otherwise.",
+        "segment_fcn16: on GPUs PyTorch's float32 convolutions use TF32 unless this is turned off.",
     )
 
     @held
@@ -109,11 +114,11 @@ class Segment(Evaluator):
         )  # fmt: skip
 
     def build(self, store: FeatureStore, *, seed: int) -> None:
-        """Finds the set.
+        """Find the set.
 
         Raises:
-            UserError: it is not whole, or tests on images that the encoder was trained on; fewer images a step than
-                processes.
+            UserError: the set is incomplete, or tests on images that the encoder was trained on; or a step has fewer
+                images than there are processes.
         """
         self.recipe.refuse_more_ranks_than_images()
         self._store, self._seed = store, seed
@@ -123,7 +128,7 @@ class Segment(Evaluator):
         require_resnet(backbone, "segment")
 
     def inputs(self) -> list[Any]:
-        """The images and labels."""
+        """The images and labels, by cache key."""
         return [self._set.train.cache_key(), self._set.test.cache_key()]
 
     def image_sets(self) -> dict[str, str]:
@@ -133,11 +138,11 @@ class Segment(Evaluator):
         """Yields (`<protocol>/voc2012_<measure>`, percent).
 
         Raises:
-            UserError: the backbone is no ResNet of timm's; the loss is not finite.
+            UserError: the backbone is not a ResNet from timm, or the loss is not finite.
         """
         store = self._store
         if isinstance(backbone, RawPixels):
-            store.say(f"{self.protocol} goes on without raw pixels, which have no stages to fine-tune")
+            store.say(f"{self.protocol} skips the baseline of raw pixels, which has no stages to fine-tune")
             return
         require_resnet(backbone, "segment")
         made_from = {
@@ -188,14 +193,14 @@ class Segment(Evaluator):
 def found_voc2012(
     root: str | None, evaluator: str, train: Literal["trainaug", "train"], store: FeatureStore
 ) -> SegmentationSet:
-    """VOC 2012 below a folder that a setting names; says how much of it there is.
+    """Find VOC 2012 in the folder that a setting names, and report how many images it has.
 
     Raises:
-        UserError: it is not whole, or its test images are among those that the encoder, or the head, is trained on.
+        UserError: the set is incomplete, or its test images are among those that the encoder or the head is trained on.
     """
     found = voc2012(roots.existing(root, evaluator, LAYOUT), train)
     for files in (found.train.files, found.train.labels, found.test.files, found.test.labels):
-        files.look(store.say)  # by all ranks together
+        files.look(store.say)  # all ranks share the reading
     for source in (found.train.files, store.splits.pretrain):
         store.refuse_shared(source, found.test.files)
     parts = {train: ("train on", found.train), "val": ("test on", found.test)}
@@ -210,7 +215,10 @@ class FCN16(nn.Module):
     """MoCo's FCN-16s around a copy of a ResNet: images [B, 3, H, W] to scores [B, K, H, W], float32.
 
     Args:
-        seed: of the new layers.
+        backbone: a ResNet from timm.
+        channels: number of channels of the head's two hidden layers.
+        seed: seed of the new layers.
+        num_classes: K.
     """
 
     def __init__(self, backbone: nn.Module, *, channels: int, seed: int, num_classes: int = len(CLASSES)) -> None:
@@ -235,18 +243,21 @@ class FCN16(nn.Module):
 
 
 class Crops(Task):
-    """Training images scaled, cropped and flipped.
+    """The training images, scaled, cropped and flipped.
 
     Args:
-        views: whose mean and spread the pixels are normalised by.
+        images: the images and their labels.
+        views: their mean and standard deviation normalise the pixels.
+        crop: S, side of a crop in pixels.
+        scale: range [smallest, largest] of the scale.
     """
 
     def __init__(self, images: LabelledPixels, views: Views, *, crop: int, scale: Sequence[float]) -> None:
         self.images, self.files, self.views, self.crop, self.scale = images, images.files, views, crop, list(scale)
 
     def example(self, index: int, seed: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """Pixels uint8 [S, S, 3], labels uint8 [S, S], and height and width of what is no padding, which is below and
-        right.
+        """Pixels uint8 [S, S, 3], labels uint8 [S, S], and (height, width) of the part that is not padding. Padding is
+        below and to the right.
         """
         image, labels = self.images.read(index)
         rng, side = np.random.default_rng(seed), self.crop
@@ -279,7 +290,8 @@ class Crops(Task):
 
 
 def resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Bilinear; across, then down: from version 13 on Pillow turns the order for some shapes, and rounds in between."""
+    """Resize bilinearly, first across, then down. Two calls, because from version 13 on Pillow swaps the two passes for
+    some shapes, which changes the rounding."""
     return image.resize((width, image.height), Image.Resampling.BILINEAR).resize(
         (width, height), Image.Resampling.BILINEAR
     )
@@ -289,8 +301,8 @@ def resized(image: Image.Image, width: int, height: int) -> Image.Image:
 def scored(
     network: nn.Module, images: LabelledPixels, store: FeatureStore, *, name: str, precision: Precision
 ) -> dict[str, float]:
-    """The scores of a network in eval mode on whole images at their own size, each on one rank. A collective; on every
-    rank.
+    """The scores of a network in eval mode on whole images at their own size, on every rank. Each image is processed by
+    one rank. A collective.
     """
     device, num_classes = store.device, len(CLASSES)
     matrix_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)

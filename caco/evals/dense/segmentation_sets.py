@@ -1,7 +1,7 @@
-"""Images with a class for every pixel: PASCAL VOC 2012 with the further labels of SBD, read from the layouts in which
-they lie about.
+"""Images with a class for every pixel: PASCAL VOC 2012 with the additional labels of SBD, read from the layouts in
+which they are commonly stored.
 
-Labels: uint8 [H, W]; 0 is the background, 1 to 20 the classes, 255 counts for nothing.
+Labels are uint8 [H, W]: 0 is the background, 1 to 20 are the classes, and 255 marks pixels that are ignored.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ NUM_IMAGES = {"train": 1_464, "trainaug": 10_582, "val": 1_449}  # as published
 LAYOUT = """\
   VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg, SegmentationClass/2007_000032.png,
   ImageSets/Segmentation/train.txt and val.txt
-as VOCtrainval_11-May-2012.tar unpacks; VOC2012 may lie in root itself or be it. For train=trainaug, one of
+as VOCtrainval_11-May-2012.tar unpacks; VOC2012 may be in root itself, or be root. For train=trainaug, one of
   VOCdevkit/VOC2012/SegmentationClassAug/2008_000002.png, with the list ImageSets/Segmentation/trainaug.txt or without
   benchmark_RELEASE/dataset/cls/2008_000002.mat, img/2008_000002.jpg, train.txt and val.txt, as SBD's benchmark.tgz
     unpacks; dataset may also be root/dataset, root/SBD, VOCdevkit/VOCaug/dataset or root itself"""
@@ -32,9 +32,11 @@ as VOCtrainval_11-May-2012.tar unpacks; VOC2012 may lie in root itself or be it.
 
 @dataclass(frozen=True)
 class LabelledPixels:
-    """Image files and for each a file with the class of every pixel.
+    """Image files, and for each a file with the class of every pixel.
 
-    labels: PNG or .mat files, which are known by their content as images are.
+    Attributes:
+        files: the images.
+        labels: PNG or .mat files. They have digests in the same way as images.
     """
 
     files: ImageFiles
@@ -44,11 +46,10 @@ class LabelledPixels:
         return len(self.files)
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """The image, RGB, and the labels, uint8 [H, W].
+        """The image, RGB, and its labels, uint8 [H, W].
 
         Raises:
-            UnreadableImage: one of the files cannot be read, is of another size than the other, or holds something else
-                than classes.
+            UnreadableImage: one of the files cannot be read, their sizes differ, or the labels are not classes.
         """
         image, path = self.files.image(index), self.labels.path(index)
         labels = read_labels(path)
@@ -60,19 +61,21 @@ class LabelledPixels:
         return image, labels
 
     def digest(self) -> str:
-        """A short hash that changes when images, labels or their order do."""
+        """A short hash that changes when images, labels or their order change."""
         return hashlib.blake2b((self.files.digest() + self.labels.digest()).encode(), digest_size=8).hexdigest()
 
     def cache_key(self) -> str:
-        """As `digest`, and besides when each file was written here: for what is kept in place of reading them again."""
+        """Like `digest`, but it also changes when files are rewritten on this machine; for caches of computed
+        results."""
         return hashlib.blake2b((self.files.cache_key() + self.labels.cache_key()).encode(), digest_size=8).hexdigest()
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """uint8 [H, W] of a PNG whose pixels are numbers of classes, by palette or grey, or of SBD's .mat.
+    """Read labels, uint8 [H, W], from a PNG whose pixels are class numbers (palette or grey), or from a .mat file of
+    SBD.
 
     Raises:
-        UnreadableImage: it cannot be read, or holds something else.
+        UnreadableImage: the file cannot be read, or does not hold class numbers.
     """
     try:
         if path.suffix == ".mat":
@@ -99,23 +102,25 @@ def read_labels(path: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SegmentationSet:
-    """What is trained on, and what is tested on."""
+    """The images to train on and the images to test on."""
 
     train: LabelledPixels
     test: LabelledPixels
 
 
 def voc2012(root: Path, train: Literal["trainaug", "train"]) -> SegmentationSet:
-    """PASCAL VOC 2012: 1,449 images of its list val to test on, and to train on those of train, 1,464, or with SBD's
-    10,582.
+    """PASCAL VOC 2012. The test images are the 1,449 of its list val. The training images are the 1,464 of its list
+    train, or 10,582 with those of SBD.
 
-    SBD's own lists hold images of VOC's val: they are left out. VOC's own labels are taken of its own training images,
-    except from a folder SegmentationClassAug with a list trainaug.txt, which together are a set of its own.
+    SBD's own lists contain images of VOC's val, which are left out. For VOC's own training images, VOC's labels are
+    used instead of SBD's. A folder SegmentationClassAug with a list trainaug.txt is different: it is taken as a whole.
 
     Args:
-        train: "trainaug", as papers do, or "train".
+        root: the folder, see LAYOUT.
+        train: "trainaug", as in papers, or "train".
     Raises:
-        UserError: parts are missing, or the list to train on has images of val; all is named, with the layout.
+        UserError: parts are missing, or the training list has images of val. The message lists all problems and the
+            expected layout.
     """
     inside = (
         "VOCdevkit/VOC2012",
@@ -139,7 +144,7 @@ def voc2012(root: Path, train: Literal["trainaug", "train"]) -> SegmentationSet:
     test_pairs = _pairs(root, top, test, labels, missing)
     shared = sorted({name for names, _ in parts for name in names} & set(test))
     if shared:
-        missing.append(f"a list to train on without images of val.txt: {len(shared)} are in both, {shared[0]} for one")
+        missing.append(f"a training list without images of val.txt: {len(shared)} are in both, {shared[0]} for example")
     roots.refuse_missing("VOC 2012", root, missing, LAYOUT)
     return SegmentationSet(_images(root, f"voc2012/{train}", train_pairs), _images(root, "voc2012/val", test_pairs))
 
@@ -147,7 +152,7 @@ def voc2012(root: Path, train: Literal["trainaug", "train"]) -> SegmentationSet:
 def _augmented(
     root: Path, top: Path, own: list[str], test: list[str], missing: list[str]
 ) -> list[tuple[list[str], Path]]:
-    """(names, folder of their labels) of the training images with SBD's."""
+    """(names, folder of their labels) pairs for the training images with those of SBD."""
     labels, converted, known = top / "SegmentationClass", top / "SegmentationClassAug", {*own, *test}
     places = [top / "ImageSets" / folder for folder in ("Segmentation", "SegmentationAug")]
     whole = next(
@@ -172,7 +177,7 @@ def _sbd(root: Path) -> Path | None:
 
 
 def _listed(file: Path, missing: list[str]) -> list[str]:
-    """Names of images, of a list that has one a line, or the paths of an image and its labels."""
+    """The names of the images in a list, which has a name a line, or the paths of an image and its labels."""
     if not file.is_file():
         missing.append(str(file))
         return []
@@ -183,7 +188,7 @@ def _listed(file: Path, missing: list[str]) -> list[str]:
 
 
 def _pairs(root: Path, top: Path, names: list[str], labels: Path, missing: list[str]) -> list[tuple[str, str]]:
-    """(image, labels) files below root. A photo that VOC has not, SBD has."""
+    """(image, labels) files relative to root. SBD has the photographs that VOC lacks."""
     photos, extension = top / "JPEGImages", ".mat" if labels.name == "cls" else ".png"
     lost = roots.absent(photos, [f"{name}.jpg" for name in names])
     sbd, of_sbd = _sbd(root) if lost else None, set()
@@ -191,7 +196,7 @@ def _pairs(root: Path, top: Path, names: list[str], labels: Path, missing: list[
         of_sbd = set(lost) - set(lost := roots.absent(sbd / "img", lost))
     for folder, gone in ((photos, lost), (labels, roots.absent(labels, [name + extension for name in names]))):
         if gone:
-            missing.append(f"{folder} ({len(gone)} of {len(names)} files, {gone[0]} for one)")
+            missing.append(f"{folder} ({len(gone)} of {len(names)} files, {gone[0]} for example)")
 
     def photo(name: str) -> Path:
         return sbd / "img" / name if sbd is not None and name in of_sbd else photos / name

@@ -1,30 +1,34 @@
-"""The loop in which dense evaluators fine-tune a network: steps of images of any shapes, over all ranks, resumed to the
-bit.
+"""The training loop with which dense evaluators fine-tune a network. The images of a step may differ in shape, all
+ranks share a step, and an interrupted training resumes with the same bits.
 
-An evaluator says what an example is and what its loss is, in a `Task`; how long it is trained, in a `Recipe`; the loop
-does the rest:
+An evaluator defines examples and their loss in a `Task`, and the length of training in a `Recipe`; the loop does the
+rest:
 
-    recipe = Recipe(steps=24_000, images=16, rate=0.02, milestones=[18 / 24, 22 / 24], warmup_steps=100,
-    decay_norms=False) network = train(
-        new_network,  # a copy of its own; its BatchNorm is made one over all ranks
+    recipe = Recipe(
+        steps=24_000, images=16, rate=0.02, milestones=[18 / 24, 22 / 24], warmup_steps=100, decay_norms=False
+    )
+    network = train(
+        new_network,  # its own copy; its BatchNorm is changed to use the images of all ranks
         task,  # a Task: the training images
         recipe,
-        store,  # device, workers, folder of checkpoints, who is told
+        store,  # device, workers, folder of checkpoints, receiver of messages
         seed=seed,
-        name="detect_voc_c4",  # of its lines and checkpoints
-        made_from={"backbone": store.digest_of(backbone), "images": images.digest(), "head": "c4"}, # what else decides
-        the weights precision="fp32",
+        name="detect_voc_c4",  # for messages and checkpoints
+        # everything else that decides the weights:
+        made_from={"backbone": store.digest_of(backbone), "images": images.digest(), "head": "c4"},
+        precision="fp32",
         save_every_steps=1000,
     )
-    for index, example in one_by_one(test_example, test.files, store, name=name): # this rank's share of the test images
+    for index, example in one_by_one(test_example, test.files, store, name=name):  # this rank's test images
         ...
 
-A step's images depend on (seed, step) alone and an example's draws on (seed, its place in the order), whatever the
-number of ranks and workers. The ranks may have unequal numbers of images in a step, of unequal shapes: `Task.loss` says
-how a loss is shared.
+The images of a step depend on (seed, step) alone, and the draws of an example on (seed, its position in the order), for
+any number of ranks and workers. In a step, ranks may have different numbers of images, of different shapes; `Task.loss`
+describes how the loss is then shared.
 
-An image that cannot be read, or its labels, ends it by name; with loader.corrupt=skip the next one, with its own
-labels, stands in for it in training, and of the test images it is left out. Each is named, with how many there are.
+If an image or its labels cannot be read, the run ends with an error that names it. With loader.corrupt=skip the next
+image with its own labels stands in for it in training, and an unreadable test image is left out; a message names each
+such image and counts them.
 """
 
 import contextlib
@@ -49,26 +53,32 @@ from caco.nn.norm import BATCH_NORMS, over_all_ranks
 from caco.saying import counting
 from caco.schedules import Table
 
-LOOK_EVERY_STEPS = 20  # how often the loss is read, which a GPU has to be waited for
-_ORDER, _EXAMPLE, _NETWORK = range(3)  # what is drawn: apart from one another, whatever the numbers after it
+LOOK_EVERY_STEPS = 20  # how often the loss is read; a GPU has to finish its work first
+_ORDER, _EXAMPLE, _NETWORK = range(3)  # what is drawn; each has its own random stream
 _NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How long and how fast a network is fine-tuned.
+    """How long a network is fine-tuned, and with which learning rate.
 
-    `steps` and `rate` belong to `reference_images` a step, as published. Other `images` change both: half the images,
-    half the rate and twice the steps, of the warm-up too, so that as many images are seen.
+    `steps` and `rate` are meant for `reference_images` images in a step, as published. With another number of `images`
+    both are scaled so that as many images are seen: half the images mean half the rate and twice the steps, warm-up
+    included.
 
     Args:
-        steps, rate: at `reference_images` a step.
-        images: a step, over all ranks.
-        milestones: shares of the steps after each of which the rate is times `decay`, ascending.
-        warmup_steps, warmup_start: the rate rises in a line from that share of itself; at `reference_images` a step.
-        weight_decay, decay_norms: of the weights; of the scales and shifts of normalisation only with `decay_norms`.
+        steps, rate: number of steps and learning rate at `reference_images` images in a step.
+        images: number of images in a step, over all ranks.
+        reference_images: number of images in a step for which steps, rate and warmup_steps are given.
+        milestones: ascending shares of the steps; after each of them the rate is multiplied by `decay`.
+        decay: see milestones.
+        warmup_steps, warmup_start: in the first warmup_steps steps (given for `reference_images`) the rate rises
+            linearly; it starts at warmup_start times its value.
+        momentum: of SGD.
+        weight_decay, decay_norms: weight decay of the weights. It also applies to the scales and shifts of
+            normalisation layers if decay_norms is True.
     Raises:
-        UserError: a value out of its range.
+        UserError: a value is out of its range.
     """
 
     steps: int
@@ -103,7 +113,7 @@ class Recipe:
 
     @property
     def num_steps(self) -> int:
-        """Steps of `images`, in which as many images are seen as in `steps` of `reference_images`."""
+        """The number of steps of `images` in which as many images are seen as in `steps` of `reference_images`."""
         return max(1, round(self.steps * self.reference_images / self.images))
 
     @property
@@ -111,9 +121,10 @@ class Recipe:
         return self.rate * self.images / self.reference_images
 
     def refuse_more_ranks_than_images(self) -> None:
-        """
+        """Check that every rank has an image in every step.
+
         Raises:
-            UserError: a step has no image for some rank.
+            UserError: there are more ranks than images in a step.
         """
         if self.images < distributed.world():
             raise UserError(
@@ -122,7 +133,7 @@ class Recipe:
             )
 
     def rates(self) -> Table:
-        """The learning rate of each step."""
+        """The learning rate of each step, [num_steps]."""
         drops = [round(share * self.num_steps) for share in self.milestones]
         warmup = round(self.warmup_steps * self.reference_images / self.images)
 
@@ -133,7 +144,7 @@ class Recipe:
         return [rate(step) for step in range(self.num_steps)]
 
     def optimizer(self, network: nn.Module) -> torch.optim.SGD:
-        """SGD on what learns, in two groups: with weight decay and without."""
+        """SGD on the parameters that require a gradient, in two groups: with weight decay and without."""
         norms = {
             id(p)
             for module in network.modules()
@@ -152,33 +163,35 @@ class Recipe:
         )
 
     def shown(self) -> str:
-        """In words, as it stands after scaling."""
+        """Steps, images and rate after scaling, for messages."""
         return f"{self.num_steps:,} steps of {self.images} images, rate {self.highest_rate:g}"
 
 
 class Task(Protocol):
-    """What a network is trained on.
+    """The training images of a network, and the loss on them.
 
-    files: the training images, as many as there are, by which messages name them.
+    Attributes:
+        files: the training images; their number is that of the examples, and messages name them.
     """
 
     files: Source
 
     @abstractmethod
     def example(self, index: int, seed: int) -> Any:
-        """One image with its labels, augmented by draws from the seed alone: tensors on the CPU and plain values.
-        Called in workers.
+        """One image with its labels, augmented with draws that depend on `seed` alone: tensors on the CPU and plain
+        values. Workers call this.
 
         Raises:
-            UnreadableImage: it, or its labels, cannot be read; the message names the file.
+            UnreadableImage: the image or its labels cannot be read; the message names the file.
         """
 
     @abstractmethod
     def loss(self, network: nn.Module, examples: list[Any]) -> Tensor:
-        """A scalar with gradient, of this rank's examples of a step. A collective, under the precision's autocast.
+        """The loss of this rank's examples of a step, a scalar with gradient. A collective, called under the
+        precision's autocast.
 
-        The mean over the ranks of what they return is the loss of the step's images together: where that divides by a
-        number of pixels, each rank divides its sum by that of all ranks (distributed.sum_) and multiplies by
+        The loss of all images of the step must be the mean of what the ranks return. If it divides by a number of
+        pixels, say, each rank divides its sum by the number over all ranks (distributed.sum_) and multiplies by
         distributed.world().
         """
 
@@ -195,19 +208,21 @@ def train(
     precision: Precision,
     save_every_steps: int = 1000,
 ) -> nn.Module:
-    """The network, trained, in eval mode and on the store's device. A collective.
+    """Train a network; it is returned in eval mode, on the store's device. A collective.
 
-    Deterministic on CPUs. With a folder in the store there is a checkpoint every `save_every_steps` steps and at the
-    end, and a call with the same arguments goes on from the last one to the same bits.
+    The result is deterministic on CPUs. If the store has a folder, there is a checkpoint every `save_every_steps` steps
+    and at the end, and a call with the same arguments resumes from the last one, with the same bits.
 
     Args:
-        network: becomes the trained one; BatchNorm in it takes its statistics over all ranks' images.
-        name: what its lines and its checkpoints are called.
-        made_from: plain values: all that decides the weights besides recipe, seed, precision and number of ranks.
-        save_every_steps: changes no number.
+        network: it is trained in place; BatchNorm in it uses the images of all ranks for its statistics.
+        name: name in messages and of the checkpoints.
+        made_from: plain values: everything that decides the weights besides recipe, seed, precision and number of
+            ranks.
+        save_every_steps: steps between checkpoints; it does not change the result.
     Raises:
-        UserError: fewer images a step than ranks; ranks that see other checkpoints; a loss that is not finite; an
-            unreadable image. On all ranks, wherever it is.
+        UserError: a step has fewer images than there are ranks, the ranks see different checkpoints, or the loss is not
+            finite. All ranks raise it.
+        UnreadableImage: an image cannot be read. All ranks raise it.
     """
     world, device = distributed.world(), store.device
     recipe.refuse_more_ranks_than_images()
@@ -241,14 +256,12 @@ def train(
     steps = batches(task, recipe.images, first, len(rates), store, seed=seed)
     with contextlib.closing(steps), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for step in range(first, len(rates)):
-            examples = distributed.on_each(
-                lambda: next(steps)
-            )  # what one rank cannot read must not leave the others waiting
+            # `on_each`, because an image that one rank cannot read must not leave the other ranks waiting.
+            examples = distributed.on_each(lambda: next(steps))
             for group in optimizer.param_groups:
                 group["lr"] = rates[step]
-            torch.manual_seed(
-                mixed_seed(seed, _NETWORK, step, distributed.rank())
-            )  # dropout and other draws of the network
+            # For dropout and other draws of the network.
+            torch.manual_seed(mixed_seed(seed, _NETWORK, step, distributed.rank()))
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 loss = task.loss(network, examples)
             loss.backward()
@@ -280,9 +293,10 @@ def train(
 def batches(
     task: Task, images: int, first: int, last: int, store: FeatureStore, *, seed: int
 ) -> Generator[list[Any], None, None]:
-    """This rank's examples of the steps from `first` to before `last`, made ahead in workers; to be closed.
+    """This rank's examples of the steps `first` to `last` - 1, made in advance by workers. The caller has to close the
+    generator.
 
-    What `train` trains on, and what statistics are taken over afterwards, with a seed of their own.
+    `train` trains on these; with another seed they serve to compute statistics afterwards.
     """
     if first == last:
         return
@@ -300,16 +314,17 @@ def batches(
 def one_by_one(
     example: Callable[[int], Any], files: Source, store: FeatureStore, *, name: str, verb: str = "tested", skip: int = 0
 ) -> Generator[tuple[int, Any], None, None]:
-    """(index, example(index)) of this rank's images, in order, made ahead in workers; now and then says how many are
-    left.
+    """Yields (index, example(index)) for this rank's images in order, made in advance by workers. Now and then a
+    message reports the progress.
 
-    Rank r of w has images r, r + w, r + 2 w, and so on; some ranks may have one more than others. With
-    loader.corrupt=skip an image that cannot be read comes as None and is named.
+    Rank r of w has images r, r + w, r + 2 w, and so on; some ranks may have one image more than others. With
+    loader.corrupt=skip an unreadable image gives None instead of an example, and a message names it.
 
     Args:
-        skip: so many of this rank's images are done already.
+        verb: what is done with the images, for the messages.
+        skip: number of this rank's images that are done already and are left out.
     Raises:
-        UnreadableImage: of `example`.
+        UnreadableImage: `example` raised it.
     """
     own = range(distributed.rank(), len(files), distributed.world())
     count, unreadable = counting(store.say, f"{name}: images {verb}", len(own), skip), 0
@@ -329,13 +344,14 @@ def one_by_one(
 
 
 def workers_of(store: FeatureStore) -> int:
-    """Processes that read and augment: as many as the loader of training has."""
+    """The number of processes that read and augment: as many as training's loader has."""
     return getattr(store.loader, "num_workers", store.num_workers)
 
 
 class _Steps:
-    """Keys (step, positions, indices) of this rank's images of each step. The images come in permutations, one after
-    the other, and a step may have the end of one and the beginning of the next: so every step has as many images."""
+    """Iterates over (step, positions, indices) of this rank's images in each step. The order of images is an endless
+    sequence of permutations. A step may take the end of one permutation and the beginning of the next, so every step
+    has the same number of images."""
 
     def __init__(self, num_images: int, images: int, first: int, last: int, seed: int) -> None:
         self.num_images, self.images, self.first, self.last, self.seed = num_images, images, first, last, seed
@@ -359,8 +375,8 @@ class _Steps:
 
 
 class _Examples:
-    """Keys of `_Steps` to examples, and (the image, the one that stands in for it) where there is such a one; or why
-    there are none.
+    """Key of `_Steps` -> examples, and a pair (image, image that stands in for it) for each unreadable image. An
+    UnreadableImage is returned instead if no image may stand in.
     """
 
     def __init__(self, task: Task, seed: int, corrupt: str) -> None:
@@ -378,7 +394,7 @@ class _Examples:
                 made.append(example)
                 stand_ins += [(index, taken)] if taken != index else []
         except UnreadableImage as error:
-            return error  # raised by the process that trains: a worker's exception would arrive as a page of traceback
+            return error  # the training process raises it; raised here, it would arrive as a page of traceback
         return made, stand_ins
 
     def _readable(self, index: int, seed: int) -> tuple[int, Any]:
@@ -394,7 +410,7 @@ class _Examples:
 
 
 class _Readable:
-    """Indices to examples, or to why there is none."""
+    """Index -> example, or the UnreadableImage that prevented it."""
 
     def __init__(self, example: Callable[[int], Any]) -> None:
         self.example = example

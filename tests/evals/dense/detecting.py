@@ -1,4 +1,4 @@
-"""Small detectors and examples for them, and what the processes of a test of several ranks do."""
+"""Small detectors and examples for them, and functions for the ranks of a test with several processes."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def small(head="c4", *, masks=True, num_classes=3, seed=0, **changed) -> Detecto
 
 
 def example(seed: int, *, height=48, width=64) -> Example:
-    """A toy image of half the size, cut to a size of its own."""
+    """An example from a toy image at half its size, cropped to `height` x `width` pixels."""
     image, objects = shapes(seed, count=2)
     names = ["aeroplane", "bird", "car"]
     boxes = torch.tensor([box for _, box in objects], dtype=torch.float32) / 2
@@ -50,7 +50,7 @@ UNEQUAL = [example(3), example(4, height=45, width=59), example(5, height=38)]
 
 
 def losses_and_gradients(examples: list[Example], head: str, total: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """In float64, of this rank's examples; the gradients are those of all ranks' `total` images."""
+    """Losses of this rank's examples in float64, and the gradients for all `total` images of all ranks."""
     network = over_all_ranks(small(head), torch.device("cpu")).double().train()
     losses = network(examples)
     loss = torch.stack(list(losses.values()))

@@ -1,5 +1,5 @@
-"""The smallest dense task, the brightness of each pixel of images of unequal shapes, and what the processes of its test
-do.
+"""The smallest dense task, predicting the brightness of each pixel for images of different shapes, and the functions
+for the processes of its tests.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ RECIPE = Recipe(steps=7, images=3, rate=0.3, reference_images=3, milestones=[0.6
 
 
 class Brightness(Task):
-    """Eight images of unequal shapes; the target is the brightness, which the seed shifts a little."""
+    """Eight images of different shapes; the target is the brightness, shifted a little by the seed."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -39,7 +39,7 @@ class Brightness(Task):
     def loss(self, network, examples):
         pixels = torch.tensor(float(sum(wanted.numel() for _, wanted in examples)))
         total = distributed.sum_(pixels)
-        # One at a time, as their shapes differ; normalised together, as one long row of pixels.
+        # Images have different shapes, so each is embedded alone, and all pixels are normalised together in one row.
         row = torch.cat([image.flatten(1) for image, _ in examples], dim=1)[None, :, None]
         wanted = torch.cat([wanted.flatten() for _, wanted in examples])
         return F.mse_loss(network(row).flatten(), wanted, reduction="sum") / total * distributed.world()
@@ -84,7 +84,7 @@ class OneDamaged(Brightness):
 
 
 def read_what_one_rank_cannot(folder) -> None:
-    """Leaves what each rank says was wrong."""
+    """Write the error message of each rank."""
     distributed.start(torch.device("cpu"), timeout_s=PATIENCE_S)
     try:
         trained(task=OneDamaged())

@@ -1,4 +1,4 @@
-"""What tests of segmentation share, and what the processes of its test of two ranks do."""
+"""Helpers for the tests of segmentation, and functions for the processes of their test with two ranks."""
 
 import json
 from pathlib import Path
@@ -23,13 +23,13 @@ def backbone() -> torch.nn.Module:
 
 
 def of(evaluator, store, *, seed=0) -> dict[str, float]:
-    """The results by what comes after the protocol."""
+    """The results by the part of their names after the protocol."""
     evaluator.build(store, seed=seed)
     return {name.partition("/voc2012_")[2]: value for name, value in evaluator.run(backbone())}
 
 
 def trained(root, precision="fp32") -> dict[str, torch.Tensor]:
-    """The weights after three steps of three images."""
+    """The weights after three steps with three images each."""
     recipe, images = Recipe(steps=3, images=3, rate=0.02, reference_images=3), voc2012(Path(root), "train").train
     store = pixelwise.store_of()
     task, network = Crops(images, store.views, crop=65, scale=[0.5, 2.0]), FCN16(backbone(), channels=16, seed=0)
@@ -38,9 +38,9 @@ def trained(root, precision="fp32") -> dict[str, torch.Tensor]:
 
 
 def scores(root) -> dict[str, dict[str, float]]:
-    """Of a network that takes pixels for many classes, and of a linear head."""
+    """The scores of a network whose predictions contain many classes, and of a linear head."""
     store = pixelwise.store_of()
-    store.overlap = "allow"  # the toy set's test images look like its training images
+    store.overlap = "allow"  # because the toy set's test images look like its training images
     network = FCN16(backbone(), channels=16, seed=0).eval()
     last = network.head[-1]
     assert isinstance(last, torch.nn.Conv2d)

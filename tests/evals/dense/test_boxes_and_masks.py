@@ -1,4 +1,6 @@
-"""Images resized and flipped with their objects, masks drawn for a region and put back into the image."""
+"""Images are resized and flipped together with their objects; masks are drawn for a region and put back into the
+image.
+"""
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ def test_the_shorter_side_is_as_asked_unless_the_longer_gets_too_long(size, shor
 
 
 def test_boxes_follow_the_image_when_it_is_resized_and_flipped():
-    """A bright rectangle is found again where its box says, in all four ways."""
+    """A bright rectangle is still where its box says, for all four combinations."""
     image = Image.new("RGB", (120, 80))
     ImageDraw.Draw(image).rectangle((10, 20, 39, 59), fill=(255, 255, 255))
     ring = np.array([[10, 20], [40, 20], [40, 60], [10, 60]], dtype=np.float32)
@@ -68,7 +70,9 @@ def test_objects_without_area_in_the_image_are_left_out_and_others_are_cut():
 
 
 def test_a_region_sees_its_part_of_an_objects_mask():
-    """A square from 0 to 10, seen from 5 to 15 across: the left half of the grid; of two rings both are drawn."""
+    """A square from 0 to 10, seen by a region from 5 to 15, fills the left half of the grid; an object with two
+    outlines has both drawn.
+    """
     square = np.array([[0, 0], [10, 0], [10, 10], [0, 10]], dtype=np.float32)
     other = np.array([[12.5, 0], [15, 0], [15, 10], [12.5, 10]], dtype=np.float32)
     boxes = np.array([[5.0, 0, 15, 10], [5.0, 0, 15, 10], [0, 0, 10, 10]])
@@ -79,7 +83,9 @@ def test_a_region_sees_its_part_of_an_objects_mask():
 
 
 def test_a_masks_probabilities_come_back_to_the_pixels_that_they_are_of():
-    """Whole cells of 3 by 2 pixels each: a pixel is the object's where its cell is; outside of the box nothing is."""
+    """Each cell covers 3 by 2 pixels: a pixel belongs to the object if its cell does, and no pixel outside the box
+    does.
+    """
     cells = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
     mask = pasted(cells, torch.tensor([10.0, 20.0, 22.0, 28.0]), 40, 30)
     wanted = np.zeros((30, 40), dtype=bool)

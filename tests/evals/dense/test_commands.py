@@ -1,4 +1,6 @@
-"""The dense evaluations as a user types them: results by name in the run, departures with them, nothing made twice."""
+"""The dense evaluations by their commands: results are added to the run with their names and their departures from the
+published protocol, and nothing is computed twice.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""A linear head on frozen features of places: what it fits and tests, for ResNets and ViTs, and how it goes on."""
+"""eval=dense_linear, a linear head on frozen features of places: what it fits and tests, for ResNets and ViTs, and how
+it resumes.
+"""
 
 import numpy as np
 import pixelwise
@@ -48,11 +50,11 @@ def test_an_untrained_network_of_colours_suffices_for_the_toy_images(voc):
 def test_places_are_drawn_among_those_with_a_label_and_read_at_their_pixels(voc):
     _, labels = voc2012(voc, "train").train.read(2)
     at = Maps(backbone(), purpose="it").places(128)
-    assert at.tolist() == [0, 16, 32, 48, 64, 80, 96, 112, 128], "the last stands on the padding"
+    assert at.tolist() == [0, 16, 32, 48, 64, 80, 96, 112, 128], "the last place is on the padding"
     cells, classes = drawn_places(labels, at, 128, 100, seed=1)
     expected = {}
     for row in range(8):
-        for column in range(8):  # of the square of 128 the image has all 128 columns, and 96 rows for 128
+        for column in range(8):  # the square has 128 x 128 pixels, the image 128 columns and 96 rows
             label = int(labels[int((16 * row + 0.5) * 96 / 128), 16 * column])
             if label != 255:
                 expected[row * 9 + column] = label
@@ -64,7 +66,9 @@ def test_places_are_drawn_among_those_with_a_label_and_read_at_their_pixels(voc)
 
 
 def test_it_is_scikit_learns_logistic_regression_of_the_same_places(voc):
-    """By another path: features of whole maps, standardised in float64, scikit-learn's solver."""
+    """The expected result is computed in another way, from whole feature maps, standardised in float64, with
+    scikit-learn's solver.
+    """
     linear = DenseLinear(root=str(voc), train="train", size=64, places=30)
     found = of(linear, store_of())
     network = backbone().eval()
@@ -93,7 +97,7 @@ def test_it_is_scikit_learns_logistic_regression_of_the_same_places(voc):
         whole = nn.functional.interpolate(square, labels.shape, mode="bilinear")[0]
         predicted = torch.from_numpy(solver.classes_)[whole.argmax(0)]
         matrix += pixel_metric.confusion(torch.from_numpy(labels), predicted, 21)
-    # Classes that were never seen have no score with scikit-learn, and a small one here.
+    # For classes without training pixels, scikit-learn has no score, and caco a small one.
     assert found == pytest.approx(pixel_metric.scores(matrix), abs=0.5)
 
 
@@ -131,7 +135,7 @@ def test_killed_while_reading_it_goes_on_from_the_last_whole_batch(voc, tmp_path
     monkeypatch.setattr(module, "drawn_places", counted)
     assert of(DenseLinear(**settings), store_of(tmp_path)) == whole and len(read) == 2
     read.clear()
-    assert of(DenseLinear(**settings), store_of(tmp_path)) == whole and not read, "the features are there"
+    assert of(DenseLinear(**settings), store_of(tmp_path)) == whole and not read, "stored features must be used"
 
 
 def test_raw_pixels_and_other_networks(voc):

@@ -1,5 +1,5 @@
-"""eval=detect from the set on disk to the numbers: by name, resumed to the bit, over ranks, refused early, and that it
-learns.
+"""eval=detect from the set on disk to the named results: it learns, resumes to the same bits, runs on several ranks,
+and refuses mistakes early.
 """
 
 import json
@@ -21,7 +21,7 @@ from caco.evals.features import network_digest
 from caco.nn.backbones import small_resnet, timm_backbone
 from experiments.toy_sets.detection import write_coco, write_voc
 
-# Four steps of four images, a fourth of the published number of regions and less.
+# Four steps of four images, with at most a fourth of the published number of regions.
 FEW = {
     "name": "it", "images": 4, "steps": 1, "rate": 0.02, "warmup_steps": 0, "short_sides": [40, 48], "test_side": 48,
     "longest": 80,
@@ -69,7 +69,7 @@ def test_coco_gives_boxes_and_masks(tmp_path):
 
 
 def test_killed_between_two_checkpoints_it_goes_on_to_the_same_numbers_and_bits(tmp_path, monkeypatch):
-    """It finds little after four steps, so that what is compared is the network that is tested."""
+    """The detector finds little after four steps, so the networks are compared, too."""
     write_voc(tmp_path)
     tested = []
     monkeypatch.setattr(
@@ -107,12 +107,12 @@ def test_what_changes_the_weights_changes_the_checkpoint(tmp_path):
     for changed in ({}, {"test_side": 40}, {"short_sides": [48]}, {"region_samples": 12}):
         of(Detect(root=str(tmp_path), **FEW | changed), store_of(tmp_path / "kept"))
     assert len(list((tmp_path / "kept" / "classifiers").iterdir())) == 3, (
-        "the side of the test images is no matter of training"
+        "the size of test images must not change the checkpoint of training"
     )
 
 
 def test_statistics_taken_anew_are_the_mean_over_training_batches(tmp_path):
-    """By hand: each batch's own, read with a momentum of 1, and their plain mean."""
+    """The expected values are the mean of the batches' statistics, which are read with a momentum of 1."""
     write_voc(tmp_path)
     task = Training(detect.READERS["voc"](tmp_path).train, [48], 80, masks=False)
     network, store = detecting.small(masks=False, num_classes=20), store_of()
@@ -129,12 +129,12 @@ def test_statistics_taken_anew_are_the_mean_over_training_batches(tmp_path):
     )
     before = norm.running_mean.clone()
     take_statistics(network, task, 4, 0, store, seed=5, precision="fp32")
-    assert torch.equal(norm.running_mean, before), "without batches those of training stay"
+    assert torch.equal(norm.running_mean, before), "without batches the statistics from training stay"
 
 
 @pytest.mark.parametrize("dataset", ["voc", "coco"])
 def test_a_test_image_that_cannot_be_read_is_left_out_of_the_score_or_ends_it(tmp_path, dataset, monkeypatch, capsys):
-    """What is found in the others, and what there is to find in them, give the score: here all of it, so 100."""
+    """The score counts only the objects in the other images; here all of them are found, so it is 100."""
     (write_voc if dataset == "voc" else write_coco)(tmp_path)
     test = detect.READERS[dataset](tmp_path).test
     damaged = max(range(len(test)), key=lambda index: len(test.objects(index).labels))
@@ -163,7 +163,7 @@ def _truth(images, index, *, scale) -> Detection:
 
 
 def test_detections_are_scaled_to_the_image_and_cut_to_it():
-    """Seen at twice the size; the second lies outside."""
+    """The network sees the image at twice its size; the second box is outside the image."""
     found = Detection(
         torch.tensor([[20.0, 40, 300, 80], [250, 10, 260, 20]]),
         torch.tensor([4, 1]),
@@ -208,7 +208,7 @@ def test_a_missing_root_a_set_that_is_not_whole_a_vit_and_shared_images_are_refu
         Detect(**FEW).build(store_of(), seed=0)
     with pytest.raises(UserError, match=r"as eval.detect_coco_2x.root=PATH, got None. .*\n .*instances_train2017.json"):
         Detect(**FEW | {"name": "detect_coco_c4_2x", "dataset": "coco"}).build(store_of(), seed=0)
-    with pytest.raises(UserError, match="VOC is not whole below"):
+    with pytest.raises(UserError, match="VOC is incomplete below"):
         Detect(root=str(tmp_path), **FEW).build(store_of(), seed=0)
     write_voc(tmp_path)
     evaluator = Detect(root=str(tmp_path), **FEW)
@@ -251,7 +251,7 @@ LEARNS = {
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("dataset", ["voc", "coco"])
 def test_it_finds_what_it_was_trained_on(tmp_path, dataset):
-    """Eight toy images, 200 steps of all of them: boxes, and for COCO masks, above 90 at an IoU of one half."""
+    """After 200 steps on eight toy images, boxes (and for COCO masks) reach more than 90 at an IoU of 0.5."""
     if dataset == "voc":
         write_voc(tmp_path, test=8, same_test=True)
     else:

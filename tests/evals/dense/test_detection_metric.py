@@ -1,4 +1,4 @@
-"""VOC's 11-point average precision at ten thresholds, by hand; COCO's, against pycocotools itself."""
+"""VOC's 11-point average precision at ten IoU thresholds, computed by hand, and COCO's, compared with pycocotools."""
 
 import json
 
@@ -7,13 +7,13 @@ import pytest
 
 from caco.evals.dense.detection_metric import Boxes, coco_scores, eleven_points, pixel_iou, voc_scores
 
-HERE = [0.0, 0.0, 10.0, 10.0]  # ten by ten pixels: 1..10 in the published, inclusive numbers
+HERE = [0.0, 0.0, 10.0, 10.0]  # ten by ten pixels: 1 to 10 in the published format, which includes the last pixel
 FAR = [50.0, 50.0, 60.0, 60.0]
 
 
 def voc(found, truth, num_difficult=0):
-    """Scores of (image, label, score, box) against (image, label, box); the last `num_difficult` truths are
-    difficult.
+    """The scores of detections (image, label, score, box) for true objects (image, label, box), of which the last
+    `num_difficult` are difficult.
     """
     difficult = np.arange(len(truth)) >= len(truth) - num_difficult
     boxes = Boxes(
@@ -30,9 +30,9 @@ def test_a_perfect_class_has_100_at_every_threshold():
 
 
 def test_two_truths_of_which_the_second_detection_finds_one():
-    """Wrong, then right: precision 0, 1/2 at recall 0, 1/2. The best precision at recalls 0 .. 0.5 is 1/2, six of
-    eleven points:
-    3/11."""
+    """The first detection is wrong and the second right, so the precision is 0 at recall 0 and 1/2 at recall 1/2. The
+    best precision at the six recalls 0 to 0.5 of eleven is 1/2: 3/11.
+    """
     scores = voc([(0, 0, 0.9, FAR), (0, 0, 0.8, HERE)], [(0, 0, HERE), (1, 0, HERE)])
     assert scores["ap50"] == pytest.approx(100 * 3 / 11)
 
@@ -45,7 +45,7 @@ def test_eleven_points_of_ten_truths_count_a_recall_of_three_tenths_as_reached()
 def test_a_second_detection_of_a_truth_is_wrong_and_the_surer_one_counts():
     truth = [(0, 0, HERE), (1, 0, HERE)]
     found = [(0, 0, 0.5, HERE), (0, 0, 0.9, HERE), (1, 0, 0.4, HERE)]
-    # Right, wrong, right: precision 1 to recall 1/2, then 2/3: (6 + 5 * 2 / 3) / 11.
+    # The detections are right, wrong, right: precision 1 up to recall 1/2, then 2/3, so (6 + 5 * 2 / 3) / 11.
     assert voc(found, truth)["ap50"] == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
 
 
@@ -54,7 +54,7 @@ def test_detections_of_a_difficult_truth_count_as_nothing_however_many():
     found = [(0, 0, 0.9, FAR), (0, 0, 0.8, FAR), (0, 0, 0.7, HERE)]
     assert voc(found, truth, num_difficult=1)["ap50"] == 100
     assert voc(found, truth)["ap50"] == pytest.approx(100 * (6 + 5 * 2 / 3) / 11), (
-        "were it not difficult, its second detection were wrong"
+        "if the object is not marked difficult, its second detection is wrong"
     )
 
 
@@ -72,8 +72,8 @@ def test_of_equal_scores_the_first_given_stands_first_and_scores_are_compared_to
 
 
 def test_boxes_count_pixels_and_an_overlap_must_be_more_than_the_threshold():
-    """Edges 0..10 and 0..5 are pixels 1..10 and 1..5: the overlap is 5 of 10 columns, exactly one half, which is not
-    more than it.
+    """The edges 0 to 10 and 0 to 5 are the pixels 1 to 10 and 1 to 5. The overlap is 5 of 10 columns, exactly one half,
+    which is not more than the threshold 0.5.
     """
     truth = [(0, 0, HERE)]
     assert pixel_iou(np.array([[1.0, 1, 5, 10]]), np.array([[1.0, 1, 10, 10]])).tolist() == [[0.5]]
@@ -86,7 +86,7 @@ def test_boxes_count_pixels_and_an_overlap_must_be_more_than_the_threshold():
 
 
 def test_the_ten_thresholds_are_those_from_50_to_95():
-    """0.9 of the truth: right at 50, 55 .. 85, and not at 90 and 95."""
+    """A detection with IoU 0.9 is right at the thresholds 50, 55, ..., 85, and wrong at 90 and 95."""
     assert voc([(0, 0, 0.9, [0.0, 0.0, 9.0, 10.0])], [(0, 0, HERE)])["ap"] == pytest.approx(100 * 8 / 10)
 
 
@@ -95,7 +95,7 @@ def test_a_truth_of_another_image_or_class_is_not_found():
 
 
 def coco_truth(path, truth, crowd=()):
-    """A file of annotations, of (image, category, x, y, w, h)."""
+    """Write an annotation file for objects (image, category, x, y, w, h)."""
     rows = [
         {"id": i + 1, "image_id": row[0], "category_id": row[1], "bbox": list(row[2:]), "area": row[4] * row[5],
          "iscrowd": int(row in crowd),

@@ -1,4 +1,4 @@
-"""The readers of PASCAL VOC and COCO 2017, against torchvision's own on toy sets in the real layouts."""
+"""The readers of PASCAL VOC and COCO 2017, compared with torchvision's readers on toy sets in the real layouts."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def test_voc_reads_what_torchvision_reads(tmp_path):
             == [tuple(size) for size in images.sizes.tolist()]
         )
     assert found.train.difficult.sum() == 2 and found.test.difficult.sum() == 1, (
-        "difficult objects are kept, in training too"
+        "difficult objects are kept, also for training"
     )
     assert found.train.boxes.max() == WIDTH and found.train.objects(0).boxes.shape == (1, 4)
 
@@ -54,7 +54,7 @@ def test_voc_reads_what_torchvision_reads(tmp_path):
 @pytest.mark.parametrize("inside", ["", "mirror"])
 def test_voc_is_found_where_mirrors_have_it(tmp_path, inside):
     write_voc(tmp_path / "published")
-    if inside:  # each archive unpacked in a folder of its own
+    if inside:  # each archive is unpacked in its own folder
         root = tmp_path / inside
         write_voc(root, train12=0, test=0, inside="VOCtrainval_06-Nov-2007/VOCdevkit")
         write_voc(root, train07=0, test=0, inside="VOCtrainval_11-May-2012/VOCdevkit")
@@ -69,7 +69,7 @@ def test_voc_is_found_where_mirrors_have_it(tmp_path, inside):
         shutil.rmtree(root / "VOCtrainval_06-Nov-2007" / "VOCdevkit" / "VOC2012")
         shutil.rmtree(root / "VOCtest_06-Nov-2007" / "VOCdevkit" / "VOC2012")
     else:
-        root = tmp_path / "published" / "VOCdevkit"  # VOC2007 and VOC2012 in root itself
+        root = tmp_path / "published" / "VOCdevkit"  # root itself contains VOC2007 and VOC2012
     found = voc(root)
     assert (len(found.train), len(found.test)) == (8, 4)
     assert [found.train.boxes.tolist(), found.test.names.tolist()] == [
@@ -91,8 +91,8 @@ def test_voc_refuses_once_with_all_that_is_missing_and_the_layout(tmp_path):
     with pytest.raises(UserError) as some:
         voc(tmp_path)
     message = str(some.value)
-    assert "1 of the 5 files of VOC 2007 trainval" in message and "000002.jpg for one" in message
-    assert "1 of the 3 files of VOC 2012 trainval" in message and "2008_000001.xml for one" in message
+    assert "1 of the 5 files of VOC 2007 trainval" in message and "000002.jpg for example" in message
+    assert "1 of the 3 files of VOC 2012 trainval" in message and "2008_000001.xml for example" in message
     assert "ImageSets/Main/test.txt (VOC 2007 test)" in message and "Expected below root:" in message
 
 
@@ -133,7 +133,7 @@ def test_coco_reads_what_torchvision_reads_but_crowds_and_empty_boxes(tmp_path, 
             )
             assert np.array_equal(images.files.image(index), image) and images.files.image(index).mode == "RGB"
     assert len(found.train) == 5 and len(found.test) == 4, (
-        "of the training images the one with a crowd alone is left out; val keeps all"
+        "the training image with only a crowd is left out; val keeps all images"
     )
     assert len(found.test.objects(2).labels) == 0
     assert found.truth == tmp_path / "annotations/instances_val2017.json"
@@ -178,11 +178,13 @@ def test_what_a_set_is_called_changes_with_its_objects(tmp_path):
     assert after[1] != before[1] and after[2:] == before[2:]
     crowd = tmp_path / "annotations/instances_val2017.json"
     crowd.write_text(crowd.read_text().replace('"iscrowd": 1', '"iscrowd": 0'))
-    assert coco(tmp_path).inputs()[3] != before[3], "the truth that is scored is all of its file"
+    assert coco(tmp_path).inputs()[3] != before[3], (
+        "the cache key must depend on the whole file, because all of it is scored"
+    )
 
 
 def test_the_toy_sets_hold_what_they_are_to_show(tmp_path):
-    """What the tests above rely on: a crowd, an image without truth, a grey one, ids with gaps, one image with a single
+    """The tests above need a crowd, an image without objects, a grey image, ids with gaps, and an image with one
     object.
     """
     write_coco(tmp_path)

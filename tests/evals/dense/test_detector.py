@@ -1,4 +1,6 @@
-"""The detector: what it is made of, its losses by hand, its draws, and two ranks with unequal images."""
+"""The detector: its layers, its losses computed by hand, its random draws, and two ranks with images of different
+sizes.
+"""
 
 import detecting
 import pytest
@@ -19,7 +21,7 @@ from caco.nn.backbones import small_resnet, timm_backbone
 
 
 def test_anchors_are_a_stride_apart_and_not_rounded():
-    """Of an image of 33 x 17 pixels a stride of 16 makes 3 x 2 places; torchvision's strides would be 11 and 8."""
+    """With a stride of 16, an image of 33 x 17 pixels has 3 x 2 places; torchvision would use the strides 11 and 8."""
     anchors = Anchors([[32, 64]], [16])
     (found,) = anchors(ImageList(torch.zeros(1, 3, 33, 17), [(33, 17)]), [torch.zeros(1, 8, 3, 2)])
     assert found.shape == (3 * 2 * 6, 4)
@@ -70,8 +72,8 @@ def test_draws_are_an_images_own_and_no_more_than_a_share_is_positive():
 
 
 def test_box_losses_by_hand():
-    """Two regions of classes 2 and 0 (background) of two: cross-entropies' mean, and L1 of the second class's box over
-    both.
+    """Two regions with the classes 2 and 0 (background): the mean of the cross entropies, and the L1 loss of the box of
+    class 2, divided by both regions.
     """
     logits = torch.tensor([[0.0, 0.0, 1.0], [2.0, 0.0, 0.0]])
     deltas = torch.zeros(2, 12)
@@ -119,7 +121,7 @@ def test_every_layer_learns_and_all_of_the_body_is_the_encoders(head):
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     norms = len(norms_of(encoder))
     assert len(norms_of(network)) == norms + (1 if head == "c4" else 8), (
-        "c4: the extra norm; fpn: two in each of four levels, none in the heads"
+        "c4 adds one norm, fpn two in each of four levels, and the heads none"
     )
     groups = Recipe(steps=1, images=1, rate=1.0, decay_norms=False).optimizer(network).param_groups
     assert {id(p) for p in groups[1]["params"]} == {id(p) for norm in norms_of(network) for p in norm.parameters()}
@@ -141,16 +143,16 @@ def test_new_layers_start_as_published():
 
 
 def test_c4_in_the_test_is_what_is_written_down_here():
-    """The same weights by plain calls: pooled, conv5, norm, mean, two linear layers; masks of the boxes that were
-    found.
+    """The same weights are applied by plain calls: pooling, conv5, norm, mean, two linear layers; then masks for the
+    boxes that were found.
     """
     network = small("c4", seed=1).train()
     for norm in norms_of(network):
         norm.momentum = 1.0
-    network([example(6), example(7)])  # statistics, without which nothing is left of the image in the last stages
+    network([example(6), example(7)])  # set BatchNorm's statistics, without which the last stages would lose the image
     network.eval()
     image = example(6).image
-    nn.init.normal_(network.regions.box_predictor.scores.weight, std=3.0)  # so that something is found
+    nn.init.normal_(network.regions.box_predictor.scores.weight, std=3.0)  # large scores, so that something is found
     (found,) = network.detect([image])
     assert len(found.boxes) > 3 and found.masks.shape == (len(found.boxes), 4, 4)
     with torch.no_grad():
@@ -193,7 +195,7 @@ def test_bf16_keeps_boxes_in_float32():
 
 
 def test_an_image_is_the_same_with_and_without_padding_beside_a_larger_one():
-    """Zeros to the right and below, after normalisation; what is found lies within the image itself."""
+    """Padding is zeros to the right and below, after normalisation, and all detections are within the image itself."""
     network = small("c4")
     batch = network._batch([example(1).image, example(2, height=30, width=35).image])
     assert batch.tensors.shape == (2, 3, 48, 64) and batch.image_sizes == [(48, 64), (30, 35)]
@@ -220,8 +222,8 @@ def test_a_backbone_without_stages_is_refused_and_a_pyramid_with_other_anchors()
 
 @pytest.mark.parametrize("head", ["c4", pytest.param("fpn", marks=pytest.mark.long)])
 def test_two_ranks_with_unequal_images_equal_one_process(tmp_path, head):
-    """One rank has one image, the other two smaller ones of other sizes: losses and gradients are those of the three
-    together.
+    """One rank has one image, the other has two smaller images of other sizes; losses and gradients are those of the
+    three together.
     """
     codes, outputs = ranks(2, detecting.write_losses_and_gradients, str(tmp_path), head)
     assert codes == [0, 0], outputs[0][1][-3000:] + outputs[1][1][-3000:]

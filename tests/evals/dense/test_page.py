@@ -1,5 +1,5 @@
-"""docs/dense.md: every command that it prints is typed, the calibrations from end to end on toy sets, and its numbers
-are those of `plan`.
+"""docs/dense.md: every command that it prints is accepted, the calibrations run from end to end on toy sets, and the
+page's numbers are those of caco.plan.
 """
 
 import re
@@ -17,7 +17,7 @@ from caco.config import pretrained
 from caco.runs.files import read_json
 from experiments.toy_sets import whole
 
-# Of every published recipe the smallest that runs.
+# For every published recipe, the smallest sizes that run.
 SMALL = {
     "segment": ["train=train", "images=2", "steps=1", "crop=65", "channels=16"],
     "detect": [
@@ -29,7 +29,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def commands(repo_root) -> list[list[str]]:
-    """The words after `python -m` of each."""
+    """The words after `python -m` of each command on the page."""
     blocks = re.findall(r"```console\n(.*?)```", (repo_root / "docs/dense.md").read_text(), re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [shlex.split(line.partition("#")[0])[line.split().index("-m") + 1 :] for line in lines]
@@ -37,8 +37,8 @@ def commands(repo_root) -> list[list[str]]:
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A folder with the toy sets and files as torchvision's and MoCo's, of a ResNet-18, under the names that the page
-    has.
+    """A folder with the toy sets, and with weights of a ResNet-18 in torchvision's and MoCo's formats under the names
+    that the page uses.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("caco.runs.directory._locks", {})
@@ -74,8 +74,8 @@ def test_the_page_has_a_calibration_of_segmentation_by_labels_and_by_moco_and_on
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", range(3))
 def test_each_calibration_runs_on_toy_sets(commands, files, number, monkeypatch, capsys):
-    """As printed, but for the network, ResNet-18 for 50, and a recipe of a few steps; the network is that of the
-    file.
+    """The commands are as printed, except for ResNet-18 instead of ResNet-50 and a recipe of a few steps; the network
+    has the weights of the file.
     """
     words = calibrations(commands)[number]
     (evaluator,) = re.findall(r"eval=\[(\w+)\]", " ".join(words))
@@ -107,14 +107,14 @@ def test_every_other_command_can_be_typed(commands, files, monkeypatch, capsys):
             )
             assert all(node.root == "toys" for node in cfg.eval.values())
         elif program == "experiments.toy_sets":
-            assert words == ["TOYS"], "typed in tests/experiments/test_adco_page.py"
+            assert words == ["TOYS"], "tests/experiments/test_adco_page.py runs this command"
     assert set(kinds) == {"caco.evaluate", "caco.plan", "experiments.toy_sets"}
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_page_s_arithmetic_is_that_of_its_plan_command(commands, repo_root):
-    """Images, GFLOP and hours of both tables."""
+    """This checks images, GFLOP and hours in both tables."""
     (words,) = (words for program, *words in commands if program == "caco.plan")
     lines = plan._main(words).splitlines()
     page = (repo_root / "docs/dense.md").read_text()

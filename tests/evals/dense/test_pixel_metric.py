@@ -1,4 +1,4 @@
-"""mIoU and its neighbours by hand, and against scikit-learn's confusion matrix."""
+"""mIoU and related metrics, computed by hand and compared with scikit-learn's confusion matrix."""
 
 import numpy as np
 import pytest
@@ -9,11 +9,11 @@ from caco.evals.dense.pixel_metric import confusion, scores
 
 
 def test_an_image_of_six_pixels_by_hand():
-    """Truth 0 0 1 / 1 255 2, found 0 1 1 / 1 0 0: the fifth pixel does not count."""
+    """The labels are 0 0 1 / 1 255 2 and the predictions 0 1 1 / 1 0 0; the fifth pixel does not count."""
     truth, found = torch.tensor([[0, 0, 1], [1, 255, 2]], dtype=torch.uint8), torch.tensor([[0, 1, 1], [1, 0, 0]])
     matrix = confusion(truth, found, 4)
     assert matrix.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    # IoU of 0: one of three; of 1: two of three; of 2: none; 3 is nowhere.
+    # The IoU of class 0 is one of three, of class 1 two of three, of class 2 zero; class 3 does not occur.
     assert scores(matrix) == pytest.approx(
         {"miou": 100 * (1 / 3 + 2 / 3 + 0) / 3, "mean_accuracy": 100 * (1 / 2 + 1 + 0) / 3, "pixel_accuracy": 60.0}
     )

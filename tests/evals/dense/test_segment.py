@@ -1,5 +1,5 @@
-"""Segmentation with MoCo's head: the published protocol, learned from toy images, resumed to the bit, the same on
-unequal ranks.
+"""Segmentation with MoCo's head: it follows the published protocol, learns toy images, resumes to the same bits, and
+gives the same result on ranks with different numbers of images.
 """
 
 import copy
@@ -40,7 +40,7 @@ def voc(tmp_path_factory):
 @pytest.fixture
 def store():
     made = pixelwise.store_of()
-    made.overlap = "allow"  # what it is tested on looks like what it is trained on
+    made.overlap = "allow"  # because toy test images look like toy training images
     return made
 
 
@@ -63,7 +63,7 @@ def test_the_option_is_mocos_protocol():
 def test_conv5_has_dilation_2_in_all_blocks_and_a_stride_of_1_so_that_the_whole_has_16(name, threes_of_conv5):
     body = timm.create_model(name, num_classes=0)
     network = FCN16(body, channels=8, seed=0)
-    assert network.maps.stride == 16 and stride_and_width(body)[0] == 32, "a copy"
+    assert network.maps.stride == 16 and stride_and_width(body)[0] == 32, "the network must be changed in a copy"
     threes = [m for m in network.maps.backbone.layer4.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     assert len(threes) == threes_of_conv5 and all(
         (m.stride, m.dilation, m.padding) == ((1, 1), (2, 2), (2, 2)) for m in threes
@@ -73,13 +73,13 @@ def test_conv5_has_dilation_2_in_all_blocks_and_a_stride_of_1_so_that_the_whole_
     assert [(m.dilation[0], m.kernel_size[0], m.out_channels) for m in head] == [(6, 3, 8), (6, 3, 8), (1, 1, 21)]
     network.eval()
     with torch.no_grad():
-        assert network.maps(torch.zeros(1, 3, 129, 129)).shape[2:] == (9, 9), "places at 0, 16, ..., 128"
+        assert network.maps(torch.zeros(1, 3, 129, 129)).shape[2:] == (9, 9), "there are places at 0, 16, ..., 128"
         assert network(torch.zeros(1, 3, 50, 37)).shape == (1, 21, 50, 37)
 
 
 def test_the_last_stage_computes_what_it_computed_at_every_second_place():
-    """With a stride of 1 its first convolution gives the old values and some between them; with dilation 2 it sees
-    twice as far.
+    """With a stride of 1, its first convolution gives the old values and others between them; with dilation 2, it reads
+    inputs twice as far apart.
     """
     body = backbone().double().eval()
     with torch.no_grad():
@@ -91,13 +91,13 @@ def test_the_last_stage_computes_what_it_computed_at_every_second_place():
         plain, found = F.conv2d(before, weight, padding=1), dilated(before)
     assert torch.allclose(plain[..., ::2, ::2], old, atol=1e-12)
     spread = torch.zeros(*weight.shape[:2], 5, 5, dtype=torch.float64)
-    spread[..., ::2, ::2] = weight  # zeros between its nine weights
+    spread[..., ::2, ::2] = weight  # a kernel with zeros between the nine weights
     assert torch.allclose(found, F.conv2d(before, spread.detach(), padding=2), atol=1e-12)
 
 
 def test_scores_stand_at_the_pixels_of_their_places_in_crops_and_in_whole_images():
-    """A map that is its own place's pixel becomes, at every pixel, that pixel's number: nothing is shifted or
-    stretched.
+    """If each place of a map has the number of its pixel, then resizing the map gives every pixel its own number:
+    nothing is shifted or stretched.
     """
     maps = Maps(backbone(), purpose="it")
     assert maps.stride == 16
@@ -121,7 +121,7 @@ def test_a_crop_keeps_pixels_and_labels_together_and_pads_with_the_mean_and_255(
         assert (classes[height:] == 255).all() and (classes[:, width:] == 255).all() and not pixels[height:].any()
         padded += height < 120
         sizes.add((height, width))
-        # A cat is red, within its label and nowhere else, wherever the crop is.
+        # Cats are red, so in every crop the red pixels must be those with the label of a cat.
         inside, red = classes == 8, pixels[..., 0].int() - pixels[..., 1].int()
         if inside.sum() > 200:
             assert (
@@ -158,12 +158,12 @@ def test_the_loss_is_the_mean_over_labelled_pixels_of_all_images_and_padding_is_
     )
 
 
-# What it gives.
+# Its results.
 
 
 @pytest.mark.long
 def test_it_learns_the_toy_images(voc, store):
-    """Over 90, where an untrained network has what the background alone gives."""
+    """It reaches more than 90, while an untrained network reaches only the score of predicting background."""
     settings = {"images": 3, "steps": 28, "rate": 0.5, "crop": 128, "scale": [1.0, 1.0], "channels": 32}
     learned = of(Segment(root=str(voc), train="train", **settings), store)
     assert learned["miou"] > 90 and learned["mean_accuracy"] > 90 and learned["pixel_accuracy"] > 95
@@ -175,7 +175,7 @@ def test_it_learns_the_toy_images(voc, store):
 
 @pytest.mark.long
 def test_two_unequal_ranks_give_what_one_process_gives(voc, tmp_path):
-    """Three images a step: of two ranks one trains on one and the other on two, with other numbers of labelled
+    """Each step has three images: one rank trains on one of them, the other on two, with different numbers of labelled
     pixels.
     """
     codes, outputs = ranks(2, segment_worker.write_both, str(voc), str(tmp_path))
@@ -186,11 +186,13 @@ def test_two_unequal_ranks_give_what_one_process_gives(voc, tmp_path):
         moved, apart = (one[name] - untrained[name]).double().norm(), (one[name] - two[name]).double().norm()
         assert apart <= 1e-3 * moved + 1e-5, (
             name
-        )  # float32 after three steps; that of one rank's pixels alone is apart by tenths
+        )  # float32 after three steps; with the pixels of one rank alone, the difference would be tenths
     found, expected = json.loads((tmp_path / "scores.json").read_text()), segment_worker.scores(voc)
     assert expected["segment"]["pixel_accuracy"] < 50 < expected["dense_linear"]["miou"]
     for evaluator in expected:
-        assert found[evaluator] == pytest.approx(expected[evaluator], abs=0.1), "a few pixels of 48,000, by rounding"
+        assert found[evaluator] == pytest.approx(expected[evaluator], abs=0.1), (
+            "rounding may change a few of 48,000 pixels"
+        )
 
 
 def test_killed_it_goes_on_to_the_same_bits_and_the_backbone_stays(voc, tmp_path, monkeypatch):
@@ -228,7 +230,9 @@ def test_killed_it_goes_on_to_the_same_bits_and_the_backbone_stays(voc, tmp_path
             Crops, "example", lambda self, index, seed: crops.append(index) or whole_example(self, index, seed)
         )
         results, resumed = trained(tmp_path / "cut")
-    assert len(crops) == 3 * (11 - 8), "two steps of 16 images are eleven of 3; eight were saved"
+    assert len(crops) == 3 * (11 - 8), (
+        "two steps of 16 images become eleven of 3; the last three are made after the checkpoint at step eight"
+    )
     assert results == whole and all(torch.equal(resumed[name], weights[name]) for name in weights)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items()) and network.training
 
@@ -239,7 +243,7 @@ def test_in_bf16_the_weights_are_others_by_as_much_as_bf16_rounds(voc):
 
 
 def test_damaged_images_end_it_by_name_or_others_are_trained_and_tested_on(voc, tmp_path, capsys):
-    """With skip the score is that of the images that can be read, and every damaged file is named."""
+    """With loader.corrupt=skip, the score is that of the readable images, and every damaged file is named."""
     root = tmp_path / "damaged"
     shutil.copytree(voc, root)
     top = root / "VOCdevkit/VOC2012"
@@ -299,7 +303,7 @@ def test_raw_pixels_are_left_out_and_said_so(voc):
     store.overlap = "allow"
     segment = Segment(root=str(voc), **FEW)
     segment.build(store, seed=0)
-    assert list(segment.run(RawPixels(32))) == [] and "goes on without raw pixels" in said[-1]
+    assert list(segment.run(RawPixels(32))) == [] and "skips the baseline of raw pixels" in said[-1]
     assert (
         said[0] == "segment: VOC 2012, 6 images to train on (published: 1,464), 4 images to test on (published: 1,449)"
     )
@@ -308,7 +312,7 @@ def test_raw_pixels_are_left_out_and_said_so(voc):
 def test_test_images_that_are_training_images_are_refused(voc, tmp_path):
     top = toy_voc.write_voc(tmp_path)
     (top / "JPEGImages" / "2008_000003.jpg").write_bytes((top / "JPEGImages" / "2007_000002.jpg").read_bytes())
-    for name in ("2008_000000", "2008_000001", "2008_000002"):  # the others are others
+    for name in ("2008_000000", "2008_000001", "2008_000002"):  # the other images differ
         Image.new("RGB", (128, 96), (int(name[-1]) * 50, 3, 9)).save(top / "JPEGImages" / f"{name}.jpg")
     with pytest.raises(
         UserError, match=r"1 of the 4 images of voc2012/val are images of voc2012/train too .*2007_000002.jpg is"

@@ -1,4 +1,4 @@
-"""VOC 2012 with SBD's labels is read from each layout in which it lies about; torchvision's readers see the same."""
+"""VOC 2012 with SBD's labels is read from every layout in which copies exist, and agrees with torchvision's readers."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ SBD_PLACES = ["benchmark_RELEASE/dataset", "VOCdevkit/VOCaug/dataset", "VOCaug/d
 
 @pytest.mark.parametrize("place", SBD_PLACES)
 def test_sbd_adds_its_images_without_vocs_val_and_vocs_own_labels_stay(tmp_path, place):
-    """SBD's lists hold images of VOC's val: whoever trains on them trains on the test images."""
+    """SBD's lists contain images of VOC's val set, so training on these lists would train on test images."""
     toy_voc.write_voc(tmp_path)
     toy_voc.write_sbd(tmp_path / place, train=[TRAIN[0], VAL[0], FURTHER[0]], val=[VAL[1], FURTHER[1]])
     found = voc2012(tmp_path, "trainaug")
@@ -77,7 +77,7 @@ def test_sbd_adds_its_images_without_vocs_val_and_vocs_own_labels_stay(tmp_path,
 def test_photos_that_voc_has_need_not_lie_in_sbd_too(tmp_path):
     top = toy_voc.write_voc(tmp_path)
     toy_voc.write_sbd(tmp_path / "SBD", train=FURTHER, val=[VAL[0]], photos=False)
-    with pytest.raises(UserError, match=rf"JPEGImages \(2 of 2 files, {FURTHER[0]}.jpg for one\)"):
+    with pytest.raises(UserError, match=rf"JPEGImages \(2 of 2 files, {FURTHER[0]}.jpg for example\)"):
         voc2012(tmp_path, "trainaug")
     for name in FURTHER:
         toy_voc.drawn(name)[0].save(top / "JPEGImages" / f"{name}.jpg")
@@ -88,7 +88,7 @@ def test_photos_that_voc_has_need_not_lie_in_sbd_too(tmp_path):
 @pytest.mark.parametrize("paths", [False, True])
 def test_the_common_folder_of_converted_labels_with_its_list_of_names_or_paths_or_without(tmp_path, listed, paths):
     top = toy_voc.write_voc(tmp_path)
-    for name in (*TRAIN, *VAL, *FURTHER):  # the common archive has those of val too
+    for name in (*TRAIN, *VAL, *FURTHER):  # the common archive also has the labels of val
         toy_voc.write_image(top, name, folder="SegmentationClassAug")
     if listed is not None:
         lines = [f"/JPEGImages/{n}.jpg /SegmentationClassAug/{n}.png" if paths else n for n in (*FURTHER, *TRAIN)]
@@ -110,7 +110,7 @@ def test_a_list_to_train_on_that_has_test_images_is_refused(tmp_path):
     for name in (*TRAIN, *VAL):
         toy_voc.write_image(top, name, folder="SegmentationClassAug")
     toy_voc.write_list(top / "ImageSets" / "Segmentation" / "trainaug.txt", [*TRAIN, VAL[2]])
-    with pytest.raises(UserError, match=rf"without images of val.txt: 1 are in both, {VAL[2]} for one"):
+    with pytest.raises(UserError, match=rf"without images of val.txt: 1 are in both, {VAL[2]} for example"):
         voc2012(tmp_path, "trainaug")
 
 
@@ -136,8 +136,8 @@ def test_all_that_is_missing_is_said_at_once_with_the_layout(tmp_path):
     (top / "ImageSets" / "Segmentation" / "train.txt").write_text("\n".join(TRAIN))
     with pytest.raises(UserError) as some:
         voc2012(tmp_path, "train")
-    assert f"SegmentationClass (1 of 6 files, {TRAIN[3]}.png for one)" in str(some.value)
-    assert f"JPEGImages (1 of 4 files, {VAL[1]}.jpg for one)" in str(some.value)
+    assert f"SegmentationClass (1 of 6 files, {TRAIN[3]}.png for example)" in str(some.value)
+    assert f"JPEGImages (1 of 4 files, {VAL[1]}.jpg for example)" in str(some.value)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,9 @@ def test_the_digest_tells_other_labels_and_another_order(tmp_path):
 
 
 def test_exchanged_labels_of_equal_size_are_others_and_labels_that_were_written_anew_have_another_cache_key(tmp_path):
-    """Their results are not found again; a checkpoint is, as the content is the same."""
+    """Cached results are not used for labels that were written anew; a checkpoint is, because their content is the
+    same.
+    """
     top = toy_voc.write_voc(tmp_path)
     one, other = (top / "SegmentationClass" / f"{name}.png" for name in TRAIN[:2])
     size = max(path.stat().st_size for path in (one, other))

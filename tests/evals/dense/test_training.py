@@ -1,5 +1,5 @@
-"""The loop of the dense evaluators: resumed to the bit, the same on unequal ranks and any number of workers, scaled as
-published.
+"""The training loop of the dense evaluators: it resumes to the same bits, gives the same result on unequal ranks and
+with any number of workers, and scales the recipe as published.
 """
 
 import re
@@ -80,8 +80,8 @@ def test_workers_change_nothing():
 
 
 def test_two_ranks_with_unequal_images_equal_one_process(tmp_path):
-    """Of three images a step one rank has one, the other two, of other shapes: loss and BatchNorm's mean are of all
-    pixels.
+    """Each step has three images of different shapes, one on one rank and two on the other; loss and BatchNorm's mean
+    are over the pixels of all three.
     """
     codes, outputs = ranks(2, pixelwise.write_weights, str(tmp_path / "two.pt"))
     assert codes == [0, 0], outputs[0][1][-3000:]
@@ -103,11 +103,11 @@ def test_killed_between_two_checkpoints_it_goes_on_to_the_same_bits(tmp_path):
         trained(tmp_path, task=Mortal())
     rest, said = Brightness(), []
     resumed = trained(tmp_path, task=rest, said=said)
-    assert len(rest.asked) == 3 * 3, "steps 4, 5 and 6: the last checkpoint was after four"
+    assert len(rest.asked) == 3 * 3, "the run resumes with three steps, because the last checkpoint was after four"
     assert "step 4 of 7" in said[0] and said[-1].startswith("it: trained for 7 steps, loss ")
     assert same(resumed, trained())
     done = Brightness()
-    assert same(trained(tmp_path, task=done), resumed) and not done.asked, "a finished one is not trained again"
+    assert same(trained(tmp_path, task=done), resumed) and not done.asked, "a finished training must not be repeated"
 
 
 def test_what_decides_the_weights_decides_the_checkpoint_and_how_often_it_is_saved_does_not(tmp_path):
@@ -194,7 +194,7 @@ def test_a_test_image_that_cannot_be_read_ends_it_or_is_left_out_by_name(capsys)
 
 
 def test_what_one_rank_cannot_read_ends_all(tmp_path):
-    """At once, and not when the others have waited for as long as a collective waits."""
+    """They end at once, and not only when a collective of the other ranks times out."""
     codes, outputs = ranks(2, pixelwise.read_what_one_rank_cannot, str(tmp_path))
     assert codes == [0, 0], outputs
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["photo_1.jpg: expected an image"] * 2
@@ -237,5 +237,7 @@ def test_a_root_that_is_not_there_and_all_that_is_missing_are_refused_at_once(tm
     assert roots.existing(str(tmp_path), "segment", "") == tmp_path
     assert roots.absent(tmp_path, ["a.txt", "b.txt"]) == ["b.txt"] and roots.absent(tmp_path / "none", ["c"]) == ["c"]
     roots.refuse_missing("VOC", tmp_path, [], "layout")
-    with pytest.raises(UserError, match=r"root: VOC is not whole below .*\n  one\n  two\nExpected below root:\nlayout"):
+    with pytest.raises(
+        UserError, match=r"root: VOC is incomplete below .*\n  one\n  two\nExpected below root:\nlayout"
+    ):
         roots.refuse_missing("VOC", tmp_path, ["one", "two"], "layout")

@@ -1,0 +1,332 @@
+"""Images per second of whole trainings beside lightly and stable-pretraining, the same method, model, views and batch.
+
+    python benchmarks/peers.py --make-environments       once, before: minutes, and a network
+    python benchmarks/peers.py --json peers.json         MoCo v2 and SimCLR, a small ResNet and ResNet-18; minutes
+    python benchmarks/peers.py --full --images PHOTOS    all images of PHOTOS/train, and k-NN on PHOTOS/test; hours
+
+Each of the three trains in a process of its own, which is there from the beginning to the end, and they take turns. A
+turn is a new training of two epochs; the first warms up, and the rate is that of what follows (all other epochs, with
+--epochs). Reading the images, building the model and importing are before it. benchmarks/peer_loops.py has the three
+loops and says what is the same; what cannot be the same is printed under the table.
+
+--make-environments makes build/peers/lightly and build/peers/stable-pretraining, virtual environments with the versions
+of PEERS and what these need, in the versions of constraints.txt where it names them. So that PyTorch is there once, a
+.pth file in each adds the packages of the environment that this runs in, behind its own: what that has already is not
+installed again, and all three compute with one PyTorch. Nothing is fetched from a network after that.
+
+Images: tiles of 32 pixels, cut from JPEGs of noise with the texture of photographs, or those of --images, a folder with
+train/ of class folders (unpacked CIFAR-10, for example) and, for k-NN, test/. All three read the same files. k-NN is
+the same function for all, over the features of the backbone that was trained, after each turn, which has a seed of its
+own.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+if not __package__:  # run as a file: import caco and benchmarks from this checkout, as python -m benchmarks.peers does
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import caco  # noqa: F401, I001 - before torch, because it sets torch's instruction set
+import torch
+from PIL import Image
+
+from benchmarks.common import Report, formatted, make_photos, parser, ratios, say, spread, turns
+from benchmarks.peer_loops import NOT_THE_SAME, Training, option
+from caco import library
+from caco.config.composition import instantiate
+from caco.data.sets.folders import folder
+from caco.data.sets.sources import Source
+from caco.errors import UserError
+from caco.evals.knn import KNN
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENTS = ROOT / "build" / "peers"
+PEERS = {"lightly": "1.6.0", "stable-pretraining": "0.1.8"}
+MAKE = "python benchmarks/peers.py --make-environments"
+METHODS = {"mocov2": "MoCo v2", "simclr": "SimCLR"}
+
+
+class Network(NamedTuple):
+    """title: in the table. backbone: of conf/backbone. hidden_dim: of its projector. batch, images: without --full."""
+
+    title: str
+    backbone: str
+    settings: dict[str, int]
+    hidden_dim: int
+    batch: int
+    images: int
+
+
+NETWORKS = {
+    "small": Network("the small ResNet", "small_resnet", {}, 256, 256, 2000),
+    "resnet18": Network("ResNet-18", "resnet18_cifar", {}, 512, 64, 192),
+}
+TINY = {"small": Network("a tiny ResNet", "small_resnet", {"width": 8}, 16, 8, 16)}
+FULL_BATCH, QUEUE, TINY_QUEUE, TILE = 256, 4096, 32, 32
+
+
+# Environments
+
+
+def python_of(peer: str) -> Path:
+    return ENVIRONMENTS / peer / "bin" / "python"
+
+
+def lacks(peer: str) -> str | None:
+    """Why a peer cannot be set beside caco, or None."""
+    python = python_of(peer)
+    if not python.exists():
+        return f"it has no environment yet: {MAKE}"
+    code = f"import importlib.metadata as all; print(all.version({peer!r}))"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
+    return None if found == PEERS[peer] else f"{python} has {found or 'none of it'}, expected {PEERS[peer]}: {MAKE}"
+
+
+def make_environments() -> None:
+    shared = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    for peer, version in PEERS.items():
+        say(f"{peer} {version}: an environment in {ENVIRONMENTS / peer}")
+        subprocess.run([sys.executable, "-m", "venv", ENVIRONMENTS / peer], check=True)
+        (own,) = (ENVIRONMENTS / peer / "lib").glob("python*/site-packages")
+        (own / "shared.pth").write_text("\n".join(shared) + "\n")
+        install = [
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "-c",
+            str(ROOT / "constraints.txt"),
+        ]
+        subprocess.run([python_of(peer), *install, f"{peer}=={version}"], check=True)
+        if why := lacks(peer):
+            raise SystemExit(f"{peer}: {why}")
+    say("made")
+
+
+class Contender:
+    """A process that trains when asked to, in an environment; what it prints goes into `top`, where it also lives."""
+
+    def __init__(self, name: str, python: Path | str, top: Path):
+        self.name, self.home = name, top / name
+        self.home.mkdir()
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        offline = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        fonts = {} if name == "caco" else {"MPLCONFIGDIR": str(ENVIRONMENTS / "fonts")}  # which take long to look for
+        environment = {**os.environ, **offline, **fonts, "HOME": str(self.home), "PYTHONPATH": os.pathsep.join(paths)}
+        self.log = self.home / "log.txt"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [python, "-m", "benchmarks.peer_loops", name], cwd=self.home, env=environment, text=True, stderr=log,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            )  # fmt: skip
+
+    def answer(self) -> str:
+        assert self.process.stdout is not None
+        if line := self.process.stdout.readline():
+            return line
+        said = "\n".join(self.log.read_text().splitlines()[-30:])
+        raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}; its last lines:\n{said}")
+
+    def train(self, training: Training) -> float:
+        assert self.process.stdin is not None
+        print(json.dumps(dataclasses.asdict(training)), file=self.process.stdin, flush=True)
+        return float(self.answer())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+# Images
+
+
+def make_tiles(out: Path, photos: Path, count: int) -> None:
+    """So many PNGs, cut from photographs as common.make_photos makes them, of one class."""
+    out.mkdir(parents=True)
+    down, across = 375 // TILE, 500 // TILE
+    make_photos(photos, -(-count // (down * across)), 500)
+    made = 0
+    for file in sorted(photos.iterdir()):
+        photo = np.asarray(Image.open(file))
+        for place in range(min(down * across, count - made)):
+            y, x = TILE * (place // across), TILE * (place % across)
+            Image.fromarray(photo[y : y + TILE, x : x + TILE]).save(out / f"{made:05}.png")
+            made += 1
+
+
+def copied(source: Source, count: int | None, to: Path) -> None:
+    """So many of the images, drawn from all, into class folders below `to`, so that all three find the same."""
+    labels = np.zeros(len(source), dtype=int) if source.labels is None else source.labels
+    chosen = np.arange(len(source))
+    if count is not None and count < len(source):
+        chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:count])
+    for index in chosen:
+        path = source.path(int(index))
+        assert path is not None, "of a folder of files"
+        into = to / f"class{labels[index]:04}"
+        into.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, into / f"{index:06}{path.suffix}")
+
+
+def images_in(given: Path | None, top: Path, count: int | None) -> Path:
+    """A folder with train/, and test/ where there are labels to predict."""
+    images = top / f"images-{count}"
+    if given is None:
+        say(f"no --images: making {count} tiles of noise with the texture of photographs")
+        make_tiles(images / "train" / "tiles", top / f"photos-{count}", count or 0)
+        return images
+    splits = folder(root=str(given), in_memory_mb=0)
+    copied(splits.pretrain, count, images / "train")
+    if splits.test is not None and splits.test.labels is not None:
+        copied(splits.test, count, images / "test")
+    return images
+
+
+def knn(training: Training) -> list[float]:
+    """Percent of the test images that the 20 nearest training images name, by the trained backbone's features; nothing
+    where there are no test images.
+    """
+    splits = folder(root=training.images)
+    if splits.train is None or splits.test is None:
+        return []
+    backbone = training.new_backbone()
+    backbone.load_state_dict(torch.load(training.to, weights_only=True))
+    nearest = {"knn": KNN(k=min(20, len(splits.pretrain)))}
+    views = instantiate(option("augmentation", "cifar"))
+    found = library.evaluate(backbone, nearest, train=splits.train, test=splits.test, views=views, device="cpu")
+    return list(found.values())
+
+
+# The comparison
+
+
+def compare(
+    report: Report, contenders: dict[str, Contender], method: str, network: Network, *, images: Path, batch: int,
+    runs: int, epochs: int, workers: int, queue: int,
+) -> None:  # fmt: skip
+    """Turns of one method and network, a row for each peer (for caco alone where there is none), and k-NN."""
+    trainings = {
+        name: Training(
+            method, network.backbone, network.settings, network.hidden_dim, queue, str(images), batch, epochs, workers,
+            seed=0, to=str(contender.home / "trained.pt"),
+        )
+        for name, contender in contenders.items()
+    }  # fmt: skip
+    if trainings["caco"].steps == 0:
+        raise UserError(f"--images: expected at least the {batch} images of a batch below {images / 'train'}")
+    title = f"{METHODS[method]}, {network.title}, batch {batch}"
+    say(f"{title}: {', '.join(contenders)}")
+    accuracies: dict[str, list[float]] = {name: [] for name in contenders}
+
+    def work(name: str) -> Callable[[], float]:
+        seeds = itertools.count()
+
+        def once() -> float:
+            shutil.rmtree(contenders[name].home / "trained.run", ignore_errors=True)  # else the run would be resumed
+            training = dataclasses.replace(trainings[name], seed=next(seeds))
+            rate = contenders[name].train(training)
+            accuracies[name] += knn(training)
+            return rate
+
+        return once
+
+    rates = turns({name: work(name) for name in contenders}, runs, warm=0)
+    medians = {name: spread(values)["median"] for name, values in rates.items()}
+    report.figures[f"{method}_{network.backbone}"] = {
+        "images": trainings["caco"].steps * batch, "batch": batch, "images_per_second": rates,
+        "knn_top1": accuracies, "vs": {name: ratios(rates["caco"], rates[name]) for name in rates if name != "caco"},
+    }  # fmt: skip
+    shown = {name: formatted(spread(found), " %", digits=1) if found else "-" for name, found in accuracies.items()}
+    for name in [name for name in rates if name != "caco"]:
+        beside = f"{medians['caco']:.0f} to {medians[name]:.0f} images a second"
+        nearest = f"{shown['caco']} to {shown[name]}" if accuracies[name] else "-"
+        report.row(f"{title}: caco / {name}", formatted(ratios(rates["caco"], rates[name])), beside, nearest)
+    if len(rates) == 1:
+        report.row(f"{title}: caco alone", "-", f"{medians['caco']:.0f} images a second", shown["caco"])
+
+
+def chosen(options: argparse.ArgumentParser, flag: str, words: str, known: dict) -> list[str]:
+    names = words.split(",")
+    if unknown := [name for name in names if name not in known]:
+        options.error(f"{flag}: expected some of {', '.join(known)}; got {', '.join(unknown)}")
+    return names
+
+
+def main() -> None:
+    options = parser(
+        __doc__, runs="turns: 1, with --full 3",
+        full="for both networks all images of --images, or 2,000 made ones, in batches of 256; 3 turns",
+    )  # fmt: skip
+    options.add_argument("--make-environments", action="store_true", help="make those of the peers, and nothing else")
+    options.add_argument("--images", type=Path, help="a folder with train/ of class folders, and test/ for k-NN")
+    options.add_argument("--count", type=int, help="images of each epoch, at most; of the test images too")
+    options.add_argument("--batch", type=int, help="of both networks")
+    options.add_argument("--epochs", type=int, default=2, help="the first is not counted: 2")
+    options.add_argument("--workers", type=int, default=2, help="processes or threads that make views: 2")
+    options.add_argument("--methods", default=",".join(METHODS), help="some of %(default)s")
+    options.add_argument("--networks", default=",".join(NETWORKS), help="some of %(default)s")
+    options.add_argument("--peers", default=",".join(PEERS), help="some of %(default)s")
+    arguments = options.parse_args()
+    if arguments.make_environments:
+        make_environments()
+        return
+    networks = TINY if arguments.tiny else NETWORKS
+    named = chosen(options, "--networks", ",".join(TINY) if arguments.tiny else arguments.networks, networks)
+    methods = chosen(options, "--methods", arguments.methods, METHODS)
+    peers = chosen(options, "--peers", arguments.peers, PEERS)
+    given = arguments.images
+    if arguments.epochs < 2:
+        options.error(f"--epochs: expected at least 2, since the first is not counted; got {arguments.epochs}")
+    if given is not None and not given.is_dir():
+        options.error(f"--images: expected a folder, got {given}, which is not there")
+    report = Report(["what", "ratio (least to most)", "beside it", "k-NN"])
+    pythons = {"caco": Path(sys.executable)}
+    pythons |= {peer: python_of(peer) for peer in peers if not report.leave_out(peer, lacks(peer))}
+    with tempfile.TemporaryDirectory() as temporary:
+        top, contenders = Path(temporary), dict[str, Contender]()
+        try:
+            for name, python in pythons.items():
+                contenders[name] = Contender(name, python, top)
+            report.figures["versions"] = {name: json.loads(one.answer()) for name, one in contenders.items()}
+            say(f"started: {', '.join(contenders)}")
+            folders = dict[int | None, Path]()
+            for name in named:
+                network = networks[name]
+                count = arguments.count or ((None if given else 2000) if arguments.full else network.images)
+                batch = arguments.batch or (FULL_BATCH if arguments.full else network.batch)
+                if count not in folders:
+                    folders[count] = images_in(given, top, count)
+                for method in methods:
+                    compare(
+                        report, contenders, method, network, images=folders[count], batch=batch,
+                        runs=arguments.runs or (3 if arguments.full else 1), epochs=arguments.epochs,
+                        workers=arguments.workers, queue=TINY_QUEUE if arguments.tiny else QUEUE,
+                    )  # fmt: skip
+        except UserError as error:
+            options.error(str(error))
+        finally:
+            for contender in contenders.values():
+                contender.close()
+    report.figures |= {"epochs": arguments.epochs, "workers": arguments.workers}
+    report.figures["photos"] = "given" if given else "made"
+    report.notes = [f"{name}: {why}" for name in pythons for why in NOT_THE_SAME.get(name, [])]
+    report.end(arguments.json)
+
+
+if __name__ == "__main__":
+    main()
