@@ -27,6 +27,7 @@ from caco.engine.optimizers import Optimisation, OptimizerSchedule
 from caco.engine.preemption import Stop, Stopped
 from caco.engine.progress import beginning, ended_before, ending
 from caco.engine.same_images import images_read, other_images
+from caco.engine.starting import Start
 from caco.engine.trainer import Trainer
 from caco.errors import UserError, require_contract
 from caco.evals.evaluation import Evaluation
@@ -229,11 +230,15 @@ def run_training(
         raise UserError(f"every rank must have the same configuration; got the hashes {', '.join(hashes)}, by rank")
     tracker = build_tracker(cfg)
     say = Sometimes(main)
-    with doing("reading the images"):
+    start = Start()
+    with start.part("reading the images"):
         splits = build_splits(cfg)
+    with start.part("looking at the images"):
         splits.pretrain.look(say)  # on all ranks together, because the digest of a large set takes long
-    views = views_of(cfg, splits, run_dir=run_dir, say=say)
-    data_digest = distributed.together(lambda: splits.pretrain.digest() if main else "")[0]
+    with start.part("measuring the images"):
+        views = views_of(cfg, splits, run_dir=run_dir, say=say)
+    with start.part("the digest of the images"):
+        data_digest = distributed.together(lambda: splits.pretrain.digest() if main else "")[0]
 
     settings: Loader = instantiate(cfg.loader)
 
@@ -248,13 +253,13 @@ def run_training(
             device=device,
         )
 
-    with doing("starting the loader"):
+    with start.part("starting the loader"):
         loader = bind_loader()
     images = Images(
         splits.pretrain, views, bind_loader, batch=max(1, min(cfg.batch, 512)), device=device, rank=distributed.rank(),
         world=distributed.world(), num_workers=settings.num_workers, corrupt=settings.corrupt,
     )  # fmt: skip
-    with doing("preparing the evaluators"):
+    with start.part("preparing the evaluators"):
         evaluation = Evaluation(
             {name: instantiate(node) for name, node in cfg.eval.items()},
             splits,
@@ -271,7 +276,7 @@ def run_training(
     images_file = run_dir / "images.json"
     evaluated_on = images_read(evaluation) if main else {}
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
-    with doing("looking for a checkpoint"):
+    with start.part("looking for a checkpoint"):
         newest = checkpoints.load_newest()
     refuse_different_steps(None if newest is None else newest[0]["step"], run_dir)
     before = last_state(cfg, expanded(cfg.continue_from)) if cfg.continue_from is not None and newest is None else None
@@ -279,7 +284,7 @@ def run_training(
         refuse_different_steps(before[0]["step"], expanded(cfg.continue_from))
     if cfg.norm_groups == "rank" and (begun := newest or before) is not None:
         refuse_other_groups(len(begun[0]["random"]))
-    with doing("building the network"):
+    with start.part("building the network"):
         method = build_method(cfg, len(splits.pretrain))
     refuse_unfit(method, views, splits.pretrain)
     evaluation.require(method.backbone, method)
@@ -289,7 +294,8 @@ def run_training(
             print(f"caco: {message}", file=sys.stderr)
     at_once = cfg.batch // distributed.world() // (cfg.accumulate or 1)
     method = in_groups(method, device, cfg.norm_groups, images=at_once, shuffle_keys=cfg.shuffle_keys)
-    method = method.to(device).to(memory_format=torch.channels_last)
+    with start.part("moving the network and its bank to the device"):
+        method = method.to(device).to(memory_format=torch.channels_last)
     if cfg.compile:
         method.get_submodule("encoder").compile()
     schedule = dict(cfg.schedule)
@@ -373,6 +379,7 @@ def run_training(
             processes=distributed.world(), device=device.type, run_dir=run_dir,
         )  # fmt: skip
         print(message, file=sys.stderr)
+        start.say(always=cfg.profile)
         directory.write_config(run_dir, cfg)  # not earlier: a run that goes on may still have been refused
         write_json(images_file, {**read_json(images_file), **evaluated_on})
         note(views, run_dir)
@@ -397,6 +404,7 @@ def run_training(
         about = {"config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest, **of_parent}
         summary = {**final, "processes": distributed.world(), **about}
         if main:
+            start.add_to(run_dir / "shares.json")
             tracker.log_model(lambda: final_backbone(cfg, method))  # first: a run with a summary is never opened again
             write_json(run_dir / "summary.json", summary)
             seconds = time.monotonic() - started

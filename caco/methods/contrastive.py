@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from caco import distributed
 from caco.banks.base import Bank
+from caco.banks.reweighted import OfPositives
 from caco.banks.scoring import Score
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.images import Images
@@ -108,7 +109,8 @@ def contrast(
             torch.full((len(q_BD),), bank.size, device=q_BD.device) if positive.row_B is None else positive.row_B
             for q_BD, positive in zip(q, positives, strict=True)
         ]
-        other = {} if treatment.objective is None else {"objective": treatment.objective}
+        objective = None if treatment.objective is None else OfPositives(treatment.objective, rows=bool(chosen))
+        other = {} if objective is None else {"objective": objective}
         score = bank.score(
             torch.cat(q), torch.cat(rows), temperature=temperature, extra_BE=extra_NE, learn=learn, **other
         )
