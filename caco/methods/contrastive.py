@@ -1,5 +1,4 @@
-"""Contrastive learning composed of a source of positives, a source of negatives and a bank: CaCo, its P/N settings,
-AdCo, MoCo v2 and SimCLR.
+"""Contrastive learning from positives, negatives and a bank: CaCo, its P/N settings, AdCo, MoCo v2 and SimCLR.
 
 Shapes: B this rank's images, G all ranks' images, D width of the embedding, V views, T terms of the loss, N the queries
 of all terms, E extra columns.

@@ -35,12 +35,8 @@ def digits(
         raise UserError(f"data.size: expected at least the scans' own 8 pixels, got {size}")
     scans = load_digits()
     gray = np.round(scans.images * (255 / 16)).astype(np.uint8)
-    images = np.stack(
-        [
-            np.asarray(Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
-            for scan in gray
-        ]
-    )
+    larger = [Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC) for scan in gray]
+    images = np.stack([np.asarray(scan.convert("RGB")) for scan in larger])
     every = ImagesInMemory(images, name="digits", labels=scans.target, classes=[str(digit) for digit in range(10)])
     chosen = choose(every.labels, 397, len(every), seed=seed, balanced=False)
     train = every.part(np.setdiff1d(np.arange(len(every)), chosen), "digits/train")
@@ -387,9 +383,8 @@ def _imagenet(
     train = class_folders(_expect_folder(top / "train"), f"{name}/train", classes)
     validation = _expect_folder(top / "val")
     if not folders_in(validation):
-        raise UserError(
-            f"{validation}: expected class folders, got images without labels: sort them into val/<wnid>/ first"
-        )
+        wanted = "expected class folders, got images without labels: sort them into val/<wnid>/ first"
+        raise UserError(f"{validation}: {wanted}")
     _require_folders(validation, train)
     test = class_folders(validation, f"{name}/val", train.classes)
     return reduced(train, test, name=name, limit=limit, validation_fraction=validation_fraction, seed=seed)
@@ -430,8 +425,7 @@ def _read_class_list(path: str) -> list[str]:
 
 def _require_folders(top: Path, train: ImageFiles) -> None:
     found, classes = set(folders_in(top)), train.classes or []
-    missing = [name for name in classes if name not in found]
-    if missing:
+    if missing := [name for name in classes if name not in found]:
         shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
         raise UserError(
             f"{top}: no folder here for {len(missing)} of the {len(classes)} classes that are trained on: {shown};"
@@ -440,8 +434,7 @@ def _require_folders(top: Path, train: ImageFiles) -> None:
 
 
 def _check_known(names: list[str], known: list[str], *, where: str) -> None:
-    unknown = [name for name in names if name not in set(known)]
-    if not unknown:
+    if not (unknown := [name for name in names if name not in set(known)]):
         return
     near = {name: difflib.get_close_matches(name, known, n=1) for name in unknown[:3]}
     shown = ", ".join(f"{name!r}" + (f" (near: {match[0]!r})" if match else "") for name, match in near.items())
