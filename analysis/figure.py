@@ -26,6 +26,7 @@ from caco.config.refusals import nearest
 from caco.errors import UserError
 from caco.installed import command_to_install
 from caco.runs.files import read_json
+from caco.runs.paths import expanded
 from experiments.tables import load_scale, load_table
 
 OF_RESULTS = {"4": "7", "bank": "7", "size": "6", "compute": "7"}  # figure -> the table whose rows it shows by default
@@ -46,12 +47,12 @@ def main() -> None:
         "--x", choices=("flops", "images", "hours"), help="unit of the x axis of figure compute; default: flops"
     )
     add_sources(parser)
-    parser.add_argument("--run", type=Path, metavar="DIR", help="the run that figures 3 and 5 show")
+    parser.add_argument("--run", type=expanded, metavar="DIR", help="the run that figures 3 and 5 show")
     parser.add_argument("--data-root", metavar="PATH", help="where that run's images are now")
     parser.add_argument("--queries", type=int, default=6, help="number of query images in figure 3")
     parser.add_argument("--images", type=int, default=2000, help="largest number of points in figure 5")
     parser.add_argument("--seed", type=int, default=0, help="seed for the choice of images and for t-SNE")
-    parser.add_argument("--out", type=Path, default=Path("figures"))
+    parser.add_argument("--out", type=expanded, default=Path("figures"))
     parser.add_argument("--no-mlflow", action="store_true", help="do not log the files to the MLflow runs shown")
     with errors.shown():
         arguments = parser.parse_args(folders.take(sys.argv[1:]))

@@ -24,6 +24,7 @@ from caco import errors, metrics
 from caco.config import composition, folders, refusals
 from caco.errors import UserError
 from caco.installed import command_to_install
+from caco.runs.paths import expanded
 from caco.tracking import recorded
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument(
         "run", nargs="+", metavar="RUN", help="a run's directory, or the overrides of caco.train that made it"
     )
-    parser.add_argument("--to", type=Path, metavar="FILE", help="default: picture.png in the run's directory")
+    parser.add_argument("--to", type=expanded, metavar="FILE", help="default: picture.png in the run's directory")
     parser.add_argument("--data-root", metavar="PATH", help="where the run's images are now")
     parser.add_argument(
         "--images", type=int, default=10_000, help="largest number of training images to embed (default: 10,000)"
@@ -83,15 +84,22 @@ def make(arguments: argparse.Namespace) -> Path:
     """Draw a run's picture; returns its path.
 
     Raises:
-        UserError: matplotlib is not installed, there is no run, or the run has neither a bank nor a k-NN evaluation.
+        UserError: an option has an impossible value, matplotlib is not installed, there is no run, or the run has
+            neither a bank nor a k-NN evaluation.
     """
     run_dir = directory(arguments.run)
+    path = arguments.to or run_dir / "picture.png"
+    if arguments.images < 1:
+        raise UserError(f"--images: expected at least 1, got {arguments.images}")
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise UserError(
             f"the picture needs matplotlib, which is not installed; to have it: {command_to_install('analysis')}"
         ) from error
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in kinds or path.is_dir():
+        raise UserError(f"--to: expected a file of one of the kinds {', '.join(sorted(kinds))}, got {path}")
     from analysis import model  # not at the top: it imports torch, and mistakes are to be reported at once
 
     trained = model.load(run_dir, arguments.data_root)
@@ -101,7 +109,6 @@ def make(arguments: argparse.Namespace) -> Path:
     rows = None if trained.bank is None else model.bank_rows(trained, num_images=arguments.images)
     if curve is None and rows is None:
         raise UserError(f"{run_dir}: expected a bank or an evaluation by k-NN to draw, got a run with neither")
-    path = arguments.to or run_dir / "picture.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(trained, curve, pixels, rows, name=run_dir.resolve().name).savefig(path, dpi=DOTS_PER_INCH)
     return path

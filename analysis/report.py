@@ -23,6 +23,7 @@ from analysis.table import Sheet, add_sources, read_results
 from caco import errors, metrics
 from caco.config import folders
 from caco.errors import UserError
+from caco.runs.paths import expanded
 from experiments import record
 from experiments.tables import load_scale, load_table, tables
 
@@ -44,14 +45,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--scale", help="show all results at this scale")
-    what.add_argument("--sweep", type=Path, metavar="DIR", help="show the runs in this folder")
+    what.add_argument("--sweep", type=expanded, metavar="DIR", help="show the runs in this folder")
     parser.add_argument("--tables", help="show only these tables, as 6,7,rivals")
     parser.add_argument(
-        "--run", type=Path, nargs="*", default=[], metavar="DIR", help="add figures 3 and 5 of these runs"
+        "--run", type=expanded, nargs="*", default=[], metavar="DIR", help="add figures 3 and 5 of these runs"
     )
     parser.add_argument("--data-root", metavar="PATH", help="where the images of those runs are now")
     add_sources(parser)
-    parser.add_argument("--out", type=Path, help="the file to write; default: SCALE.html or SWEEP.html")
+    parser.add_argument("--out", type=expanded, help="the file to write; default: SCALE.html or SWEEP.html")
     with errors.shown():
         arguments = parser.parse_args(folders.take(sys.argv[1:]))
         page = of_sweep(arguments) if arguments.sweep else of_scale(arguments)

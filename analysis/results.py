@@ -17,6 +17,7 @@ from caco import metrics
 from caco.config.schema import Root
 from caco.errors import UserError
 from caco.runs import renamed
+from caco.runs.files import read_json
 from caco.runs.identity import differences, identity, run_hash
 from caco.sheets import Spread
 from caco.tracking.store import first_line, import_mlflow, require_mlflow, resolve_uri
@@ -137,7 +138,7 @@ def from_records(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
 def _place(name: str, label: dict[str, str]) -> tuple[str, str] | None:
     """The MLflow run of a run whose directory is on this machine, else None."""
     mark = Path("runs") / label.get("scale", "") / name / "mlflow.json"
-    known = json.loads(mark.read_text()) if label and mark.is_file() else {}
+    known = read_json(mark) if label else {}
     return (known["uri"], known["run_id"]) if known.get("run_id") else None
 
 

@@ -12,13 +12,13 @@ import csv
 import io
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from analysis import results
 from analysis.results import Found, Gain, Result, heading
 from caco import errors, metrics
 from caco.config import folders
 from caco.errors import UserError
+from caco.runs.paths import expanded
 from caco.sheets import Sheet, Spread, as_markdown, as_text, number, spread
 from experiments.tables import Scale, Table, load_scale, load_table, scales
 
@@ -311,7 +311,7 @@ def as_csv(table: Table, scale: Scale, found: Sequence[Found]) -> str:
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where results are read, which tables, figures and reports share."""
-    parser.add_argument("--records", nargs="+", type=Path, metavar="FILE", help="read only these record files")
+    parser.add_argument("--records", nargs="+", type=expanded, metavar="FILE", help="read only these record files")
     parser.add_argument("--mlflow", metavar="URI", help="read an MLflow store, as sqlite:///mlflow.db, not records")
     parser.add_argument("--experiment", help="the experiment in MLflow; default: the name of the scale")
 

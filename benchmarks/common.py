@@ -25,6 +25,7 @@ from caco.banks.kernels import fused
 from caco.data.sets.folders import folder
 from caco.data.sets.sources import Source
 from caco.runs.environment import environment
+from caco.runs.files import write_text
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _started = time.perf_counter()
@@ -195,14 +196,19 @@ def photos_at(given: Path | None, top: Path, count: int, width: int) -> Source:
 class Report:
     """Collects the figures for --json, the rows of the table printed at the end, what was left out and why, and notes
     on in what contenders differ.
+
+    Args:
+        file: the figures and rows so far are written to it with every row, so that a run that is stopped early leaves
+            them.
     """
 
-    def __init__(self, columns: Sequence[str]):
-        self.columns = columns
+    def __init__(self, columns: Sequence[str], file: Path | None = None):
+        self.columns, self.file = columns, file
         self.figures: dict[str, Any] = {}
         self.rows: list[Sequence[Any]] = []
         self.left_out: dict[str, str] = {}
         self.notes: list[str] = []
+        self._on: dict[str, dict[str, str]] = {}
 
     def leave_out(self, what: str, why: str | None) -> bool:
         """Return whether `why` gives a reason to leave out `what`; if so, print it at once and remember it."""
@@ -213,6 +219,13 @@ class Report:
 
     def row(self, *cells: Any) -> None:
         self.rows.append(cells)
+        if self.file is not None:
+            self._write(self.file, {"unfinished": True, "rows": [[str(cell) for cell in row] for row in self.rows]})
+
+    def _write(self, file: Path, more: dict[str, Any]) -> None:
+        self._on = self._on or {"machine": machine(), "environment": environment()}
+        figures = self.figures | {"left_out": self.left_out} | self._on | more
+        write_text(file, json.dumps(figures, indent=1) + "\n")
 
     def end(self, file: Path | None) -> None:
         """Print the table, what was left out, and the machine; write the figures to `file` if one is given."""
@@ -226,5 +239,4 @@ class Report:
         facts = [f"{name}: {value}" for name, value in on.items()]
         print("; ".join([*facts, f"{time.perf_counter() - _started:.0f} s in total"]), flush=True)
         if file is not None:
-            figures = self.figures | {"left_out": self.left_out, "machine": on, "environment": environment()}
-            file.write_text(json.dumps(figures, indent=1) + "\n")
+            self._write(file, {})

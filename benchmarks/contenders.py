@@ -1,10 +1,12 @@
-"""Variants of the published step in which fused functions of PyTorch compute the heaviest parts; bank.py compares the
-bank with them.
+"""Variants of the published step in which fused functions of PyTorch or of other packages compute the heaviest parts;
+bank.py compares the bank with them. The functions of other packages are Triton kernels for GPUs and run only if their
+packages are installed; nobody has run them for this comparison yet.
 
 They compute the bank's loss and gradients or, if a function cannot, something of the same cost; their docstrings say
 which.
 """
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -29,11 +31,14 @@ class LinearCrossEntropy(Published):
         m_KD = (self.w_KD / norm_K1).requires_grad_()
         with torch.no_grad():
             label_N = (k_ND @ m_KD.T).argmax(1)
-        loss = F.linear_cross_entropy(q_ND / TAU, m_KD, label_N, options=self.options())
+        loss = self.fused(q_ND / TAU, m_KD, label_N)
         loss.backward()
         gradient_KD, m_KD = m_KD.grad, m_KD.detach()
         along_K1 = torch.linalg.vecdot(gradient_KD, m_KD)[:, None]
         return loss, gradient_KD.sub_(along_K1 * m_KD).div_(norm_K1)
+
+    def fused(self, scaled_ND: torch.Tensor, m_KD: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
+        return F.linear_cross_entropy(scaled_ND, m_KD, label_N, options=self.options())
 
     def options(self) -> "torch.nn.LinearCrossEntropyOptions | None":
         if self.chunk is None:
@@ -49,6 +54,32 @@ class LinearCrossEntropy(Published):
         for self.chunk in CHUNKS:
             taken[self.chunk] = seconds(lambda: self.step(q_ND, k_ND))
         self.chunk = min(taken, key=lambda chunk: taken[chunk])
+
+
+class Liger(LinearCrossEntropy):
+    """The step with LigerFusedLinearCrossEntropyLoss of liger-kernel, which computes the logits of a part of the
+    queries at a time.
+    """
+
+    def fused(self, scaled_ND: torch.Tensor, m_KD: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        return LigerFusedLinearCrossEntropyLoss()(m_KD, scaled_ND, label_N)
+
+    def choose(self, seconds: Callable[[Callable], float], q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
+        """Does nothing: the function chooses the size of its parts itself."""
+
+
+class CutCrossEntropy(Liger):
+    """The step with linear_cross_entropy of cut-cross-entropy, in bfloat16.
+
+    The function leaves out gradients that are too small for bfloat16.
+    """
+
+    def fused(self, scaled_ND: torch.Tensor, m_KD: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy(scaled_ND.bfloat16(), m_KD.bfloat16(), label_N)
 
 
 class Attention(Published):
@@ -81,16 +112,51 @@ class Attention(Published):
 
 attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-CONTENDERS: dict[str, type[Published]] = {"linear_cross_entropy": LinearCrossEntropy, "attention": Attention}
+
+class AttentionOnGPU(Published):
+    """The same step on a GPU, with the function that takes float32 there (memory-efficient attention)."""
+
+    def step(self, q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
+        N = len(q_ND)
+        with torch.no_grad():
+            norm_K1 = self.w_KD.norm(dim=1, keepdim=True)
+            m_KD = self.w_KD / norm_K1
+            label_N = (k_ND @ m_KD.T).argmax(1)
+            q, m = q_ND[None, None], m_KD[None, None]
+            attend = torch.ops.aten._scaled_dot_product_efficient_attention
+            out, log_sum, *state = attend(q, m, m, None, True, scale=1 / TAU)
+            loss_N = log_sum.flatten()[:N] - torch.linalg.vecdot(q_ND, m_KD[label_N]) / TAU
+            q_ND.grad = (out.view(N, -1) - m_KD[label_N]) / (N * TAU)
+            back = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+            grads = back(q / N, q, m, m, None, out, log_sum, *state, 0.0, [True, True, True, False], scale=1 / TAU)
+            toward_KD = grads[2].sum((0, 1))
+            toward_KD.index_add_(0, label_N, (1 - 2 * (-loss_N).exp())[:, None] * q_ND / N)
+            along_K1 = torch.linalg.vecdot(toward_KD, m_KD)[:, None]
+            self.update(-(toward_KD - along_K1 * m_KD) / (norm_K1 * TAU))
+
+
+PACKAGES = {"Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}  # the name under which each is imported
+
+
+def contenders(device: torch.device) -> dict[str, type[Published]]:
+    """The contenders for a device of this kind."""
+    if device.type == "cpu":
+        return {"linear_cross_entropy": LinearCrossEntropy, "attention": Attention}
+    return {
+        "linear_cross_entropy": LinearCrossEntropy, "attention": AttentionOnGPU, "Liger": Liger,
+        "cut-cross-entropy": CutCrossEntropy,
+    }  # fmt: skip
 
 
 def lacks(name: str, device: torch.device) -> str | None:
     """Why a contender cannot run on this machine, or None if it can."""
-    if device.type != "cpu":
-        return "compared with the bank on CPUs only"
     if name == "linear_cross_entropy" and not hasattr(F, name):
         return f"PyTorch {torch.__version__} has no such function"
+    if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
+        return f"{PACKAGES[name]} is not installed"
     if name == "memory-efficient InfoNCE from PyPI":
+        if device.type != "cpu":
+            return "nobody has tried how memeff is called; cut-cross-entropy and Liger are run instead"
         return (
             "memeff and cut-cross-entropy are Triton kernels, for GPUs; info-nce-pytorch and infonce store the whole"
             " matrix"

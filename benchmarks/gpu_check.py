@@ -4,21 +4,33 @@ own result file.
     python benchmarks/gpu_check.py                           run all stages (at a tiny size if there is no GPU); the
                                                              results are in gpu-check/
     python benchmarks/gpu_check.py pack data/cifar10         first, on the machine with the images: pack 20,000 of them
-                                                             into gpu-data.zip (at most 25 MB)
-    python benchmarks/gpu_check.py A --to out                kernels, bank and model: at most four minutes on one H200
-    python benchmarks/gpu_check.py B --data gpu-data.zip     for each of some methods, 80 seconds of training and a
-                                                             k-NN evaluation: at most six minutes
+                                                             into gpu-data/images.zip (at most 25 MB)
+    python benchmarks/gpu_check.py A --to out                kernels, waits, bank and model: at most four minutes on one
+                                                             H200
+    python benchmarks/gpu_check.py B --to out                for each of some methods, 80 seconds of training and a
+                                                             k-NN evaluation: at most six minutes; needs gpu-data/
 
-Nothing is downloaded, and only torch and caco's other requirements must be installed. A stage that fails or exceeds its
-limit is stopped and recorded, and the next one starts. Nobody has run this on a GPU yet; the limits are estimates."""
+Nothing is downloaded, and only torch and caco's other requirements must be installed. A stage writes its figures as
+soon as it has them. A stage that fails or exceeds its limit is stopped, with everything that it started, and recorded
+with the end of what it printed; then the next one starts. Large files, such as images, are kept in a temporary folder
+and removed: the results are one small file for each stage and stages.json. Nobody has run this on a GPU yet; the limits
+are estimates."""
 
 import argparse
+import contextlib
+import importlib.util
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,10 +47,16 @@ from benchmarks.common import Report, lacks_gpu, machine, say
 from caco import equations
 from caco.banks.kernels import fused
 from caco.banks.learnable import LearnableBank
+from caco.config import composition
+from caco.engine import trainer
+from caco.engine.assembly import run_training
 from caco.runs.files import read_json, write_json
+from caco.tracking.ledger import read_rows
 
 HERE = Path(__file__).resolve().parent
+DATA = HERE.parent / "gpu-data" / "images.zip"
 PACKED_IMAGES, PACKED_BYTES = 20_000, 25_000_000
+LOG_CHARACTERS = 6000  # so many of the last characters that a stage printed are kept
 SHAPES = [
     (256, 4096, 128),
     (1000, 65_537, 128),
@@ -59,6 +77,10 @@ TRAINING = [
     "projector=small", "optimizer=sgd", "optimizer.lr=0.06", "optimizer.weight_decay=5e-4",
     "schedule.warmup_epochs=1", "schedule.final_fraction=0", "eval=[knn_all]", "tracking=ledger",
 ]  # fmt: skip
+SMALL = ["data=digits", "augmentation=digits", "backbone=small_resnet", "backbone.width=8", "batch=64"]
+WAITING = ["caco", "mocov2", "adco", "swav", "dino", "byol", "instdisc"]  # methods of the stage `waits`
+NEEDED = ["hydra", "omegaconf", "timm", "torchvision", "numpy", "PIL", "safetensors", "psutil", "sklearn", "scipy",
+          "threadpoolctl", "tqdm"]  # fmt: skip
 
 
 @dataclass
@@ -68,8 +90,8 @@ class Stage:
     Args:
         set: "A" or "B".
         limit_s: the program is stopped after this many seconds.
-        arguments: the command line after `python`; "{to}" stands for the result file, "{data}" for the images, "{run}"
-            for a folder for this stage.
+        arguments: the command line after `python`; "{to}" stands for the result file, "{data}" for the folder of the
+            images, "{run}" for a folder for this stage.
         tiny: the arguments to use instead if there is no GPU.
     """
 
@@ -83,31 +105,37 @@ def _program(name: str, *arguments: str) -> list[str]:
     return [str(HERE / f"{name}.py"), *arguments, "--json", "{to}"]
 
 
-MODEL = ["backbone=resnet50", "augmentation=caco", "batch=512", "bank=8M", "precision=bf16"]
+MODEL = ["backbone=resnet50", "augmentation=caco", "batch=512", "bank=8M", "precision=bf16", "--runs", "5"]
+LEARN_S, LEARN_LIMIT_S = 80, 117
 STAGES = {
     "kernels": Stage("A", 60, _program("gpu_check", "kernels"), _program("gpu_check", "kernels", "--tiny")),
+    "waits": Stage(
+        "A", 40, _program("gpu_check", "waits", "--run", "{run}"),
+        _program("gpu_check", "waits", "--run", "{run}", "--tiny"),
+    ),
     "bank": Stage(
-        "A", 90, _program("bank", "speed", "memory", "--device", "cuda", "--queries", "4096", "--rows", "65536"),
+        "A", 70, _program("bank", "speed", "memory", "--device", "cuda", "--queries", "4096", "--rows", "65536"),
         _program("bank", "speed", "memory", "--tiny"),
     ),
-    "model": Stage("A", 90, _program("step", *MODEL), _program("step", "--tiny")),
+    "model": Stage("A", 70, _program("step", *MODEL), _program("step", "--tiny")),
     **{
         f"learn-{name}": Stage(
-            "B", 118, _program("gpu_check", "learn", name, "--seconds", "80", "--data", "{data}", "--run", "{run}"),
-            _program("gpu_check", "learn", name, "--seconds", "1", "--run", "{run}", "--tiny"),
+            "B", LEARN_LIMIT_S, _program("gpu_check", "learn", name, "--data", "{data}", "--run", "{run}"),
+            _program("gpu_check", "learn", name, "--run", "{run}", "--tiny"),
         )
         for name in LEARNING
     },
 }  # fmt: skip
+Write = Callable[[dict], None]  # writes what is known so far
 
 
-def kernels(device: torch.device, *, tiny: bool) -> dict:
+def kernels(device: torch.device, *, tiny: bool, write: Write = lambda known: None) -> dict:
     """Compare the bank's loss and update in both precisions with the equations in float64; returns the errors.
 
     Raises:
         AssertionError: an error is larger than its bound.
     """
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for N, K, D in [(32, 129, 16)] if tiny else SHAPES:
         for precision, bound in BOUND.items():
             generator = torch.Generator().manual_seed(0)
@@ -126,7 +154,10 @@ def kernels(device: torch.device, *, tiny: bool) -> dict:
             if gradient is not None:
                 step = before - bank.rows.weight.detach().double()
                 off["rows"] = ((step - 3.0 * gradient).abs().max() / (3.0 * gradient).abs().max()).item()
+            nearest = (k.double() @ F.normalize(before, dim=1).T).argmax(1)
+            off["rows chosen otherwise than in float64"] = (row != nearest).sum().item()
             found[f"N {N}, K {K}, D {D}, {precision}"] = off
+            write({"off": found})
             assert max(off.values()) <= bound, (
                 f"N {N}, K {K}, D {D}, {precision}: off by {off}, expected at most {bound}"
             )
@@ -140,43 +171,101 @@ def kernels(device: torch.device, *, tiny: bool) -> dict:
     return {"served_by": served, "off": found}
 
 
-def learn(name: str, seconds: float, data: Path | None, run: Path, *, tiny: bool) -> dict:
-    """Train for about `seconds` seconds and evaluate; a short first run measures how many epochs fit into them."""
-    images = ["data=digits", "augmentation=digits", "backbone=small_resnet", "backbone.width=8", "batch=64"]
+def waits(run: Path, *, tiny: bool, write: Write) -> dict:
+    """Find where training steps wait for the GPU, and how often, as PyTorch reports it
+    (`torch.cuda.set_sync_debug_mode`): for each method some steps after the first ones, none of which is logged.
+
+    Returns:
+        for each method, the places in the source and how often each waited in these steps; or the error that kept the
+        method from running.
+    """
+    found: dict[str, dict] = {}
+    for name in WAITING[:1] if tiny else WAITING:
+        bank = ["bank.size=512"] if name in ("caco", "mocov2", "adco") else []
+        few = ["method.num_prototypes=64"] if name in ("swav", "dino") else []
+        steps = ["max_steps=30", "epochs=2", "log_every_steps=1000", "schedule.warmup_epochs=0", "eval=[]"]
+        own = ["optimizer=sgd", "projector=small", "tracking=ledger", *SMALL]
+        try:
+            with _watched() as seen:
+                _train(run / name, [f"method={name}", *own, *bank, *few, *steps])
+            found[name] = {"places": dict(seen)}
+        except Exception as error:  # noqa: BLE001 - one method's; the others must still run
+            found[name] = {"error": f"{type(error).__name__}: {error}"}
+        write({"waits": found})
+    return {"waits": found}
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[Counter[str]]:
+    """Counts PyTorch's warnings about waiting from the 12th step on; without a GPU there are none."""
+    seen: Counter[str] = Counter()
+    batches, gpu = trainer.Trainer.batches, torch.cuda.is_available()
+
+    def some(self):
+        for number, given in enumerate(batches(self)):
+            if gpu and number in (11, 20):  # an epoch of the digits has 21 steps
+                torch.cuda.set_sync_debug_mode("warn" if number == 11 else "default")
+            yield given
+
+    def note(message, category, filename, lineno, file=None, line=None) -> None:
+        if "synchroniz" in str(message):
+            seen[f"{Path(filename).name}:{lineno}"] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        trainer.Trainer.batches = some  # type: ignore[method-assign]
+        try:
+            yield seen
+        finally:
+            trainer.Trainer.batches = batches  # type: ignore[method-assign]
+            if gpu:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def _train(folder: Path, overrides: list[str]) -> dict:
+    composition.register()
+    return run_training(composition.job_config(composition.compose(overrides)), folder)
+
+
+def learn(name: str, data: Path | None, run: Path, *, tiny: bool, write: Write) -> dict:
+    """Train for about 80 seconds and evaluate; a short first run measures how many epochs fit into them."""
+    started = time.perf_counter()
+    images = SMALL
     if not tiny:
         if data is None:
-            raise SystemExit(
-                "learn: expected --data gpu-data.zip, as `python benchmarks/gpu_check.py pack FOLDER` makes it"
-            )
-        with zipfile.ZipFile(data) as packed:
-            packed.extractall(run / "data")
-        images = [
-            "data=cifar10_jpeg75",
-            f"data.root={run / 'data'}",
-            "augmentation=cifar",
-            "backbone=resnet18_cifar",
-            "batch=256",
-        ]
+            raise SystemExit("learn: expected --data, a folder with train/ and test/, as pack takes it")
+        images = ["data=cifar10_jpeg75", f"data.root={data}", "augmentation=cifar", "backbone=resnet18_cifar",
+                  "batch=256", "loader.num_workers=8"]  # fmt: skip
 
     def train(folder: str, *overrides: str) -> dict:
         own = {key for key, _, _ in (override.partition("=") for override in overrides)}
         settings = [
             setting for setting in [*TRAINING, *LEARNING[name], *images] if setting.partition("=")[0] not in own
         ]
-        command = [sys.executable, "-m", "caco.train", *settings, *overrides, f"hydra.run.dir={run / folder}"]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-        return read_json(run / folder / "summary.json")
+        return _train(run / folder, [*settings, *overrides])
 
-    first = train("first", "max_steps=40", "epochs=10", "warm_start.steps=0", "warm_start.passes=null")
-    epochs = max(2, int(seconds * first["images_per_second"] / (1400 if tiny else 4 * PACKED_IMAGES // 5)))
+    train("first", "max_steps=60", "epochs=10", "warm_start.steps=0", "warm_start.passes=null", "eval=[]")
+    speed = _images_per_second(run / "first" / "ledger.jsonl", batch=64 if tiny else 256)
+    # The time left before the stage's limit, less 20 s for the images, the k-NN evaluation and saving.
+    seconds = 1 if tiny else min(LEARN_S, LEARN_LIMIT_S - 20 - (time.perf_counter() - started))
+    epochs = max(2, int(seconds * speed / (1400 if tiny else 4 * PACKED_IMAGES // 5)))
+    known = {"method": name, "images_per_second_at_first": speed, "epochs": epochs}
+    write(known)
     whole = train("whole", f"epochs={epochs}")
-    return {
-        "method": name,
+    return known | {
         "images_per_second": whole["images_per_second"],
         "knn": whole["knn20_top1"],
-        "epochs": epochs,
+        "training_s": time.perf_counter() - started,
         "summary": whole,
     }
+
+
+def _images_per_second(ledger: Path, *, batch: int) -> float:
+    """The speed of a short run without its first steps, in which kernels are compiled."""
+    rows = [row for row in read_rows(ledger)[0] if row.get("kind") == "train"]
+    early, late = rows[len(rows) // 2], rows[-1]
+    return (late["step"] - early["step"]) * batch / max(late["time"] - early["time"], 1e-3)
 
 
 def pack(folder: Path, to: Path) -> None:
@@ -192,6 +281,7 @@ def pack(folder: Path, to: Path) -> None:
                 f"pack: expected at least {count:,} images in class folders below {folder / split}, got {len(files):,}"
             )
         chosen += random.Random(0).sample(files, count)
+    to.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(to, "w", zipfile.ZIP_STORED) as packed:
         for file in sorted(chosen):
             packed.write(file, file.relative_to(folder))
@@ -207,46 +297,58 @@ def stages(sets: list[str], to: Path, data: Path | None) -> int:
     """Run the stages of these sets; returns how many did not succeed."""
     lacking = lacks_gpu()
     to.mkdir(parents=True, exist_ok=True)
-    report = Report(["stage", "result", "seconds, limit"])
+    report = Report(["stage", "result", "seconds, limit"], to / "stages.json")
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise SystemExit(f"gpu_check: expected caco's requirements to be installed; missing: {', '.join(missing)}")
     if lacking:
         say(f"every stage runs at a tiny size: {lacking}")
+    if data is None and DATA.exists():
+        data = DATA
     wrong = 0
-    for name, stage in STAGES.items():
-        if stage.set not in sets:
-            continue
-        if (
-            not lacking
-            and "{data}" in stage.arguments
-            and report.leave_out(name, None if data else "no --data gpu-data.zip")
-        ):
-            continue
-        places = {"{to}": str(to / f"{name}.json"), "{data}": str(data), "{run}": str(to / name)}
-        command = [sys.executable, *(places.get(word, word) for word in (stage.tiny if lacking else stage.arguments))]
-        say(f"{name}, at most {stage.limit_s} s: {' '.join(command[1:])}")
-        started = time.perf_counter()
-        with open(to / f"{name}.log", "w", encoding="utf-8") as log:
-            try:
-                code = subprocess.run(
-                    command, stdout=log, stderr=subprocess.STDOUT, timeout=stage.limit_s, env=_environment()
-                ).returncode
-                result = "done" if code == 0 else f"failed with exit code {code}: see {log.name}"
-            except subprocess.TimeoutExpired:
-                result = f"stopped at its time limit: see {log.name}"
-        taken = time.perf_counter() - started
-        wrong += result != "done"
-        write_json(
-            to / f"{name}.stage.json",
-            {
-                "stage": name,
-                "result": result,
-                "seconds": round(taken, 1),
-                "limit_s": stage.limit_s,
-                "machine": machine(),
-            },
-        )
-        report.row(name, result, f"{taken:.0f}, {stage.limit_s}")
+    with tempfile.TemporaryDirectory(prefix="caco-gpu-check-") as top:
+        unpacked = Path(top) / "data"
+        for name, stage in STAGES.items():
+            if stage.set not in sets:
+                continue
+            needs_data = not lacking and "{data}" in stage.arguments
+            if needs_data and report.leave_out(name, None if data else f"no {DATA.parent.name}/{DATA.name}: pack it"):
+                continue
+            if needs_data and data is not None and not unpacked.exists():
+                with zipfile.ZipFile(data) as packed:
+                    packed.extractall(unpacked)
+            places = {"{to}": str(to / f"{name}.json"), "{data}": str(unpacked), "{run}": str(Path(top) / name)}
+            chosen = stage.tiny if lacking else stage.arguments
+            command = [sys.executable, *(places.get(word, word) for word in chosen)]
+            say(f"{name}, at most {stage.limit_s} s: {' '.join(command[1:])}")
+            (to / f"{name}.json").unlink(missing_ok=True)
+            started, log = time.perf_counter(), Path(top) / f"{name}.log"
+            result = _run(command, log, stage.limit_s)
+            taken = time.perf_counter() - started
+            wrong += result != "done"
+            of_stage = {"result": result, "seconds": round(taken, 1), "limit_s": stage.limit_s, "machine": machine()}
+            of_stage |= {"printed_last": log.read_text(errors="replace")[-LOG_CHARACTERS:]}
+            write_json(to / f"{name}.json", read_json(to / f"{name}.json") | {"stage": {"name": name, **of_stage}})
+            report.row(name, result, f"{taken:.0f}, {stage.limit_s}")
+            shutil.rmtree(Path(top) / name, ignore_errors=True)
     report.end(to / "stages.json")
     return wrong
+
+
+def _run(command: list[str], log: Path, limit_s: int) -> str:
+    """Run the command; returns how it ended. Every process that it started is killed then."""
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
+        )
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return "stopped at its time limit"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return "done" if code == 0 else f"failed with exit code {code}"
 
 
 def _environment() -> dict[str, str]:
@@ -255,27 +357,34 @@ def _environment() -> dict[str, str]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("what", nargs="*", help="A, B or both; or pack FOLDER; or one stage: kernels, or learn METHOD")
     options.add_argument(
-        "--to", type=Path, help="the folder of the results (default: gpu-check); for pack the file (gpu-data.zip)"
+        "what", nargs="*", help="A, B or both; or pack FOLDER; or a stage: kernels, waits, learn METHOD"
     )
-    options.add_argument("--data", type=Path, help="the file that pack made, for set B")
+    options.add_argument(
+        "--to",
+        type=Path,
+        help="the folder of the results (default: gpu-check); for pack the file (gpu-data/images.zip)",
+    )
+    options.add_argument(
+        "--data", type=Path, help="the file that pack made, for set B (default: gpu-data/images.zip if it exists)"
+    )
     options.add_argument("--run", type=Path, help=argparse.SUPPRESS)
-    options.add_argument("--seconds", type=float, default=80, help=argparse.SUPPRESS)
     options.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     options.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     arguments = options.parse_args()
-    what = arguments.what or ["A", "B"]
+    what, tiny = arguments.what or ["A", "B"], arguments.tiny
     if what[0] == "pack" and len(what) == 2:
-        return pack(Path(what[1]), arguments.to or Path("gpu-data.zip"))
+        return pack(Path(what[1]), arguments.to or DATA)
+
+    def write(known: dict) -> None:
+        write_json(arguments.json, known)
+
     if what == ["kernels"]:
-        return write_json(
-            arguments.json, kernels(torch.device("cpu" if arguments.tiny else "cuda"), tiny=arguments.tiny)
-        )
+        return write(kernels(torch.device("cpu" if tiny else "cuda"), tiny=tiny, write=write))
+    if what == ["waits"]:
+        return write(waits(arguments.run, tiny=tiny, write=write))
     if what[0] == "learn" and len(what) == 2 and what[1] in LEARNING:
-        return write_json(
-            arguments.json, learn(what[1], arguments.seconds, arguments.data, arguments.run, tiny=arguments.tiny)
-        )
+        return write(learn(what[1], arguments.data, arguments.run, tiny=tiny, write=write))
     if set(what) - {"A", "B"}:
         options.error(f"expected A, B or both, or pack FOLDER; got {' '.join(what)}")
     sys.exit(1 if stages(what, arguments.to or Path("gpu-check"), arguments.data) else 0)

@@ -1,7 +1,7 @@
 """How many registers and how much shared memory the bank's Triton kernels need on a GPU. The kernels are compiled ahead
 of time, so this needs no GPU and times nothing.
 
-python benchmarks/kernels.py                     for sm_80 and sm_90, widths 64, 128 and 256; takes a minute
+python benchmarks/kernels.py                     for sm_80, sm_89 and sm_90, widths 64, 128 and 256; takes a minute
 python benchmarks/kernels.py --arch 89 120 --widths 96
 """
 
@@ -20,14 +20,17 @@ if (
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import Report, parser, say
+from caco.banks.kernels import cards
 
-MOST_KIB = {80: 163, 90: 227, 100: 227}  # shared memory that one program may use, in KiB; 99 on other architectures
-KERNELS = ("forward", "nearest", "update")
+KERNELS = ("forward", "nearest", "exact", "update")
 ARGUMENTS = {
     "positive_ptr": "*i32",
     "row_ptr": "*i32",
     "z_ptr": "*fp64",
     "z2_ptr": "*fp64",
+    "cosine_ptr": "*fp64",
+    "count_ptr": "*i32",
+    "wanted_ptr": "*i32",
     "N": "i32",
     "R": "i32",
     "rows_of_share": "i32",
@@ -51,11 +54,12 @@ def used(name: str, D: int, *, bf16: bool, arch: int) -> Used:
     from caco.banks.kernels import triton_kernels
 
     kernel = triton_kernels.KERNELS[name]
-    fixed, options = triton_kernels.constants(name, D, bf16=bf16, hopper=arch // 10 in (9, 10))
-    block = f"{fixed['BLOCK_N']} x {fixed['BLOCK_R']}"
+    fixed, options = triton_kernels.constants(name, D, bf16=bf16, on=entry(arch))
+    block = f"{fixed.get('BLOCK_N', 1)} x {fixed['BLOCK_R']}"
     computed: dict[str, dict[str, Any]] = {
         "forward": {"SECOND": True, "SUMS": True},
         "nearest": {"T": triton_kernels.TOP},
+        "exact": {},
         "update": {"NORMALISE": True},
     }
     fixed |= computed[name]
@@ -81,29 +85,35 @@ def used(name: str, D: int, *, bf16: bool, arch: int) -> Used:
     return Used(block, options["num_warps"], int(found[1]), int(found[2]), done.metadata.shared / 1024)
 
 
+def entry(arch: int) -> cards.Card:
+    """The table's entry for sm_`arch`; architectures without an entry of their own count as having 99 KiB."""
+    return cards.card(divmod(arch, 10), 99)
+
+
 def lacks_triton() -> str | None:
     return "Triton is not installed" if importlib.util.find_spec("triton") is None else None
 
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--arch", type=int, nargs="+", help="compute capabilities; default: 80 90")
+    options.add_argument("--arch", type=int, nargs="+", help="compute capabilities; default: 80 89 90")
     options.add_argument("--widths", type=int, nargs="+", help="values of D; default: 64 128 256")
     arguments = options.parse_args()
-    archs = arguments.arch or ([90] if arguments.tiny else [80, 90])
+    archs = arguments.arch or ([90] if arguments.tiny else [80, 89, 90])
     widths = arguments.widths or ([32] if arguments.tiny else [64, 128, 256])
     report = Report(
-        ["GPU", "kernel", "factors", "D", "queries x rows", "warps", "registers", "spilled, B", "shared, KiB (limit)"]
+        ["GPU", "kernel", "factors", "D", "queries x rows", "warps", "registers", "spilled, B", "shared, KiB (limit)"],
+        arguments.json,
     )
     if not report.leave_out("every kernel", lacks_triton()):
         report.figures |= {"triton": importlib.metadata.version("triton"), "kernels": []}
         for arch in archs:
             for name in KERNELS:
                 say(f"sm_{arch}: {name} in bfloat16 and float32, widths {', '.join(map(str, widths))}")
-                for factors in ("bfloat16", "float32"):
+                for factors in ("float64",) if name == "exact" else ("bfloat16", "float32"):
                     for D in widths:
                         one = used(name, D, bf16=factors == "bfloat16", arch=arch)
-                        shared = f"{one.shared_kib:.1f} ({MOST_KIB.get(arch, 99)})"
+                        shared = f"{one.shared_kib:.1f} ({entry(arch).shared_kib})"
                         report.row(
                             f"sm_{arch}", name, factors, D, one.block, one.warps, one.registers, one.spilled, shared
                         )

@@ -28,6 +28,7 @@ from caco.config import composition
 from caco.config.composition import instantiate
 from caco.data.loaders.batches import Batch
 from caco.engine.assembly import build_method, pick_device
+from caco.engine.losses import Losses
 from caco.methods.base import TRAINING, Now
 from caco.methods.contrastive import Contrastive
 
@@ -81,14 +82,16 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
     batch = Batch(views, index, torch.full_like(index, -1))
     now = Now(0, TRAINING, 0, False, 0, 0, {"twin_momentum": 0.99, "bank_lr": 0.01})
 
+    losses = Losses(device)  # checks the losses as a run does
     no_images: Any = None  # only methods that make a pass over all images read this
 
     def step() -> None:
         method.before_step(now, no_images)
-        with autocast():
-            loss = method(batch, now).loss
-        assert torch.isfinite(loss)
-        loss.backward()
+        with losses.watching() as held:
+            with autocast():
+                loss = method(batch, now).loss
+            loss.backward()
+        losses.add(["loss", "stop"], torch.stack([loss.detach(), torch.zeros_like(loss)]), "this step", held)
         optimizer.step()
         optimizer.zero_grad()
         method.after_step(now)
@@ -106,6 +109,13 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         optimizer.zero_grad()
         published.update(gradient + also)
 
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        report.figures["step_peak_gib"] = peak
+        report.row("peak memory of a step", f"{peak:.1f} GiB", "parameters, optimiser and bank included")
     works: dict[str, Callable[[], None]] = {"step": step, "model": pure_model}
     works |= {"published": partial(published_step, published)} if published else {}
     times = turns({name: partial(seconds, work, device=device) for name, work in works.items()}, runs, warm=2)
@@ -116,9 +126,12 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         "runs": runs,
         "overrides": overrides,
         "precision": cfg.precision,
+        "device": device.type,
         "threads": torch.get_num_threads(),
     }
     taken, model = figures["step_seconds"], figures["model_seconds"]
+    figures["images_per_second"] = cfg.batch / taken
+    report.row("images per second", f"{cfg.batch / taken:.0f}", f"{cfg.batch} images per step; loading is not included")
     report.row(
         f"share of a step in {cfg.precision} outside the model", formatted(overhead, " %", scale=100, digits=0),
         f"step {taken:.3f} s, pure model {model:.3f} s",
@@ -139,7 +152,7 @@ def main() -> None:
     options.add_argument("overrides", nargs="*", help=f"overrides of caco.train; default: {' '.join(DEFAULT)}")
     arguments = options.parse_args()
     overrides = arguments.overrides or (TINY if arguments.tiny else DEFAULT)
-    report = Report(["what", "figure", "details"])
+    report = Report(["what", "figure", "details"], arguments.json)
     try:
         report.figures |= measure(report, overrides, arguments.runs or (1 if arguments.tiny else 7))
     except ValueError as error:

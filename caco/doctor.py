@@ -4,8 +4,10 @@ Exit code 0: caco can train here. Exit code 1: a part that caco needs is broken,
 """
 
 import argparse
+import base64
 import ctypes
 import fcntl
+import http.client
 import importlib.metadata
 import importlib.util
 import json
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -27,9 +30,11 @@ from typing import Literal
 
 from caco import instructions
 from caco.data.sets.sources import EXTENSIONS
+from caco.errors import shown
 from caco.installed import command_to_install, version
 from caco.redaction import redacted
 from caco.runs.environment import environment
+from caco.runs.paths import expanded
 from caco.tracking.store import resolve_uri
 
 ROOT = Path(__file__).parents[1]
@@ -189,11 +194,16 @@ def slurm() -> Iterator[Finding]:
         except subprocess.CalledProcessError as error:
             output, why = [], error.stderr.strip().splitlines()[-1:] or ["sinfo fails"]
             yield Finding("slurm", "absent", why[0], "a cluster's login node has it set up; or set SLURM_CONF")
+        except OSError as error:
+            output = []
+            yield Finding("slurm", "broken", f"sinfo: {_line(error)}", "see to it that this user may run it")
         except subprocess.TimeoutExpired:
             output = []
             yield Finding("slurm", "broken", "sinfo has not answered for 15 s", "check the controller: scontrol ping")
-        for line in output:
-            partition, nodes, cpus, gpus = line.split(maxsplit=3)
+        for fields in (line.split(maxsplit=3) for line in output):
+            if len(fields) != 4:
+                continue  # a warning that sinfo printed
+            partition, nodes, cpus, gpus = fields
             gpus = "no GPUs" if gpus == "(null)" else gpus
             yield Finding("slurm", "works", f"partition {partition}: {nodes} nodes of {cpus} CPUs, {gpus}")
     if _version("submitit") is None:
@@ -219,9 +229,10 @@ def mlflow() -> Iterator[Finding]:
     if uri.startswith("http"):
         do = "runs go on without it; python -m caco.tracking.sync sends what it missed. Or unset MLFLOW_TRACKING_URI"
         try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            yield Finding("mlflow", "broken", f"{version}; {redacted(uri)} does not answer: {_line(error)}", do)
+            urllib.request.urlopen(_health(uri), timeout=5).close()
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            answers = "answers" if isinstance(error, urllib.error.HTTPError) else "does not answer"
+            yield Finding("mlflow", "broken", f"{version}; {redacted(uri)} {answers}: {_line(error)}", do)
             return
         yield Finding("mlflow", "works", f"{version}; {redacted(uri)} answers")
         return
@@ -233,13 +244,26 @@ def mlflow() -> Iterator[Finding]:
         yield Finding("mlflow", "works", f"{version}; {store} will be made by the first run")
         return
     try:
-        with closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True, timeout=5)) as database:
+        with closing(sqlite3.connect(f"{store.absolute().as_uri()}?mode=ro", uri=True, timeout=5)) as database:
             (runs,) = database.execute("SELECT count(*) FROM runs WHERE lifecycle_stage = 'active'").fetchone()
     except sqlite3.Error as error:
         do = f"move {store} away; python -m caco.tracking.sync runs/ fills a new one from the ledgers"
         yield Finding("mlflow", "broken", f"{version}; {store}: {_line(error)}", do)
         return
     yield Finding("mlflow", "works", f"{version}; {runs} runs in {store}; python -m caco.tracking.dashboard shows them")
+
+
+def _health(uri: str) -> urllib.request.Request:
+    """A request that asks whether a server works. A name and a password in its address go into a header, because
+    urllib would take them for a part of the host's name.
+    """
+    parts = urllib.parse.urlsplit(uri.rstrip("/"))
+    name, separator, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(urllib.parse.urlunsplit((parts.scheme, host, f"{parts.path}/health", "", "")))
+    if separator:
+        known = base64.b64encode(urllib.parse.unquote(name).encode()).decode()
+        request.add_header("Authorization", f"Basic {known}")
+    return request
 
 
 def disk() -> Iterator[Finding]:
@@ -260,21 +284,18 @@ def disk() -> Iterator[Finding]:
     low = free < 5
     do = "a ResNet-50 run keeps two checkpoints of 0.6 GB and its model" if low else ""
     yield Finding("disk", "broken" if free < 0.5 else "works", f"{free:.0f} GiB free in {folder}", do)
-    shared = Path("/dev/shm")
-    if shared.is_dir() and (size := shutil.disk_usage(shared).total / 2**30) < 1:
-        yield Finding(
-            "disk",
-            "broken",
-            f"{size:.2f} GiB of shared memory",
-            "loader workers need more: docker run --ipc=host, or loader.num_workers=0",
-        )
 
 
 def data(roots: list[Path]) -> Iterator[Finding]:
     if importlib.util.find_spec("sklearn") is not None:
         yield Finding("data", "works", "data=digits: inside scikit-learn, nothing to download")
     for root in roots:
-        option = dataset_at(root)
+        try:
+            option = dataset_at(root)
+        except OSError as error:
+            do = "see to it that this user may read it, and that the storage it is on is there"
+            yield Finding("data", "broken", f"{root}: {_line(error)}", do)
+            continue
         if option:
             yield Finding("data", "works", f"data={option} data.root={root}")
         else:
@@ -353,7 +374,7 @@ def verdict(findings: list[Finding], needed: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m caco.doctor", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "roots", nargs="*", type=Path, metavar="FOLDER", help="images: tells which data= reads them; default data/"
+        "roots", nargs="*", type=expanded, metavar="FOLDER", help="images: tells which data= reads them; default data/"
     )
     needs = ("gpu", "native", "ffcv", "slurm", "mlflow")
     parser.add_argument(
@@ -361,6 +382,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(arguments)
+    with shown():
+        return _tell(options)
+
+
+def _tell(options: argparse.Namespace) -> int:
+    """Print what was found and return the exit code."""
     roots = options.roots or [path for path in [Path("data")] if path.is_dir()]
     findings = examine(roots)
     stops = verdict(findings, options.need)

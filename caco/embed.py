@@ -8,7 +8,7 @@ from caco.config import pretrained
 from caco.errors import UserError
 from caco.evaluate import run_command
 from caco.runs import directory
-from caco.runs.paths import expanded, require_writable
+from caco.runs.paths import expanded, make_folder, require_writable
 from caco.saying import doing
 
 HELP = """\
@@ -46,7 +46,7 @@ def _embed(cfg: DictConfig) -> None:
     require_writable(to.parent, "to")
     aside = to.with_name(f".{to.name}.unfinished")
     if directory.is_first_rank():
-        aside.mkdir(parents=True, exist_ok=True)
+        make_folder(aside, "to")
         directory.hold(aside)
     with doing("loading PyTorch"):
         from caco.engine.embedding import run_embedding  # not at the top of the file, because it imports torch

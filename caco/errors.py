@@ -4,10 +4,13 @@ import contextlib
 import errno
 import io
 import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any, TextIO, cast
 
 from caco.redaction import redacted
 
@@ -36,6 +39,7 @@ _OF_THE_MACHINE = {
     errno.EDQUOT: "make room there, or ask for a larger quota",
     errno.EFBIG: "files there, or files of this shell (ulimit -f), may not grow so large",
     errno.ENOTDIR: "choose a place below a folder",
+    errno.EISDIR: "give the name of a file",
     errno.EROFS: "choose a place that can be written to",
     errno.EACCES: "choose a place that you may use, or ask for the right to",
     errno.EPERM: "choose a place that you may use, or ask for the right to",
@@ -64,13 +68,28 @@ def is_for_user(error: BaseException) -> bool:
     """Whether only the error's message is shown. CACO_TRACEBACK=1 in the environment asks for every traceback."""
     if os.environ.get("CACO_TRACEBACK") == "1":
         return False
-    return isinstance(error, UserError) or of_the_machine(error) is not None
+    return isinstance(error, UserError) or of_the_machine(error) is not None or _is_out_of_memory(error)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is such an error of Python or NumPy, or of PyTorch for a processor or a GPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 def message(error: BaseException) -> str:
     """The text that is shown of an error that is for the user."""
     if isinstance(error, UserError) and not (isinstance(error, OSError) and error.errno in _OF_THE_MACHINE):
         return str(error)
+    if _is_out_of_memory(error):
+        got = " ".join(str(error).split())[:200] or "out of memory"
+        return (
+            f"there is not so much memory as this asks for ({got}); what was written before is untouched. A smaller"
+            " batch, bank or model needs less, and python -m caco.plan says how much"
+        )
     found = of_the_machine(error)
     if found is None or found.errno is None:  # such as SweepFailed
         return str(error)
@@ -110,10 +129,73 @@ def _without_secrets(kind: type[BaseException], error: BaseException, trace: Tra
     print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
+class _Lasting:
+    """Standard error whose reader may go away (`2>&1 | head`, or a lost connection without a terminal). Later text is
+    then discarded, and the work goes on.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._or_nowhere():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._or_nowhere():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _or_nowhere(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            _to_nowhere(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _to_nowhere(stream: io.TextIOWrapper) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _end_if_nobody_reads(stream: TextIO | None, *, failed: bool = False) -> None:
+    """End the process, quietly and as a signal would, if its standard output has no reader any more.
+
+    Args:
+        failed: whether something found a pipe without a reader. The pipe may be another one than this.
+    """
+    if stream is None:  # closed from the start (>&-)
+        return
+    try:
+        stream.flush()
+        gone = failed and _has_no_reader(stream)
+    except BrokenPipeError:
+        gone = True
+    if gone:
+        if isinstance(stream, io.TextIOWrapper):
+            _to_nowhere(stream)  # else the interpreter complains at its end about unwritten text
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    asked = select.poll()
+    try:
+        asked.register(stream.fileno(), 0)
+    except (OSError, ValueError):  # not a file of the operating system
+        return False
+    return any(state & (select.POLLERR | select.POLLHUP) for _, state in asked.poll(0))
+
+
 @contextlib.contextmanager
 def shown(*, interrupted: str = "") -> Iterator[None]:
     """A context for a command. A UserError, or an error of the machine such as a full disk or a read-only folder, is
-    shown as a message and ends the process with exit code 2; Ctrl-C ends it with 130.
+    shown as a message and ends the process with exit code 2; Ctrl-C ends it with 130. The command goes on if the reader
+    of its standard error goes away. If the reader of its results goes away, it ends with 141, as SIGPIPE would end it.
 
     Args:
         interrupted: says what becomes of the work that Ctrl-C ends.
@@ -124,9 +206,15 @@ def shown(*, interrupted: str = "") -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError):  # flushing earlier output may fail, for example on a full disk
                 stream.reconfigure(errors="backslashreplace")
+    said_to = sys.stderr
+    if isinstance(said_to, io.TextIOWrapper):
+        sys.stderr = cast(TextIO, _Lasting(said_to))
     try:
         yield
+        _end_if_nobody_reads(sys.stdout)
     except Exception as error:
+        if isinstance(error, BrokenPipeError):
+            _end_if_nobody_reads(sys.stdout, failed=True)
         if not is_for_user(error):
             raise
         show(error)
@@ -134,3 +222,5 @@ def shown(*, interrupted: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         print("caco: interrupted" + (f"; {interrupted}" if interrupted else ""), file=sys.stderr)
         sys.exit(130)
+    finally:
+        sys.stderr = said_to

@@ -15,7 +15,7 @@ from caco.errors import UserError
 from caco.installed import version
 from caco.runs import directory
 from caco.runs.identity import plain
-from caco.runs.paths import expanded, require_writable
+from caco.runs.paths import expanded, make_folder, require_writable
 from caco.saying import doing
 from caco.train import say_if_mlflow_is_missing
 
@@ -73,7 +73,7 @@ def _evaluate(cfg: DictConfig) -> None:
     say_if_mlflow_is_missing(cfg, sys.argv[1:], results_dir)
     if directory.is_first_rank():
         require_writable(results_dir, "to")
-        results_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(results_dir, "to")
         directory.hold(results_dir)
     with doing("loading PyTorch"):
         from caco.engine.evaluating import run_evaluation  # not at the top of the file, because it imports torch

@@ -11,13 +11,13 @@ from omegaconf import DictConfig
 
 from caco import metrics
 from caco.config import pretrained
-from caco.errors import UserError
+from caco.errors import FileError, UserError
 from caco.evaluate import run_command
 from caco.runs.directory import command
 from caco.runs.environment import environment
-from caco.runs.files import remove_left_behind, write_text
+from caco.runs.files import alone_in, remove_left_behind, write_text
 from caco.runs.identity import plain
-from caco.runs.paths import expanded, require_writable
+from caco.runs.paths import expanded, make_folder, require_writable
 from caco.tracking import recorded
 
 HELP = """\
@@ -79,9 +79,6 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
     Raises:
         UserError: the backbone does not fit a layout; raised before anything is written.
     """
-    import torch
-    from safetensors.torch import save_file
-
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     is_plain = (
         node["_target_"] == "caco.nn.backbones.timm_backbone"
@@ -109,14 +106,33 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
             if not fits:
                 expected = "a ResNet with its usual stem and BatchNorm (resnet18, resnet50, ...)"
                 raise UserError(f"layouts: {layout} expects {expected}, got {node}")
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_left_behind(folder, of_others=("*",))
+    make_folder(folder, "to")
+    with alone_in(folder):
+        remove_left_behind(folder, of_others=("*",))
+        return _written(backbone, state, node, layouts, folder, about)
+
+
+def _written(
+    backbone: Any, state: dict[str, Any], node: dict[str, Any], layouts: list[str], folder: Path, about: dict[str, Any]
+) -> list[Path]:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     files = []
 
     def written(name: str, write: Callable[[Path], object]) -> None:
         aside = folder / f".{name}.partial"
-        write(aside)
-        aside.replace(folder / name)
+        try:
+            write(aside)
+            aside.replace(folder / name)
+        except (SafetensorError, RuntimeError) as error:  # what these libraries make of a full disk
+            raise FileError(
+                f"{folder / name} could not be written ({error.__context__ or error}); make room there, or choose"
+                " another folder with to, then give the same command again"
+            ) from error
+        finally:
+            aside.unlink(missing_ok=True)
         files.append(folder / name)
 
     if {"safetensors", "timm"} & set(layouts):

@@ -10,6 +10,7 @@ assumed speed plus messages at an assumed bandwidth, one after the other, as in 
 saving are not included. Evaluations that fine-tune for hours have lines of their own."""
 
 import functools
+import math
 import sys
 from typing import Any
 
@@ -60,9 +61,11 @@ def plan(
         UserError: the ranks cannot share the batch or the bank, or the number of images is unknown.
     """
     bank_tflops = tflops if bank_tflops is None else bank_tflops
-    if world < 1 or min(tflops, bank_tflops, gbytes_per_s) <= 0:
+    if images is not None and images < 1:
+        raise UserError(f"images: expected at least 1, got {images}")
+    if world < 1 or not all(0 < speed < math.inf for speed in (tflops, bank_tflops, gbytes_per_s)):
         raise UserError(
-            "world, tflops, bank_tflops and gbytes_per_s must be positive; got "
+            "world, tflops, bank_tflops and gbytes_per_s must be finite and positive; got "
             f"{world}, {tflops}, {bank_tflops} and {gbytes_per_s}"
         )
     if cfg.batch % world:

@@ -139,6 +139,7 @@ Count = Annotated[int, Range(least=1, most=2147483647)]
 Several = Annotated[int, Range(least=2, most=2147483647)]
 Natural = Annotated[int, Range(least=0, most=2147483647)]  # such as numbers of steps, epochs, processes
 Small = Annotated[int, Range(least=0, most=1000)]
+Ahead = Annotated[int, Range(least=1, most=1024)]  # batches that are made before they are asked for, and lie in memory
 Workers = Annotated[int, Range(least=0, most=1024)]  # processes of this machine
 Threads = Annotated[int, Range(least=1, most=1024)]
 Seed = Annotated[int, Range(least=0, most=4294967295)]

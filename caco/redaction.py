@@ -15,7 +15,7 @@ OF_SECRETS = (
     "holds a password or a token, and settings are written into files. Put it into the environment instead:"
     " MLFLOW_TRACKING_URI=ADDRESS, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 )
-_WORDS = r"password|passwd|pwd|secret|token|api_?key|access_?key|credentials?"
+_WORDS = r"password|passwd|pwd|secret|token|api_?key|access_?key|account_?key|private_?key|authorization|credentials?"
 # postgresql://user:PASSWORD@host. The password may itself contain @ (it ends at the last one before the path) and what
 # SQLAlchemy allows in one: /, blanks, quotes inside. A port is not a password. In a folder's name, an address has one
 # slash instead of two.
@@ -24,8 +24,11 @@ _IN_ADDRESS = re.compile(
     r"(?P<secret>[^\s/'\"]+|[^\s@'\"](?:[^\n@'\"]|(?<=[\w\\'\"])['\"](?=[\w\\'\"]))*)(?=@)"
 )
 # ?password=..., MLFLOW_TRACKING_TOKEN=..., "api_key: ..."
-_ASSIGNED = re.compile(rf"(?P<before>\b\w*(?:{_WORDS})[\"']?\s*[=:]\s*[\"']?)(?P<secret>[^\s&;,'\"}}]+)", re.IGNORECASE)
-_NAME = re.compile(rf"(?:^|[_.\-])(?:{_WORDS})$", re.IGNORECASE)
+_ASSIGNED = re.compile(
+    rf"(?P<before>\b\w*(?:{_WORDS})[\"']?\s*[=:]\s*[\"']?(?:(?:bearer|basic)\s+)?)(?P<secret>[^\s&;,'\"}}]+)",
+    re.IGNORECASE,
+)
+_NAME = re.compile(rf"(?:(?:^|[_.\-])(?:{_WORDS})|password)$", re.IGNORECASE)  # libpq reads PGPASSWORD
 _SHORTEST = 6  # values of variables that are shorter are not searched for, because they occur as ordinary words
 
 

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "folders",
         nargs="*",
-        type=Path,
+        type=expanded,
         default=[Path("runs")],
         metavar="FOLDER",
         help="a run, or a folder of runs; default: runs",
@@ -56,13 +56,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--format", choices=comparison.FORMATS, default="text")
     with shown():
         given = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-        runs = comparison.outlines(directories([expanded(folder) for folder in given.folders]), outline)
+        runs = comparison.outlines(directories(given.folders), outline)
         total = len(runs)
         runs = comparison.chosen(runs, given.where)
         if not runs:
             raise UserError(f"none of these {total} runs meets the conditions {' and '.join(given.where)}")
         title = f"{len(runs)} runs" if len(runs) == total else f"{len(runs)} of {total} runs"
-        columns = given.columns.split(",") if given.columns else None
+        columns = None if given.columns is None else [name.strip() for name in given.columns.split(",") if name.strip()]
+        if columns == []:
+            raise UserError(f"--columns: expected names of settings and metrics, got {given.columns!r}")
         print(
             comparison.table(
                 runs,

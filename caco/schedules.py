@@ -8,6 +8,7 @@ from typing import Literal
 from caco.errors import UserError
 
 Table = list[float]  # one number for each step
+MOST_STEPS = 20_000_000  # their tables take one or two gigabytes; 800 epochs of ImageNet at batch 256 are 4 million
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,16 @@ class RunShape:
         return self.epochs * self.steps_per_epoch
 
     def of_schedules(self) -> "RunShape":
-        """The part of the run over which schedules go from their start to their end."""
+        """The part of the run over which schedules go from their start to their end.
+
+        Raises:
+            UserError: the run has so many steps that the tables of its schedules would fill the memory.
+        """
+        if self.steps > MOST_STEPS:
+            raise UserError(
+                f"epochs: expected at most {MOST_STEPS // self.steps_per_epoch:,}, which are {MOST_STEPS:,} steps of"
+                f" {self.batch:,} images, got {self.epochs:,}"
+            )
         return replace(self, epochs=self.epochs - self.restart_epoch, restart_epoch=0)
 
     def placed(self, table: Table) -> Table:

@@ -32,7 +32,7 @@ from caco.errors import SweepFailed, UserError
 from caco.installed import command_to_install, is_installed, version
 from caco.launch import labels
 from caco.runs import directory
-from caco.runs.identity import flat
+from caco.runs.identity import flat, key_of
 from caco.runs.paths import require_writable, with_home
 from caco.saying import doing
 from caco.tracking import comparison, recorded
@@ -213,8 +213,15 @@ def check_command(overrides: list[str], *, multirun: bool, look: bool = False) -
                 check(cfg, cfg.hydra)
             except UserError as error:
                 problems += str(error).splitlines()
+            # Of images whose folder was not understood nothing is known, and "got none" would be untrue.
+            lost = any(key_of(item).partition(".")[0] == "data" for item in set(job_overrides) - set(words))
             derived = fitting.overrides_that_fit(
-                cfg, words, problems, images, recorded=root != "config", is_sound=before == len(problems)
+                cfg,
+                words,
+                problems,
+                fitting.remembered(False) if lost else images,
+                recorded=root != "config",
+                is_sound=before == len(problems),
             )
             derivations.append(derived)
             if derived:

@@ -26,11 +26,14 @@ from tqdm import tqdm
 from caco import errors
 from caco.data.loaders.workers import in_order
 from caco.data.sets import beton
+from caco.data.sets.reading import file_content
 from caco.data.sets.sources import Source, Splits, UnreadableImage
 from caco.errors import UserError
-from caco.runs.paths import expanded
+from caco.runs.files import alone_in
+from caco.runs.paths import expanded, make_folder
 
 DEFAULT_QUALITY = 90
+_JPEGS_SIDE = 65_500  # pixels, of the library that writes them
 
 
 def write_splits(
@@ -61,10 +64,33 @@ def write_splits(
             " directly with data=folder, which reads them in num_workers processes or keeps them in memory"
             " (data.in_memory_mb)"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "out")
     parts = {"train": splits.train or splits.pretrain, "test": splits.test}
     if splits.train is not None and splits.pretrain is not splits.train:
         parts["pretrain"] = splits.pretrain
+    # What an earlier write left would be taken for a split of these images.
+    others = [
+        file
+        for split in ("train", "test", "pretrain")
+        if parts.get(split) is None and (file := out / f"{split}.beton").exists()
+    ]
+    if others:
+        raise UserError(
+            f"out: {', '.join(map(str, others))} is there of an earlier set, and this one has no such split: remove it,"
+            " or choose another folder"
+        )
+    with alone_in(out):
+        return _written(parts, out, mode, quality, max_resolution, num_workers)
+
+
+def _written(
+    parts: dict[str, Source | None],
+    out: Path,
+    mode: str,
+    quality: int | None,
+    max_resolution: int | None,
+    num_workers: int | None,
+) -> list[Path]:
     written = []
     for split, source in parts.items():
         if source is None:
@@ -99,11 +125,16 @@ class _Encoder:
             return beton.RAW, image.height, image.width, image.tobytes()
         file = self.source.path(index)
         if fits and self.quality is None and file is not None:
-            content = file.read_bytes()
+            content = file_content(file)
             with Image.open(io.BytesIO(content)) as original:
                 if original.format == "JPEG" and original.mode in ("RGB", "L"):
                     return beton.JPEG, image.height, image.width, content
         encoded = io.BytesIO()
+        if max(image.size) > _JPEGS_SIDE:
+            return UnreadableImage(
+                f"{file or f'image {index} of {self.source.name}'}: {image.width} x {image.height} pixels, and a JPEG"
+                f" has {_JPEGS_SIDE:,} a side at most: take max_resolution={_JPEGS_SIDE}, or mode=raw"
+            )
         image.save(encoded, "JPEG", quality=self.quality or DEFAULT_QUALITY)
         return beton.JPEG, image.height, image.width, encoded.getvalue()
 

@@ -21,6 +21,7 @@ from caco.errors import UserError
 from caco.runs import renamed
 from caco.runs.files import read_json, write_json
 from caco.runs.identity import identity, run_hash
+from caco.runs.paths import expanded
 from caco.tracking import recorded
 
 MACHINE = (
@@ -181,12 +182,12 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "paths", nargs="+", type=Path, help="run directories; with --merge: records; with --table: one record"
+        "paths", nargs="+", type=expanded, help="run directories; with --merge: records; with --table: one record"
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--merge", action="store_true", help="merge records into one")
     kind.add_argument("--table", action="store_true", help="print a record as a Markdown table")
-    parser.add_argument("--into", type=Path, help="write the record to this file instead of the standard output")
+    parser.add_argument("--into", type=expanded, help="write the record to this file instead of the standard output")
     arguments = parser.parse_args()
     with errors.shown():
         if arguments.table:

@@ -24,7 +24,7 @@ from caco.config import composition, folders
 from caco.config.refusals import nearest
 from caco.errors import SweepFailed, UserError
 from caco.launch.jobs import Job
-from caco.runs.files import read_json, write_json
+from caco.runs.files import last_line, read_json, write_json
 from caco.runs.paths import expanded
 from caco.saying import clock
 from experiments import record
@@ -350,7 +350,7 @@ def _main(arguments: argparse.Namespace) -> int:
         failed += unfinished
     for run in failed:
         reason = run.directory / "failure.txt"
-        why = reason.read_text().strip().splitlines()[-1] if reason.exists() else "did not finish"
+        why = (last_line(reason) if reason.exists() else "") or "did not finish"
         say(f"{run.name} has failed: {why}\n  {run.directory}; the same command with --retry tries it again")
     number = table.id.removeprefix("table")
     words = shlex.join([number if number.isdigit() else table.id, "--scale", scale.id, *folders.flag()])

@@ -3,10 +3,13 @@ lacks the hardware.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import torch
 from PIL import Image
 
 import benchmarks.bank
+import benchmarks.contenders
 import benchmarks.evals
 import benchmarks.gpu_check
 import benchmarks.kernels
@@ -303,10 +307,20 @@ def test_the_check_of_a_gpu_holds_the_bank_to_the_equations_and_sees_a_wrong_one
         benchmarks.gpu_check.kernels(torch.device("cpu"), tiny=True)
 
 
+HANGS = """if True:
+    import pathlib, subprocess, sys, time
+    to = pathlib.Path(sys.argv[1])
+    to.write_text('{"known": 1}')
+    (to.parent / "child").write_text(str(subprocess.Popen(["sleep", "60"]).pid))
+    print("what it printed", flush=True)
+    time.sleep(60)
+"""
+
+
 def test_a_stage_that_fails_or_takes_too_long_is_written_down_and_the_next_one_starts(monkeypatch, tmp_path):
     ran = {
         "fails": benchmarks.gpu_check.Stage("A", 60, [], ["-c", "raise SystemExit(3)"]),
-        "hangs": benchmarks.gpu_check.Stage("A", 1, [], ["-c", "import time; time.sleep(60)"]),
+        "hangs": benchmarks.gpu_check.Stage("A", 3, [], ["-c", HANGS, "{to}"]),
         "works": benchmarks.gpu_check.Stage(
             "A", 60, [], ["-c", "import sys; open(sys.argv[1], 'w').write('{}')", "{to}"]
         ),
@@ -315,16 +329,19 @@ def test_a_stage_that_fails_or_takes_too_long_is_written_down_and_the_next_one_s
     monkeypatch.setattr(benchmarks.gpu_check, "STAGES", ran)
     monkeypatch.setattr(benchmarks.gpu_check, "lacks_gpu", lambda: "PyTorch sees none here")
     assert benchmarks.gpu_check.stages(["A"], tmp_path, None) == 2
-    results = {
-        name: json.loads((tmp_path / f"{name}.stage.json").read_text())["result"]
-        for name in ("fails", "hangs", "works")
-    }
-    assert (
-        "failed with exit code 3" in results["fails"]
-        and "stopped at its time limit" in results["hangs"]
-        and results["works"] == "done"
-    )
-    assert (tmp_path / "works.json").read_text() == "{}" and not (tmp_path / "other.stage.json").exists()
+    files = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("fails", "hangs", "works")}
+    results = {name: file["stage"]["result"] for name, file in files.items()}
+    assert results == {"fails": "failed with exit code 3", "hangs": "stopped at its time limit", "works": "done"}
+    assert files["hangs"]["known"] == 1, "the file must keep what the stage wrote before it was stopped"
+    assert "what it printed" in files["hangs"]["stage"]["printed_last"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "child", "fails.json", "hangs.json", "stages.json", "works.json",
+    ]  # fmt: skip
+    child = int((tmp_path / "child").read_text())
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # it was killed with its parent; the process that inherits it needs time to notice
+            os.kill(child, 0)
+            time.sleep(0.1)
 
 
 @pytest.mark.long
@@ -334,12 +351,15 @@ def test_the_stages_of_the_check_of_a_gpu_run_at_a_tiny_size_without_one(tmp_pat
     their settings, so one is trained here and the settings of all are composed.
     """
     all_stages = benchmarks.gpu_check.STAGES
-    chosen = {name: all_stages[name] for name in ("kernels", "learn-caco")}
+    chosen = {name: all_stages[name] for name in ("kernels", "waits", "learn-caco")}
     for stage in chosen.values():
         monkeypatch.setattr(stage, "limit_s", 300)  # two cores, shared with other tests
     monkeypatch.setattr(benchmarks.gpu_check, "STAGES", chosen)
     assert benchmarks.gpu_check.stages(["A", "B"], tmp_path, None) == 0
-    assert all(json.loads((tmp_path / f"{name}.json").read_text()) for name in chosen)
+    files = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in chosen}
+    assert all(file["stage"]["result"] == "done" for file in files.values())
+    assert files["waits"]["waits"] == {"caco": {"places": {}}} and files["learn-caco"]["knn"] > 10
+    assert len(list(tmp_path.iterdir())) == len(chosen) + 1, "runs and images must not be left among the results"
     for name, settings in benchmarks.gpu_check.LEARNING.items():
         check_command(
             [*benchmarks.gpu_check.TRAINING, *settings, "data=digits", "augmentation=digits", "batch=64", "epochs=2"],
@@ -354,3 +374,63 @@ def test_the_sets_of_the_check_keep_within_their_minutes():
         for chosen in "AB"
     }
     assert limits["A"] <= 4 * 60 and limits["B"] <= 6 * 60
+
+
+def test_the_images_of_the_check_lie_in_a_folder_that_git_ignores(repo_root):
+    assert f"/{benchmarks.gpu_check.DATA.parent.name}/" in (repo_root / ".gitignore").read_text().splitlines()
+
+
+def test_the_settings_of_the_check_are_settings(monkeypatch):
+    """Composes the settings of all methods of the stage `waits`; none is run."""
+    composed = []
+    monkeypatch.setattr(
+        benchmarks.gpu_check, "run_training", lambda cfg, folder: composed.append(cfg.method._target_) or {}
+    )
+    found = benchmarks.gpu_check.waits(Path("nowhere"), tiny=False, write=lambda known: None)
+    assert found["waits"] == {name: {"places": {}} for name in benchmarks.gpu_check.WAITING}
+    assert len(composed) == len(benchmarks.gpu_check.WAITING)
+
+
+def test_figures_are_written_as_they_come(tmp_path):
+    """The file of a benchmark that is stopped early contains what it had found."""
+    report = common.Report(["what", "figure"], tmp_path / "figures.json")
+    report.figures["peak"] = 3
+    report.row("a product", "3 GFLOP/s")
+    early = json.loads((tmp_path / "figures.json").read_text())
+    assert (early["peak"], early["unfinished"], early["rows"]) == (3, True, [["a product", "3 GFLOP/s"]])
+    report.end(tmp_path / "figures.json")
+    whole = json.loads((tmp_path / "figures.json").read_text())
+    assert whole["peak"] == 3 and "unfinished" not in whole and whole["machine"] == common.machine()
+
+
+def test_a_contender_that_fails_on_a_gpu_is_left_out_by_its_name(monkeypatch, tmp_path):
+    """On a GPU it may run for the first time; on a CPU, a failure would be an error of ours."""
+    contender = benchmarks.bank.contenders(torch.device("cpu"))["attention"]
+
+    class Fails(contender):
+        def step(self, q_ND, k_ND):
+            raise RuntimeError("no kernel image is available\nfor this device")
+
+    monkeypatch.setattr(benchmarks.bank, "contenders", lambda device: {"attention": Fails})
+    monkeypatch.setattr(benchmarks.bank, "lacks", lambda name, device: None)
+    _, q, k = benchmarks.bank.problem(8, 16, 4, torch.device("cpu"))
+    published = benchmarks.bank.Published(torch.eye(16, 4) + 1)
+    for device, fails in (("cuda", False), ("cpu", True)):
+        how, report = benchmarks.bank.How(torch.device(device), "wall", 1, 64), common.Report(["what"])
+        if fails:
+            with pytest.raises(RuntimeError, match="no kernel image"):
+                benchmarks.bank.contenders_that_serve(report, published, q, k, how)
+        else:
+            assert benchmarks.bank.contenders_that_serve(report, published, q, k, how) == {}
+            assert report.left_out["attention"] == "RuntimeError: no kernel image is available"
+
+
+def test_contenders_of_a_gpu_that_are_not_there_are_named(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    monkeypatch.setattr(benchmarks.contenders.importlib.util, "find_spec", lambda name: None)
+    reasons = {name: benchmarks.contenders.lacks(name, gpu) for name in benchmarks.contenders.contenders(gpu)}
+    assert reasons == {
+        "linear_cross_entropy": f"PyTorch {torch.__version__} has no such function", "attention": None,
+        "Liger": "liger_kernel is not installed", "cut-cross-entropy": "cut_cross_entropy is not installed",
+    }  # fmt: skip

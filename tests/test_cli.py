@@ -56,6 +56,12 @@ def test_one_refusal_names_everything_and_leaves_nothing_behind(tmp_path):
     assert done.returncode == 2 and list(tmp_path.iterdir()) == []
 
 
+def test_of_a_folder_whose_name_could_not_be_read_it_is_not_said_that_none_was_given():
+    with pytest.raises(UserError) as refused:
+        train.check_command(["data=folder", "data.root=/größe (1)", "tracking=ledger"], multirun=False, look=True)
+    assert "the shell needs its own around those: " in str(refused.value) and "got none" not in str(refused.value)
+
+
 def test_a_refusal_leaves_nothing_behind(tmp_path):
     caco("batch=1", cwd=tmp_path)
     caco("-m", "batch=64,1", cwd=tmp_path)

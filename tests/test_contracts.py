@@ -4,64 +4,13 @@ ones automatically.
 
 import pytest
 import torch
+from cases import CASES, LONG, bank_of, has_bank
 from test_trainer import assert_same, final, record
-from tiny import FEW_PROTOTYPES, MIXED, OF_PATCHES, batch_of, compose, noise, now, train
+from tiny import batch_of, compose, noise, now, train
 
-from caco.config.composition import CONF
 from caco.engine.assembly import build_method
 
-WITH_OTHER_NUMBERS = ("caco_small", "dino_vit", "mocov3_vit")  # variants of CaCo, DINO and MoCo v3
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem not in WITH_OTHER_NUMBERS)
-SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
-# Each method chooses its projector, optimiser and views; tests need small ones.
-SMALL = ["augmentation=digits", "projector=small", "projector.hidden_dim=16", "projector.dim=8", "optimizer=sgd"]
-MULTICROP = ["+augmentation.views.small._target_=caco.data.views.augmentation.View",
-"+augmentation.views.small.count=2",
-             "+augmentation.views.small.size=8"]  # fmt: skip
-CASES = {
-    f"method={name}": [f"method={name}", *SMALL, *FEW_PROTOTYPES.get(name, []), *OF_PATCHES.get(name, [])]
-    for name in METHODS
-}
-# CPC v2 has no views, only patches.
-CASES |= {
-    f"{name} multi-crop": [*overrides, *MULTICROP] for name, overrides in list(CASES.items()) if name != "method=cpcv2"
-}
-CASES |= {f"pn={name}": [f"pn={name}"] for name in SETTINGS}
-QUEUE = ["method.queue_size=128", "method.queue_start_epoch=0"]
-CASES["method=swav with a queue"] = [*CASES["method=swav"], *QUEUE]
-CASES["method=adco with shuffled keys"] = [*CASES["method=adco"], "norm_groups=4", "shuffle_keys=true"]
-CASES["rows renewed and in balance"] = ["bank_learning.renewed_after_steps=2", "bank_learning.balance=0.5"]
-# Each treatment of negatives, with rows of a bank that has positives, with rows of one that has none, and with a batch.
-TREATED = {
-    name: [f"negatives={name}", *(MIXED if name == "mixed" else [])] for name in ("debiased", "hard", "margin", "mixed")
-}
-CASES |= {
-    f"pn={pn} negatives={name}": [f"pn={pn}", *treated]
-    for pn in ("both", "negative")
-    for name, treated in TREATED.items()
-}
-CASES |= {
-    f"method={m} negatives={name}": [*CASES[f"method={m}"], *TREATED[name]]
-    for m, name in (("adco", "hard"), ("adco", "mixed"), ("nnclr", "margin"))
-}
-# With small views, the fast tier tests only CaCo and SwAV; the long tier tests all methods.
-LONG = {f"method={name} multi-crop" for name in METHODS if name not in ("caco", "swav")}
-LONG |= {case for case in CASES if " negatives=" in case and case != "pn=both negatives=hard"} | {
-    "method=ifm",
-    "method=debiased",
-}
-LONG |= {"pn=both_blended"}
-LONG |= {f"method={name}" for name in ("cpcv2", "cmc", "pirl", "sela", "hcl")}
 PARAMETERS = [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES]
-
-
-def bank_of(overrides):
-    return compose(*overrides, bank=False).bank
-
-
-def has_bank(overrides):
-    """Whether there is a bank whose size can be chosen, and does not follow from the number of images."""
-    return bank_of(overrides) is not None and bank_of(overrides).size is not None
 
 
 @pytest.mark.parametrize("case", PARAMETERS)

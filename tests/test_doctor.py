@@ -10,6 +10,8 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,63 @@ def test_the_store_is_opened_and_a_damaged_one_is_told_from_a_good_one(tmp_path,
         assert found.state == "broken" and "does not answer" in found.what and "sync" in found.do
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///x")
     assert only(doctor.mlflow()).state == "broken"
+
+
+def test_a_store_may_lie_in_a_folder_of_any_name(tmp_path, monkeypatch):
+    if importlib.util.find_spec("mlflow") is None:
+        pytest.skip("mlflow is not installed")
+    folder = tmp_path / "50% of #1"
+    folder.mkdir()
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        database.execute("CREATE TABLE runs (lifecycle_stage TEXT)")
+    database.close()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    assert "; 0 runs in" in only(doctor.mlflow()).what
+
+
+def test_a_server_is_asked_with_the_password_in_its_address_and_without_showing_it(monkeypatch):
+    if importlib.util.find_spec("mlflow") is None:
+        pytest.skip("mlflow is not installed")
+    asked, answers = (
+        [],
+        [b"HTTP/1.0 200 OK\r\n\r\nOK", b"HTTP/1.0 401 Unauthorized\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n"],
+    )
+
+    def serve(listener):
+        for answer in answers:
+            connection, _ = listener.accept()
+            with connection:
+                asked.append(connection.recv(4096).decode())
+                connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        port = listener.getsockname()[1]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:l%40rge-secret@127.0.0.1:{port}/at")
+        found = [only(doctor.mlflow()) for _ in answers]
+        thread.join(10)
+    assert [one.state for one in found] == ["works", "broken", "broken"], found
+    assert "answers: HTTP Error 401" in found[1].what and "does not answer" in found[2].what
+    assert not any("rge-secret" in one.what for one in found)
+    assert asked[0].startswith("GET /at/health ") and "Authorization: Basic bWU6bEByZ2Utc2VjcmV0" in asked[0]
+
+
+def test_a_small_dev_shm_hinders_nobody(monkeypatch):
+    usage = types.SimpleNamespace(total=2**26, free=2**40)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    assert only(doctor.disk()).state == "works"
+
+
+def test_a_folder_of_images_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    images(tmp_path / "train" / "cats")
+
+    def refuses(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(doctor.os, "scandir", refuses)
+    found = list(doctor.data([tmp_path]))[-1]
+    assert found.state == "broken" and "Permission denied" in found.what
 
 
 def test_an_ffcv_whose_libraries_are_gone_is_broken_and_not_absent(tmp_path, monkeypatch):

@@ -3,11 +3,13 @@
 import ast
 import errno
 import importlib
+import io
 import os
 import pickle
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 from test_imports import MODULES, ROOT
@@ -151,3 +153,45 @@ def test_an_error_that_is_merely_on_the_way_to_a_slip_does_not_hide_it():
             raise PermissionError(errno.EACCES, "Permission denied", "/file")
         except PermissionError:
             raise ZeroDivisionError  # noqa: B904
+
+
+@pytest.fixture
+def without_a_reader() -> Iterator[io.TextIOWrapper]:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with io.TextIOWrapper(os.fdopen(writing, "wb"), line_buffering=True) as stream:
+        yield stream  # what is left in it has gone nowhere by then, or closing it fails
+
+
+def test_who_reads_standard_error_may_go_and_the_work_goes_on(monkeypatch, without_a_reader):
+    monkeypatch.setattr(sys, "stderr", without_a_reader)
+    done = []
+    with errors.shown():
+        for step in range(3):
+            print(f"step {step}", file=sys.stderr, flush=True)
+            done.append(step)
+    assert done == [0, 1, 2]
+
+
+@pytest.mark.parametrize("rows", [1, 10_000])
+def test_where_nobody_reads_the_results_a_command_ends_quietly(monkeypatch, without_a_reader, rows):
+    monkeypatch.setattr(sys, "stdout", without_a_reader)
+    with pytest.raises(SystemExit) as end, errors.shown():
+        print("row\n" * rows, end="")
+    assert end.value.code == 128 + 13
+
+
+def test_a_broken_pipe_that_is_none_of_the_commands_own_is_no_quiet_end():
+    with pytest.raises(BrokenPipeError), errors.shown():
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_want_of_memory_is_said_in_a_sentence(capsys):
+    import numpy as np
+    import torch
+
+    for ask in (lambda: np.empty(2**50), lambda: torch.empty(2**58), lambda: bytes(2**60)):
+        with pytest.raises(SystemExit) as end, errors.shown():
+            ask()
+        told = capsys.readouterr().err
+        assert end.value.code == 2 and told.startswith("caco: there is not so much memory as this asks for"), told

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import resource
 
 import pytest
 import safetensors.torch
@@ -9,7 +10,7 @@ import timm
 import torch
 import torchvision
 
-from caco import export
+from caco import errors, export
 from caco.config.composition import compose, instantiate
 from caco.nn.backbones import mocov3_vit, small_resnet, timm_backbone
 from caco.nn.weights import load_backbone
@@ -184,6 +185,23 @@ def test_a_network_that_a_layout_does_not_know_is_refused_before_anything_is_wri
         normed = timm_backbone(name="resnet18", layer_norm=True)
         export.export(normed, {**RESNET, "layer_norm": True}, ["timm"], tmp_path / "to", ABOUT)
     assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "torchvision", "detectron2"])
+def test_a_disk_that_is_full_is_said_and_leaves_the_files_that_were_there(resnet, tmp_path, layout):
+    (tmp_path / "model.safetensors").write_text("of before")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (1_000_000, before[1])
+    )  # of which Python makes an error, as of a full disk
+    try:
+        with pytest.raises(OSError) as error:
+            export.export(resnet, RESNET, [layout], tmp_path, ABOUT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert errors.is_for_user(error.value), error.value
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_text() == "of before"
 
 
 def test_a_network_of_images_in_another_colour_space_says_so(resnet, tmp_path):

@@ -21,6 +21,7 @@ MODULES = {
 FLOORS = [
     ["caco.redaction"],
     [
+        "caco.devices",
         "caco.errors",
         "caco.installed",
         "caco.instructions",

@@ -178,6 +178,8 @@ def test_the_k_nn_is_that_of_the_command_and_evaluators_have_their_published_nam
 def test_images_that_are_none_and_labels_that_are_too_few_are_refused():
     for wrong, expected in [
         ([], "expected images, got none"), ((images(), [1, 2]), r"expected a label for each of 6 images, got \[2\]"),
+        ((images(), [0, 1, 0, 1, 0.5, 1]), "got 0.5 for image 4"), ((images(), [0, -1] * 3), "got -1 for image 1"),
+        ((images(), np.eye(6)), r"one whole number for each image, got float64 \[6, 6\]"),
         (5, "expected arrays, Pillow images or a dataset"), ([torch.zeros(3, 4, 4)], "remove the transform"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=expected):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from omegaconf import OmegaConf
 from PIL import Image
@@ -122,6 +123,14 @@ def test_a_job_that_is_refused_beside_the_results_of_another_has_failed(tmp_path
         follow(AtOnce(ends), [Job((), tmp_path / "run")], tmp_path)
 
 
+def test_a_job_that_could_not_say_why_it_failed_is_reported_all_the_same(tmp_path):
+    """A full disk leaves failure.txt empty."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with pytest.raises(SweepFailed, match=r"have failed:\n.*\n    why is not known: .*failure\.txt is empty"):
+        follow(AtOnce(lambda job: (run_dir / "failure.txt").touch()), [Job((), run_dir)], tmp_path)
+
+
 @pytest.fixture
 def pictures(tmp_path):
     """pictures(name, shade) makes a labelled folder of two classes with test images of this shade."""
@@ -180,7 +189,7 @@ def evaluated(monkeypatch, tmp_path):
     return main
 
 
-def test_an_evaluation_on_other_images_of_the_same_kind_says_so_in_the_names(pictures, tmp_path, evaluated):
+def test_an_evaluation_on_other_images_of_the_same_kind_says_so_in_the_names(pictures, tmp_path, evaluated, capfd):
     photos, others, run_dir = pictures("photos", 1), pictures("others", 5), tmp_path / "run"
     cfg = compose(*FOLDER, f"data.root={photos}", bank=False)
     run_training(cfg, run_dir)
@@ -192,6 +201,21 @@ def test_an_evaluation_on_other_images_of_the_same_kind_says_so_in_the_names(pic
     summary = read_json(run_dir / "summary.json")
     (named,) = (name for name in summary if name.startswith("folder-") and name.endswith("/knn3_top1"))
     assert "knn3_top1" in summary and digest not in named
+
+    # Weights from elsewhere, whose results have a folder of their own.
+    file = next((run_dir / "checkpoints").glob("*.pt"))
+    command = [f"weights={file}", "backbone=small_resnet", "backbone.width=8", "augmentation=digits", "data=folder"]
+    command += ["eval=[knn_all]", "eval.knn.k=3", "overlap=allow", "precision=fp32", "tracking=ledger", "to=of_weights"]
+    for root in (photos, others, photos):
+        assert evaluated(*command, f"data.root={root}") == 0
+    names = list(read_json(tmp_path / "of_weights" / "summary.json"))
+    assert names == ["knn3_top1", names[1]] and names[1].startswith("folder-") and names[1].endswith("/knn3_top1")
+    state = torch.load(file, weights_only=True)
+    torch.save({**state, "another": 1}, tmp_path / "other.pt")
+    words = [word.replace(str(file), str(tmp_path / "other.pt")) for word in command]
+    assert evaluated(*words, f"data.root={photos}") == 2
+    assert "of_weights holds results of other weights than" in capfd.readouterr().err
+    assert list(read_json(tmp_path / "of_weights" / "summary.json")) == names
 
 
 def test_evaluating_a_job_of_a_sweep_leaves_its_label_alone(tmp_path, evaluated):

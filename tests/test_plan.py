@@ -238,7 +238,9 @@ def test_the_paper_s_run_without_its_data():
         (["bank.size=3"], {"world": 4}, "a bank of 3 rows cannot be shared by 4 ranks: expected at least one row each"),
         (["norm_groups=2"], {"world": 4}, "^norm_groups: expected 1, rank, or a multiple of the 4 processes"),
         (["batch=2048"], {}, "at most the 1400 images, got 2048"),
-        ([], {"tflops": 0}, "must be positive; got 1, 0, 0 and"),
+        ([], {"tflops": 0}, "must be finite and positive; got 1, 0, 0 and"),
+        ([], {"tflops": float("nan")}, "must be finite and positive; got 1, nan, nan and"),
+        ([], {"images": -1}, "images: expected at least 1, got -1"),
         (["data=folder"], {}, "give images=N, or data.root=PATH"),
     ],
 )

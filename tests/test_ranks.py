@@ -10,9 +10,9 @@ import pytest
 import rank_worker
 import tiny
 import torch
+from cases import METHODS, MULTICROP, QUEUE, TREATED
 from processes import caco_train, ranks
 from rank_worker import STEPS
-from test_contracts import METHODS, MULTICROP, QUEUE, TREATED
 from test_trainer import EVERY, assert_same, final, record
 from tiny import BANK, FEW_PROTOTYPES, OF_PATCHES, TINY, compose
 

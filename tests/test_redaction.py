@@ -25,6 +25,9 @@ WITH = [
     ("runs/http:/me:Gehe1m@host", "runs/http:/me:***@host"),
     ("export MLFLOW_TRACKING_TOKEN=Gehe1m", "export MLFLOW_TRACKING_TOKEN=***"),
     ('{"api_key": "Gehe1m"}', '{"api_key": "***"}'),
+    ("PGPASSWORD=Gehe1m psql", "PGPASSWORD=*** psql"),
+    ("{'Authorization': 'Bearer Gehe1m'}", "{'Authorization': 'Bearer ***'}"),
+    ("AccountName=me;AccountKey=Gehe1m==;x=1", "AccountName=me;AccountKey=***;x=1"),
 ]
 WITHOUT = [
     "http://host:5000", "http://host:5000/x, says me@host", "{'uri': 'http://host:x', 'mail': 'me@host'}",
@@ -56,6 +59,8 @@ def test_folders_and_files_are_no_secrets(monkeypatch, tmp_path):
 
 def test_what_the_environment_keeps_secret_is_hidden_wherever_it_stands(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "Gehe1m-77")
+    monkeypatch.setenv("PGPASSWORD", "libpqs-0wn")
+    assert redacted("no entry for libpqs-0wn") == "no entry for ***"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:an%20other1@host:5000")
     assert redacted("401 for Gehe1m-77 and an other1 (an%20other1)") == "401 for *** and *** (***)"
 

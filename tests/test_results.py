@@ -94,12 +94,22 @@ def test_runs_are_chosen_and_sorted_by_settings_and_metrics(runs, capsys):
         (["--where", "seed<many"], "expected a number after <, got many"),
         (["--where", "seed=7"], "none of these 4 runs meets the conditions seed=7"),
         (["--columns", "k"], "k: no run here has"),
+        (["--columns", ","], "--columns: expected names of settings and metrics, got ','"),
     ],
 )
 def test_what_cannot_be_is_refused(runs, capsys, arguments, expected):
     with pytest.raises(SystemExit) as error:
         results.main(["runs", *arguments])
     assert error.value.code == 2 and expected in capsys.readouterr().err
+
+
+def test_links_that_lead_back_give_no_run_twice(runs, capsys):
+    for name in ("up", "again", "once_more"):
+        (runs / name).symlink_to("..")
+    (runs / "latest").symlink_to("64-0")
+    began = time.process_time()
+    assert sum("64" in line for line in shown(capsys)) == 2
+    assert time.process_time() - began < 5
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):

@@ -83,8 +83,8 @@ class Bank(Protocol):
 
     @abstractmethod
     def update(self, *, lr: float, keys_GD: Tensor) -> None:
-        """Called after an optimiser step, which is made only if the loss is finite: a bank that learns moves its rows
-        along their gradient, a queue takes the step's keys.
+        """Called after an optimiser step: a bank that learns moves its rows along their gradient, a queue takes the
+        step's keys.
 
         Args:
             lr: the rows' learning rate of this step, from `rates`.

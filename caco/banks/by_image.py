@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from caco import devices
 from caco.banks import noise, scoring
 from caco.banks.base import Bank
 from caco.banks.reweighted import Objective
@@ -72,6 +73,9 @@ class ImageBank(nn.Module, Bank):
                 self.rows.weight.copy_(self._unit(drawn) if norms == "unit" else drawn)
         self.register_buffer("normaliser", torch.zeros(parts, dtype=torch.float64))
         self.normaliser_of_step: dict[int, float] = {}  # part -> Z of the first step, until `update` keeps it
+        self._known = devices.Known([0.0] * parts)  # the values of `normaliser`
+        self._are_unit = False  # whether all rows have been found to be unit; once they are, they stay so
+        self.register_load_state_dict_post_hook(_read_anew)
 
     def _unit(self, row_PD: Tensor) -> Tensor:
         """The rows with each of their parts scaled to norm 1."""
@@ -109,8 +113,16 @@ class ImageBank(nn.Module, Bank):
         return scoring.score(
             q_BD, self.rows.weight, positive_B, first_row=self.rows.first, size=self.size, tau=temperature,
             extra_BE=extra_BE,
-            as_stored=not self.rows.are_unit(),
+            as_stored=not self._all_unit(),
         )  # fmt: skip
+
+    def _all_unit(self) -> bool:
+        """Whether every row is a unit vector. The host waits for a GPU here until all rows are, which is once each
+        image has been seen.
+        """
+        if not (self._are_unit and devices.runs_ahead(self.rows.weight.device)):
+            self._are_unit = self.rows.are_unit()
+        return self._are_unit
 
     def contrast(
         self,
@@ -142,7 +154,8 @@ class ImageBank(nn.Module, Bank):
         """
         w_RD = self.rows.weight.detach()[:, part * self.width : (part + 1) * self.width]
         where = noise.Draw(self.rows.first, self.size, temperature, num_noise, stream)
-        normaliser = self.normaliser[part].item() or self.normaliser_of_step.get(part, 0.0)
+        known = self._known.of(self.normaliser, Tensor.tolist)
+        normaliser = known[part] or self.normaliser_of_step.get(part, 0.0)
         if form == "nce" and not normaliser:
             self.normaliser_of_step[part] = normaliser = self.size * noise.mean_exponential(q_BD, w_RD, image_B, where)
         return noise.contrast(q_BD, w_RD, image_B, where, form=form, normaliser=normaliser or 1.0, epsilon=epsilon)
@@ -170,13 +183,26 @@ class ImageBank(nn.Module, Bank):
                 "a bank by image is updated by the images' indices, which this method does not pass to it; expected"
                 " method=instdisc, pirl or cmc"
             )
-        own_G = (index_G >= self.rows.first) & (index_G < self.rows.last)
-        row_P, number_G = torch.unique(index_G[own_G] - self.rows.first, return_inverse=True)
-        places_G = torch.arange(len(number_G), device=number_G.device)
-        last_P = places_G.new_zeros(len(row_P)).scatter_reduce(0, number_G, places_G, "amax")
-        keys_PD = keys_GD[own_G][last_P].to(self.rows.weight.dtype)
-        moved_PD = self.rows.weight[row_P].mul(self.momentum).add(keys_PD, alpha=1 - self.momentum)
-        self.rows.weight[row_P] = self._unit(moved_PD)
+        local_G = index_G - self.rows.first
+        own_G = (local_G >= 0) & (local_G < len(self.rows.weight))
+        place_G = torch.arange(len(own_G), device=own_G.device)
+        if len(self.rows.weight) < self.size:  # a key of another rank's row writes what the last key of an own row does
+            last = len(own_G) - 1 - own_G.flip(0).byte().argmax(0, keepdim=True)
+            source_G = torch.where(own_G, place_G, last)
+            local_G, keys_GD = local_G[source_G].clamp(0, len(self.rows.weight) - 1), keys_GD[source_G]
+        last_R = place_G.new_zeros(len(self.rows.weight)).scatter_reduce_(0, local_G, place_G, "amax")
+        keys_GD = keys_GD[last_R[local_G]].to(self.rows.weight.dtype)
+        old_GD = self.rows.weight[local_G]
+        moved_GD = self._unit(old_GD.mul(self.momentum).add(keys_GD, alpha=1 - self.momentum))
+        # All keys of one image write the same row.
+        self.rows.weight[local_G] = torch.where(own_G.any(), moved_GD, old_GD)
+        known = list(self._known.of(self.normaliser, Tensor.tolist))
         for part, normaliser in self.normaliser_of_step.items():
-            self.normaliser[part] = normaliser
+            self.normaliser[part] = known[part] = normaliser
+        self._known.note(self.normaliser, known)
         self.normaliser_of_step.clear()
+
+
+def _read_anew(bank: ImageBank, _: object) -> None:
+    bank._known.forget()
+    bank._are_unit = False

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from caco import distributed
+from caco import devices, distributed
 from caco.banks import own_loop, reweighted, scoring
 from caco.banks.base import Bank
 from caco.banks.rows import Rows, few_rows_chosen
@@ -38,6 +38,8 @@ class FifoBank(nn.Module, Bank):
         self.size = size
         self.keys: list[Tensor] = []  # all ranks' keys that `loss` was given in the step in progress
         self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
+        self._next = devices.Known(0)  # the same
+        self.register_load_state_dict_post_hook(_read_anew)
 
     def rates(self, run: RunShape) -> Table:
         """0 for every step: a queue has no learning rate."""
@@ -108,6 +110,11 @@ class FifoBank(nn.Module, Bank):
                 return
             keys_GD = torch.cat(self.keys)
         self.keys.clear()
-        start = int(self.next_row) + max(0, len(keys_GD) - self.size)
-        self.rows.write(keys_GD[-self.size :], start)
-        self.next_row.fill_((int(self.next_row) + len(keys_GD)) % self.size)
+        at = self._next.of(self.next_row, int)
+        self.rows.write(keys_GD[-self.size :], at + max(0, len(keys_GD) - self.size))
+        self.next_row.fill_((at + len(keys_GD)) % self.size)
+        self._next.note(self.next_row, (at + len(keys_GD)) % self.size)
+
+
+def _read_anew(bank: FifoBank, _: object) -> None:
+    bank._next.forget()

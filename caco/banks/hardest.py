@@ -69,9 +69,18 @@ def fetch(rows: Rows, row_BE: Tensor) -> tuple[Tensor, Tensor]:
     """The unit rows that all ranks ask for together, each once, [U, D]; and for each entry of `row_BE` its place among
     them, int64 [B, E]. A collective.
 
+    With one rank no row travels, and a row that is asked for more than once may come more than once, because the host
+    would have to wait for a GPU to count the different ones: U is the bank's size or the number of entries of `row_BE`,
+    whichever is smaller.
+
     Args:
         rows: the bank's rows.
         row_BE: int64, rows that this rank asks for, as indices over the whole bank.
     """
+    if distributed.world() == 1:
+        if rows.size <= row_BE.numel():
+            return scoring.unit_rows(rows.weight.detach())[0], row_BE
+        of_each = torch.arange(row_BE.numel(), device=row_BE.device).view_as(row_BE)
+        return scoring.unit_rows(rows.weight.detach()[row_BE.flatten()])[0], of_each
     row_U = torch.unique(distributed.gather(row_BE))
     return rows.rows_of_all(row_U), torch.searchsorted(row_U, row_BE)

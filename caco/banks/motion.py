@@ -35,15 +35,16 @@ def row_gradient(w_SD: Tensor, first_row: int, anchors: list[Anchors], *, pull: 
 def _of_one_temperature(w_SD: Tensor, first_row: int, anchors: Anchors, *, pull: float, push: float) -> Tensor:
     m_SD, norm_S1 = unit_rows(w_SD)
     p_NS = torch.addmm(anchors.log_sum_N[:, None], anchors.q_ND, m_SD.T, beta=-1, alpha=1 / anchors.tau).exp_()
-    inside = ((anchors.positive_N >= first_row) & (anchors.positive_N < first_row + len(w_SD))).nonzero()[:, 0]
-    at = anchors.positive_N[inside] - first_row
+    place_N = anchors.positive_N - first_row
+    inside_N1 = ((place_N >= 0) & (place_N < len(w_SD)))[:, None]
+    at_N1 = place_N.clamp(0, len(w_SD) - 1)[:, None]
     # Eq. 10's weights: push * p everywhere, pull * (1 - p) at the positive.
-    at_positive = pull * (1 - p_NS[inside, at] if anchors.pull_N is None else anchors.pull_N[inside])
+    at_positive_N1 = pull * (1 - p_NS.gather(1, at_N1) if anchors.pull_N is None else anchors.pull_N[:, None])
     if anchors.share_N is not None:
         p_NS *= anchors.share_N[:, None]
     if push != 1.0:
         p_NS *= push
-    p_NS[inside, at] = at_positive
+    p_NS.scatter_(1, at_N1, torch.where(inside_N1, at_positive_N1, p_NS.gather(1, at_N1)))
     toward_SD = p_NS.T @ (anchors.q_ND * anchors.weight_N[:, None])
     # sum_i w_ij (I - m m^T) q_i needs only the sum of the weighted queries: the projection is linear.
     toward_SD.addcmul_(torch.linalg.vecdot(toward_SD, m_SD)[:, None], m_SD, value=-1)

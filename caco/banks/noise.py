@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from caco import distributed
+from caco import devices, distributed
 from caco.banks import splitmix
 
 PART_ELEMENTS = 1 << 22  # numbers in the drawn rows of one part, b x M x D: 16 MiB in float32
@@ -99,7 +99,7 @@ def mean_exponential(q_BD: Tensor, w_RD: Tensor, image_B: Tensor, draw: Draw) ->
 def _rows_of(image_G: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
     """Each image's row if this rank holds it, else zeros, [G, D]."""
     own_G = (image_G >= first_row) & (image_G < first_row + len(w_RD))
-    return torch.where(own_G[:, None], w_RD[torch.where(own_G, image_G - first_row, 0)], 0.0)
+    return devices.where_or(own_G[:, None], w_RD[(image_G - first_row).masked_fill(~own_G, 0)], 0.0)
 
 
 def _drawn(image_G: Tensor, w_RD: Tensor, draw: Draw) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -111,10 +111,10 @@ def _drawn(image_G: Tensor, w_RD: Tensor, draw: Draw) -> Iterator[tuple[slice, T
         local_bM = noise_rows(draw.stream, image_G[part], draw.num_noise, draw.size) - draw.first_row
         there_bM = (local_bM >= 0) & (local_bM < len(w_RD))
         if len(w_RD) < draw.size:  # leave out the rows of other ranks, which would be read and multiplied for nothing
-            most = int(there_bM.sum(1).amax())
+            most = int(there_bM.sum(1).amax())  # the host waits for a GPU here
             order_bC = there_bM.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
             local_bM, there_bM = local_bM.gather(1, order_bC), there_bM.gather(1, order_bC)
-        yield part, w_RD[torch.where(there_bM, local_bM, 0)], there_bM
+        yield part, w_RD[local_bM.masked_fill(~there_bM, 0)], there_bM
 
 
 class _Contrast(torch.autograd.Function):
@@ -124,8 +124,10 @@ class _Contrast(torch.autograd.Function):
             q_GD, image_G = distributed.gather(q_BD), distributed.gather(image_B)
             own_GD = _rows_of(image_G, w_RD, draw.first_row)
             own_G = distributed.sum_((q_GD * own_GD).sum(1).double()) / draw.tau
-            longest = distributed.max_(w_RD.norm(dim=1).amax()).item() if form == "softmax" else 0.0
-            shift = max(0.0, longest / draw.tau - 60)  # float32 holds a sum of 10^11 terms that are e^60 each
+            shift: float | Tensor = 0.0
+            if form == "softmax":  # float32 holds a sum of 10^11 terms that are e^60 each
+                longest = distributed.max_(w_RD.norm(dim=1).amax())
+                shift = (longest.double() / draw.tau - 60).clamp(min=0.0)
             c = draw.num_noise / draw.size
             total_G = torch.zeros_like(own_G)
             toward_GD = torch.zeros_like(q_GD)

@@ -34,7 +34,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from caco import distributed
+from caco import devices, distributed
 from caco.banks import scoring
 from caco.banks.scoring import Anchors, Score, Sums
 
@@ -58,6 +58,18 @@ class Objective(Protocol):
             tau: the temperature.
         """
         ...
+
+
+class OfPositives:
+    """An objective, and whether some of the positives that `score` is given are rows of the bank: where nobody says so,
+    it has to look, and waits for a GPU.
+    """
+
+    def __init__(self, objective: Objective, *, rows: bool):
+        self.objective, self.exponents, self.rows_are_positives = objective, objective.exponents, rows
+
+    def __call__(self, positive_B: Tensor, log_sums: Sequence[Tensor], count_B: Tensor, tau: float) -> Tensor:
+        return self.objective(positive_B, log_sums, count_B, tau)
 
 
 class _Derivatives(NamedTuple):
@@ -88,9 +100,10 @@ def _sums_without_a_row(
 
     def scores_of(block: slice, m_SD: Tensor) -> Tensor:
         cosine_GS = q_GD @ m_SD.T
-        inside = ((left_out_G >= block.start) & (left_out_G < block.stop)).nonzero()[:, 0]
-        cosine_GS[inside, left_out_G[inside] - block.start] = -torch.inf
-        return cosine_GS
+        inside_G = (left_out_G >= block.start) & (left_out_G < block.stop)
+        at_G1 = (left_out_G - block.start).clamp(0, cosine_GS.shape[1] - 1)[:, None]
+        kept_G1 = cosine_GS.gather(1, at_G1).masked_fill_(inside_G[:, None], -torch.inf)
+        return cosine_GS.scatter_(1, at_G1, kept_G1)
 
     blocks = scoring.blocks(len(w_RD), len(q_GD))
     peak_G = q_GD.new_full((len(q_GD),), -torch.inf)
@@ -124,10 +137,12 @@ class _ReweightedScore(torch.autograd.Function):
             q_GD, positive_G = distributed.gather(q_BD), distributed.gather(positive_B)
             local_G = positive_G - first_row
             own_shard_G = (local_G >= 0) & (local_G < len(w_RD)) & (positive_G < size)
-            rows_are_positives = bool((positive_G < size).any())  # the same on every rank
+            rows_are_positives = getattr(objective, "rows_are_positives", None)
+            if rows_are_positives is None:
+                rows_are_positives = bool((positive_G < size).any())  # the same on every rank
             with_sums = ctx.needs_input_grad[0]
             if rows_are_positives:
-                left_out_G = torch.where(own_shard_G, local_G, -1)
+                left_out_G = local_G.masked_fill(~own_shard_G, -1)
                 sums = _sums_without_a_row(q_GD, w_RD, taus, exponents, left_out_G, with_sums=with_sums)
             else:
                 sums = [
@@ -135,15 +150,13 @@ class _ReweightedScore(torch.autograd.Function):
                     for t in exponents
                 ]
             top_G = distributed.max_(sums[0].peak_G.clone())
-            m_GD = torch.where(
-                own_shard_G[:, None], scoring.unit_rows(w_RD[torch.where(own_shard_G, local_G, 0)])[0], 0.0
-            )
+            m_GD = scoring.unit_rows(w_RD[local_G.masked_fill(~own_shard_G, 0)])[0]
+            m_GD = devices.where_or(own_shard_G[:, None], m_GD, 0.0)
             reduced = distributed.sum_(
                 torch.stack([*(z_G for part in sums for z_G in part.z), (q_GD * m_GD).sum(1).double()])
             )
-            if not (torch.isfinite(reduced).all() and (top_G < 1.01).all()):  # the same on every rank
-                scoring.refuse(q_GD, w_RD, first_row)
-            *z, cosine_G = reduced
+            usable = torch.isfinite(reduced).all() & (top_G < 1.01).all()  # the same on every rank
+            *z, cosine_G = scoring.held_to(usable, list(reduced), q_GD, w_RD, first_row)
             cosine_B, in_extra_B = distributed.own(cosine_G, B), positive_B >= size
             count_B, others_BE = size - (~in_extra_B).long(), None
             if extra_BE is not None:

@@ -1,11 +1,12 @@
 """The part that all banks have in common: the rows, this rank's shard of them, and statistics of their use."""
 
+import os
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from caco import distributed
+from caco import devices, distributed
 from caco.banks import scoring
 from caco.errors import UserError
 
@@ -39,6 +40,19 @@ def random_rows(first: int, last: int, dim: int, seed: int, *, norms: Norms = "u
     if norms == "uniform":
         return (2 * drawn - 1) * (3 / dim) ** 0.5
     return torch.nn.functional.normalize(drawn, dim=1) if norms == "unit" else drawn
+
+
+def _refuse_more_than_memory(rows: int, dim: int) -> None:
+    """Before they are drawn: a kernel that hands out more memory than it has ends processes, others too, when it is
+    written to.
+    """
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = 2 * 4 * rows * dim  # drawn in parts, which are then joined
+    if needed > there and torch.get_default_device().type != "meta":
+        raise UserError(
+            f"bank.size: {rows:,} rows of {dim} numbers take {needed / 2**30:,.0f} GiB of memory while they are made,"
+            f" and this machine has {there / 2**30:,.0f}; take fewer, or more machines, whose processes share them out"
+        )
 
 
 def few_rows_chosen(statistics: dict[str, float]) -> str | None:
@@ -134,6 +148,7 @@ class Rows(nn.Module):
             )
         self.size, self.learnable = size, learnable
         self.first, self.last = distributed.shard(size)
+        _refuse_more_than_memory(self.last - self.first, dim)
         self.weight = nn.Parameter(random_rows(self.first, self.last, dim, seed, norms=norms), requires_grad=learnable)
         self.register_buffer("uses", torch.zeros(self.last - self.first, dtype=torch.int64))
         if learnable:
@@ -163,11 +178,12 @@ class Rows(nn.Module):
             row_B: int64, indices over the whole bank.
         """
         if self.training:
-            row_G = distributed.gather(row_B)
-            here_G = row_G[(row_G >= self.first) & (row_G < self.last)] - self.first
-            self.uses += torch.bincount(here_G, minlength=len(self.uses))
-            if self.renewed_after_steps:
-                self.idle[here_G] = -1  # `renew` adds 1 after the step, which makes it 0
+            local_G = distributed.gather(row_B) - self.first
+            here_G = (local_G >= 0) & (local_G < len(self.uses))
+            at_G = local_G.clamp(0, len(self.uses) - 1)
+            self.uses.index_add_(0, at_G, here_G.long())
+            if self.renewed_after_steps:  # the chosen rows get -1; `renew` adds 1 after the step, which makes it 0
+                self.idle.scatter_reduce_(0, at_G, torch.where(here_G, -here_G.long(), self.idle[at_G]), "amin")
 
     @torch.no_grad()
     def renew(self, k_GD: Tensor) -> None:
@@ -182,13 +198,21 @@ class Rows(nn.Module):
         """
         assert self.renewed_after_steps is not None
         self.idle += 1
-        old_R = (self.idle >= self.renewed_after_steps).nonzero()[:, 0]
-        by_rank = distributed.gather(torch.tensor([len(old_R)], device=old_R.device))
-        before = int(by_rank[: distributed.rank()].sum())
-        old_R = old_R[: max(len(k_GD) - before, 0)]
-        self.weight[old_R] = k_GD[before : before + len(old_R)].to(self.weight.dtype)
-        self.velocity[old_R], self.idle[old_R] = 0.0, 0
-        self.renewed += len(old_R)
+        old_R = self.idle >= self.renewed_after_steps
+        # The first old rows, as many as there are keys, then -1 if there are fewer: only the device knows their number.
+        row_G = torch.nonzero_static(old_R, size=len(k_GD))[:, 0]
+        before = distributed.gather(old_R.sum()[None])[: distributed.rank()].sum()
+        key_G = torch.arange(len(k_GD), device=k_GD.device) + before
+        taken_G = (row_G >= 0) & (key_G < len(k_GD))
+        # An entry without a row or key writes what the first entry writes. If the first has none either, row 0 is
+        # written as it is.
+        row_G = torch.where(taken_G, row_G, row_G[:1].clamp(min=0))
+        vector_GD = k_GD[torch.where(taken_G, key_G, before).clamp(max=len(k_GD) - 1)].to(self.weight.dtype)
+        some = taken_G[:1]
+        self.weight[row_G] = torch.where(some, vector_GD, self.weight[row_G])
+        self.velocity[row_G] = self.velocity[row_G].masked_fill(some, 0.0)
+        self.idle[row_G] = self.idle[row_G].masked_fill(some, 0)
+        self.renewed += taken_G.sum()
 
     def lookup(self, row_B: Tensor, *, as_stored: bool = False) -> Tensor:
         """The rows with these indices, [B, D], as unit vectors or, with `as_stored`, as they are stored. No gradient
@@ -199,18 +223,23 @@ class Rows(nn.Module):
         """
         row_G = distributed.gather(row_B)
         here_G = (row_G >= self.first) & (row_G < self.last)
-        w_GD = self.weight.detach()[torch.where(here_G, row_G - self.first, 0)]
+        w_GD = self.weight.detach()[(row_G - self.first).masked_fill(~here_G, 0)]
         m_GD = w_GD if as_stored else scoring.unit_rows(w_GD)[0]
-        return distributed.own(distributed.sum_(torch.where(here_G[:, None], m_GD, 0.0)), len(row_B))
+        return distributed.own(distributed.sum_(devices.where_or(here_G[:, None], m_GD, 0.0)), len(row_B))
 
     @torch.no_grad()
     def write(self, k_GD: Tensor, start: int) -> None:
         """Overwrite rows start, start + 1, ... (from the last row on to row 0) with unit keys. Every rank passes all
         ranks' keys, [G, D].
         """
-        index_G = (start + torch.arange(len(k_GD), device=k_GD.device)) % self.size
-        here_G = (index_G >= self.first) & (index_G < self.last)
-        self.weight[index_G[here_G] - self.first] = k_GD[here_G].to(self.weight.dtype)
+        done = 0
+        while done < len(k_GD):
+            row = (start + done) % self.size
+            count = min(len(k_GD) - done, self.size - row)  # up to the bank's end
+            first, last = max(row, self.first), min(row + count, self.last)
+            if first < last:
+                self.weight[first - self.first : last - self.first] = k_GD[done + first - row : done + last - row]
+            done += count
 
     @torch.no_grad()
     def are_unit(self) -> bool:
@@ -269,5 +298,5 @@ class Rows(nn.Module):
             row_S: int64, indices over the whole bank, the same on every rank.
         """
         here_S = (row_S >= self.first) & (row_S < self.last)
-        m_SD = scoring.unit_rows(self.weight.detach()[torch.where(here_S, row_S - self.first, 0)])[0]
-        return distributed.sum_(torch.where(here_S[:, None], m_SD, 0.0))
+        m_SD = scoring.unit_rows(self.weight.detach()[(row_S - self.first).masked_fill(~here_S, 0)])[0]
+        return distributed.sum_(devices.where_or(here_S[:, None], m_SD, 0.0))

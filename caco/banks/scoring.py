@@ -13,13 +13,14 @@ Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, S rows 
 N the queries of all terms of a step.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from caco import distributed
+from caco import devices, distributed
 from caco.banks.kernels import fused
 from caco.errors import UserError
 
@@ -53,9 +54,8 @@ class Anchors(NamedTuple):
     tau: float
     bf16: bool  # whether factors may be rounded to bfloat16: see `low_precision`
     share_N: Tensor | None = None  # a factor on the query's pushes, of any sign; None: 1
-    pull_N: Tensor | None = (
-        None  # weight of the positive's pull where its row is not a negative; None: 1 - p, for a row that is
-    )
+    # Weight of the positive's pull where its row is not a negative; None: 1 - p, for a row that is.
+    pull_N: Tensor | None = None
 
     @classmethod
     def joined(cls, several: list["Anchors"]) -> list["Anchors"]:
@@ -75,10 +75,9 @@ class Anchors(NamedTuple):
         )
         shares = [anchors.share_N for anchors in several if anchors.share_N is not None]
         pulls = [anchors.pull_N for anchors in several if anchors.pull_N is not None]
-        assert len(shares) in (0, len(several)) and len(pulls) in (
-            0,
-            len(several),
-        ), "a step has one loss, and one kind of positives"
+        assert len(shares) in (0, len(several)) and len(pulls) in (0, len(several)), (
+            "a step has one loss, and one kind of positives"
+        )
         others = (torch.cat(parts) if parts else None for parts in (shares, pulls))
         return cls(q, positive, log_sum, weight, several[0].tau, several[0].bf16, *others)
 
@@ -132,16 +131,17 @@ def most_probable_row(k_BD: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
         best_G = (k_GD.double() * m_GD).sum(1)
         top_G = distributed.max_(best_G.clone())
         # A rank without the maximum bids "beyond the bank", so the lowest index wins among equals.
-        bid_G = torch.where(best_G >= top_G - TIE, -(row_G + first_row), torch.iinfo(torch.int64).min)
+        bid_G = devices.where_or(best_G >= top_G - TIE, -(row_G + first_row), torch.iinfo(torch.int64).min)
         return distributed.own(-distributed.max_(bid_G), len(k_BD))
 
 
 def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
-    """The nearest of this rank's rows, int64 [G]. Rows whose order rounding may have changed are compared in
-    float64.
-    """
+    """The nearest of this rank's rows, int64 [G]. Float64 compares rows whose order rounding may have changed."""
     # Rounding may change the order of two rows whose cosines differ by less than twice the worst error of a cosine.
-    if not fused.supports(k_GD, w_RD):
+    supported = fused.supports(k_GD, w_RD)
+    if supported and (found_G := fused.nearest_row(k_GD, w_RD)) is not None:
+        return found_G
+    if not supported:
         row_G, many = _search(k_GD, w_RD, 2 * (k_GD.shape[1] + 8) * torch.finfo(k_GD.dtype).eps)
     else:
         value_GT, row_GT, error_G = fused.nearest(k_GD, w_RD)
@@ -149,9 +149,8 @@ def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
         near_GT = (value_GT >= value_GT[:, :1] - 2 * error_G[:, None]) & (row_GT >= 0)
         doubtful = near_GT[:, 1].nonzero()[:, 0]
         few, many = doubtful[~near_GT[doubtful, -1]], doubtful[near_GT[doubtful, -1]]
-        for some in few.split(
-            128
-        ):  # the nearest row is among these keys' candidates; 128 keys at a time limit the memory
+        # The nearest row of these few keys is among their candidates; 128 keys at a time limit the memory.
+        for some in few.split(128):
             key_P, slot_P = near_GT[some].nonzero(as_tuple=True)
             m_PD = unit_rows(w_RD[row_GT[some[key_P], slot_P]].double())[0]
             exact_FT = m_PD.new_full((len(some), near_GT.shape[1]), -torch.inf)
@@ -165,15 +164,17 @@ def _nearest_here(k_GD: Tensor, w_RD: Tensor) -> Tensor:
 
 def _search(k_GD: Tensor, w_RD: Tensor, close: float) -> tuple[Tensor, Tensor]:
     """The nearest row of each key, int64 [G], and the keys whose second nearest row comes within `close` of its
-    cosine.
+    cosine. The host waits for a GPU once, to see whether there are such keys.
     """
     best_G2 = k_GD.new_full((len(k_GD), 2), -torch.inf)
     row_G = torch.zeros(len(k_GD), dtype=torch.int64, device=k_GD.device)
     for block in blocks(len(w_RD), len(k_GD)):
         cosine_GS = k_GD @ unit_rows(w_RD[block])[0].T
-        # Only these keys' nearest rows can change, and after some blocks they are few. Finding the place of a maximum
-        # takes far longer than finding the maximum.
-        near = (cosine_GS.amax(1) >= best_G2[:, 0] - close).nonzero()[:, 0]
+        near: slice | Tensor = slice(None)
+        if not devices.runs_ahead(k_GD.device):
+            # Only these keys' nearest rows can change, and after some blocks they are few. Finding the place of a
+            # maximum takes far longer than finding the maximum.
+            near = (cosine_GS.amax(1) >= best_G2[:, 0] - close).nonzero()[:, 0]
         value_F2, index_F2 = cosine_GS[near].topk(min(2, cosine_GS.shape[1]), dim=1)
         row_G[near] = torch.where(value_F2[:, 0] > best_G2[near, 0], index_F2[:, 0] + block.start, row_G[near])
         best_G2[near] = torch.cat([best_G2[near], value_F2], 1).topk(2, dim=1).values
@@ -198,16 +199,17 @@ def _search_exactly(k_GD: Tensor, w_RD: Tensor) -> Tensor:
 
 
 def _shifts(
-    q_GD: Tensor, w_RD: Tensor, taus: list[float], longest: float, *, as_stored: bool
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], longest: float | Tensor, *, as_stored: bool
 ) -> Sequence[float | Tensor]:
     """For each temperature what is subtracted from the logits so that their exponentials can be summed: one number, or
     one for each query, [G].
 
     `longest` is the largest norm of a row, so logits lie between -longest / tau and longest / tau. If float32 can hold
-    the exponentials of that whole range, one number serves. At lower temperatures the largest product of each query is
-    found first, in a pass of its own.
+    the exponentials of that whole range, one number serves. At lower temperatures, or if the host does not know the
+    largest norm (a Tensor), the largest product of each query is found first, in a pass of its own.
     """
-    if q_GD.dtype == torch.float64 or 2 * longest / min(taus) <= HIGHEST - LOWEST:
+    known = isinstance(longest, float)
+    if known and (q_GD.dtype == torch.float64 or 2 * longest / min(taus) <= HIGHEST - LOWEST):
         return [max(0.0, longest / tau - HIGHEST) for tau in taus]
     peak_G = q_GD.new_full((len(q_GD),), -torch.inf)
     for block in blocks(len(w_RD), len(q_GD)):
@@ -217,15 +219,9 @@ def _shifts(
 
 
 def _sums(
-    q_GD: Tensor,
-    w_RD: Tensor,
-    taus: list[float],
-    shifts: Sequence[float | Tensor],
-    *,
-    with_sums: bool,
-    bf16: bool,
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: Sequence[float | Tensor], *, with_sums: bool, bf16: bool,
     as_stored: bool,
-) -> tuple[list[Tensor], Tensor, Tensor | None]:
+) -> tuple[list[Tensor], Tensor, Tensor | None]:  # fmt: skip
     """As `fused.forward`; where no kernel can be used, in blocks of PyTorch."""
     if fused.supports(q_GD, w_RD) and not isinstance(shifts[0], Tensor) and not as_stored:
         return fused.forward(q_GD, w_RD, taus, shifts, with_sums=with_sums, bf16=bf16)
@@ -274,17 +270,19 @@ class _StreamedScore(torch.autograd.Function):
             q_GD, positive_G = distributed.gather(q_BD), distributed.gather(positive_B)
             local_G = positive_G - first_row
             own_shard_G = (local_G >= 0) & (local_G < len(w_RD)) & (positive_G < size)
-            longest = distributed.max_(w_RD.norm(dim=1).amax()).item() if as_stored else 1.0
+            longest: float | Tensor = distributed.max_(w_RD.norm(dim=1).amax()) if as_stored else 1.0
+            if isinstance(longest, Tensor) and not devices.runs_ahead(q_BD.device):
+                longest = longest.item()
             shifts = _shifts(q_GD, w_RD, taus, longest, as_stored=as_stored)
             z, peak_G, sums_GD = _sums(
                 q_GD, w_RD, taus, shifts, with_sums=ctx.needs_input_grad[0], bf16=bf16, as_stored=as_stored
             )
             top_G = distributed.max_(peak_G)
-            m_GD = rows_scored(w_RD[torch.where(own_shard_G, local_G, 0)], as_stored=as_stored)
-            m_GD = torch.where(own_shard_G[:, None], m_GD, 0.0)
+            m_GD = rows_scored(w_RD[local_G.masked_fill(~own_shard_G, 0)], as_stored=as_stored)
+            m_GD = devices.where_or(own_shard_G[:, None], m_GD, 0.0)
             *z, positive_cosine_G = distributed.sum_(torch.stack([*z, (q_GD * m_GD).sum(1).double()]))
-            if not (torch.isfinite(torch.stack(z)).all() and (top_G < 1.01 * longest).all()):  # the same on every rank
-                refuse(q_GD, w_RD, first_row)
+            usable = torch.isfinite(torch.stack(z)).all() & (top_G < 1.01 * longest).all()  # the same on every rank
+            z = held_to(usable, z, q_GD, w_RD, first_row)
             log_sum_G = [(x.log() + shift).to(q_GD.dtype) for x, shift in zip(z, shifts, strict=True)]
             log_sum_B = [distributed.own(x, B) for x in log_sum_G]
             positive_cosine_B = distributed.own(positive_cosine_G, B).to(q_BD.dtype)
@@ -325,10 +323,51 @@ class _StreamedScore(torch.autograd.Function):
             grad_extra_BE = None
             if extra_BE is not None and ctx.needs_input_grad[2]:
                 grad_extra_BE = (extra_BE / tau - log_sum_B[:, None]).exp_()
-                in_extra = (positive_B >= size).nonzero()[:, 0]
-                grad_extra_BE[in_extra, positive_B[in_extra] - size] -= 1
+                in_extra_B = (positive_B >= size).to(grad_extra_BE.dtype)
+                grad_extra_BE.scatter_add_(1, (positive_B - size).clamp(min=0)[:, None], -in_extra_B[:, None])
                 grad_extra_BE *= (grad_B / tau)[:, None]
         return grad_q_BD, None, grad_extra_BE, None, None, None, None, None, None
+
+
+class Held(NamedTuple):
+    """Whether queries that were scored have usable sums, and the queries' norms, which may say why not."""
+
+    usable: Tensor
+    norm_G: Tensor
+
+    def refuse_if_wrong(self) -> None:
+        """Raise an UnusableError if the sums are not usable. It names no rows, as they may have moved since."""
+        if not self.usable:
+            _refuse_queries(self.norm_G)
+            raise UnusableError(
+                "rows of the bank have no direction: expected finite norms above zero; try a lower bank_learning.lr"
+            )
+
+
+_later: list[Held] | None = None
+
+
+@contextlib.contextmanager
+def looked_at_later() -> Iterator[list[Held]]:
+    """Within this context nothing is refused, because the host would have to wait for a GPU: the loss of queries that
+    cannot be scored is NaN, and the list that is yielded says why.
+    """
+    global _later
+    before, _later = _later, []
+    try:
+        yield _later
+    finally:
+        _later = before
+
+
+def held_to(usable: Tensor, z: list[Tensor], q_GD: Tensor, w_RD: Tensor, first_row: int) -> list[Tensor]:
+    """The sums; refused if they are not usable, now or, within `looked_at_later`, later. A collective."""
+    if _later is not None:
+        _later.append(Held(usable, q_GD.norm(dim=1)))
+        return [x.masked_fill(~usable, torch.nan) for x in z]
+    if not usable:
+        refuse(q_GD, w_RD, first_row)
+    return z
 
 
 def refuse(q_GD: Tensor, w_RD: Tensor, first_row: int) -> None:
@@ -345,10 +384,19 @@ def refuse(q_GD: Tensor, w_RD: Tensor, first_row: int) -> None:
             f"whose norm is {first[1]}: expected finite norms above zero; try a lower bank_learning.lr"
         )
     norm_G = q_GD.norm(dim=1)
+    _refuse_queries(norm_G)
+    raise _unusable(0, norm_G, 0)
+
+
+def _refuse_queries(norm_G: Tensor) -> None:
     wrong = (~((norm_G - 1).abs() < 1e-2)).nonzero()[:, 0]
-    number = int(wrong[0]) if len(wrong) else 0
-    raise UnusableError(
-        f"{len(wrong)} of {len(q_GD)} queries are not finite unit vectors; the first is query {number}, whose norm is "
+    if len(wrong):
+        raise _unusable(len(wrong), norm_G, int(wrong[0]))
+
+
+def _unusable(count: int, norm_G: Tensor, number: int) -> UnusableError:
+    return UnusableError(
+        f"{count} of {len(norm_G)} queries are not finite unit vectors; the first is query {number}, whose norm is "
         f"{float(norm_G[number])}: expected 1; try a lower optimizer.lr, or precision=fp32"
     )
 

@@ -5,6 +5,8 @@ the same numbers.
 import torch
 from torch import Tensor
 
+from caco import devices
+
 # SplitMix64's constants as signed integers: int64 arithmetic wraps modulo 2**64 as unsigned arithmetic does.
 _STEP = 0x9E3779B97F4A7C15 - 2**64
 CACHED = 1 << 15  # how many numbers a CPU makes at a time, so that they stay in its cache
@@ -23,7 +25,7 @@ def uniform(stream: int, image_B: Tensor, count: int) -> Tensor:
     start_B = _mix(_signed(stream) + _STEP * (image_B + 1))
     step_M = _STEP * torch.arange(1, count + 1, device=image_B.device)
     number_BM = torch.empty(len(image_B), count, dtype=torch.float64, device=image_B.device)
-    rows = len(image_B) if image_B.is_cuda else max(1, CACHED // max(1, count))
+    rows = len(image_B) if devices.runs_ahead(image_B.device) else max(1, CACHED // max(1, count))
     for start_b, number_bM in zip(start_B.split(rows), number_BM.split(rows), strict=True):
         number_bM.copy_(_shifted(_mix(start_b[:, None] + step_M), 11)).mul_(2.0**-53)
     return number_BM

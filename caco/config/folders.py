@@ -20,6 +20,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from caco.config import signatures
 from caco.errors import FileError, UserError
 from caco.runs.identity import file_digest
+from caco.runs.paths import expanded
 
 # conf/ is beside the package in a checkout and inside it in a wheel (pyproject.toml maps one to the other).
 CONF = next(path for path in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if path.is_dir())
@@ -69,7 +70,7 @@ def use(*folders: str | Path) -> None:
         UserError: a folder does not exist, or one of its files would be ignored: its name is already taken, or its
             `# @package` is not in the first line.
     """
-    chosen = [Path(folder).expanduser().absolute() for folder in folders]
+    chosen = [expanded(folder).absolute() for folder in folders]
     for folder in chosen:
         if not folder.is_dir():
             raise FileError(f"--config-dir: expected a folder, got {folder}, which does not exist")

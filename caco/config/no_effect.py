@@ -25,12 +25,14 @@ def problems(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[st
     presets = [item for item in overrides if item.startswith("preset=")]
     if any(name.startswith("warm_start.") for name in assigned) and "warm_start_steps" not in tree["method"]:
         found.append(f"warm_start: method={choices.get('method')} has no warm start; leave it out")
+    twice = _chosen_twice(overrides)
+    found += [f"{group}: is chosen twice: {' '.join(those)}; leave all but one out" for group, those in twice.items()]
     found += _unlearned(tree, assigned) + _untreated(tree, choices) + _merged_to_nothing(tree, overrides)
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
         for option in value.strip("[]").split(","):
             file = folders.option_file(group, option.strip())
-            if group == "preset" or file is None:
+            if group == "preset" or group in twice or file is None:
                 continue
             if group == "bank" and tree.get("bank") is None:
                 without = f"pn={choices['pn']}" if "pn" in choices else f"method={choices.get('method')}"
@@ -57,6 +59,16 @@ def problems(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[st
                     undone_by = presets[-1] if presets else "a later group"
                     found.append(f"{override}: {undone_by} sets {key}={leaves.get(key)} instead; say {key}={wanted}")
     return found
+
+
+def _chosen_twice(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """group -> its overrides, for every group that several overrides choose. Hydra would take the last of them."""
+    given: dict[str, list[str]] = {}
+    for item in dict.fromkeys(overrides):
+        group, equals, _ = item.partition("=")
+        if equals and group in folders.groups():
+            given.setdefault(group, []).append(item)
+    return {group: those for group, those in given.items() if len(those) > 1}
 
 
 def _merged_to_nothing(tree: dict[str, Any], overrides: Sequence[str]) -> list[str]:

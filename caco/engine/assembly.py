@@ -15,6 +15,7 @@ from caco.banks.base import Bank
 from caco.config import folders, signatures, views_needed
 from caco.config.channels_needed import channels_of
 from caco.config.composition import instantiate, target
+from caco.config.no_effect import settings_of
 from caco.data.loaders.bound import BoundLoader, Loader
 from caco.data.loaders.images import Images
 from caco.data.sets import unfit
@@ -26,6 +27,7 @@ from caco.engine.optimizers import Optimisation, OptimizerSchedule
 from caco.engine.preemption import Stop, Stopped
 from caco.engine.progress import beginning, ended_before, ending
 from caco.engine.same_images import images_read, other_images
+from caco.engine.starting import Start
 from caco.engine.trainer import Trainer
 from caco.errors import UserError, require_contract
 from caco.evals.evaluation import Evaluation
@@ -39,7 +41,7 @@ from caco.nn.norm import in_groups
 from caco.runs import directory
 from caco.runs.checkpoint import Checkpoints
 from caco.runs.files import read_json, write_json
-from caco.runs.identity import flat, run_hash
+from caco.runs.identity import flat, plain, run_hash
 from caco.runs.paths import expanded
 from caco.saying import Sometimes, doing
 from caco.schedules import RunShape
@@ -193,6 +195,24 @@ def _again(label: labels.Label, cfg: DictConfig) -> list[str]:
     ]
 
 
+def _set_otherwise(cfg: DictConfig, options: list[str]) -> list[str]:
+    """The settings of these options of `eval` that this run has not as their files say, as overrides: a command that
+    names the options alone would ask for another evaluation, or for one that does not go with the images.
+    """
+    leaves = flat({"eval": plain(cfg)["eval"]})
+    of_files = {
+        key: value
+        for option in options
+        if (file := folders.option_file("eval", option)) is not None
+        for key, value in settings_of("eval", file)
+    }
+    return [
+        f"{key}={leaves[key]}"
+        for key, wanted in of_files.items()
+        if isinstance(wanted, int | float) and isinstance(leaves.get(key), int | float) and leaves[key] != wanted
+    ]
+
+
 def run_training(
     cfg: DictConfig, run_dir: Path, *, stop: Stop | None = None, label: labels.Label | None = None
 ) -> dict[str, Any]:
@@ -210,11 +230,15 @@ def run_training(
         raise UserError(f"every rank must have the same configuration; got the hashes {', '.join(hashes)}, by rank")
     tracker = build_tracker(cfg)
     say = Sometimes(main)
-    with doing("reading the images"):
+    start = Start()
+    with start.part("reading the images"):
         splits = build_splits(cfg)
+    with start.part("looking at the images"):
         splits.pretrain.look(say)  # on all ranks together, because the digest of a large set takes long
-    views = views_of(cfg, splits, run_dir=run_dir, say=say)
-    data_digest = distributed.together(lambda: splits.pretrain.digest() if main else "")[0]
+    with start.part("measuring the images"):
+        views = views_of(cfg, splits, run_dir=run_dir, say=say)
+    with start.part("the digest of the images"):
+        data_digest = distributed.together(lambda: splits.pretrain.digest() if main else "")[0]
 
     settings: Loader = instantiate(cfg.loader)
 
@@ -229,13 +253,13 @@ def run_training(
             device=device,
         )
 
-    with doing("starting the loader"):
+    with start.part("starting the loader"):
         loader = bind_loader()
     images = Images(
         splits.pretrain, views, bind_loader, batch=max(1, min(cfg.batch, 512)), device=device, rank=distributed.rank(),
         world=distributed.world(), num_workers=settings.num_workers, corrupt=settings.corrupt,
     )  # fmt: skip
-    with doing("preparing the evaluators"):
+    with start.part("preparing the evaluators"):
         evaluation = Evaluation(
             {name: instantiate(node) for name, node in cfg.eval.items()},
             splits,
@@ -252,7 +276,7 @@ def run_training(
     images_file = run_dir / "images.json"
     evaluated_on = images_read(evaluation) if main else {}
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=cfg.checkpoint.keep)
-    with doing("looking for a checkpoint"):
+    with start.part("looking for a checkpoint"):
         newest = checkpoints.load_newest()
     refuse_different_steps(None if newest is None else newest[0]["step"], run_dir)
     before = last_state(cfg, expanded(cfg.continue_from)) if cfg.continue_from is not None and newest is None else None
@@ -260,7 +284,7 @@ def run_training(
         refuse_different_steps(before[0]["step"], expanded(cfg.continue_from))
     if cfg.norm_groups == "rank" and (begun := newest or before) is not None:
         refuse_other_groups(len(begun[0]["random"]))
-    with doing("building the network"):
+    with start.part("building the network"):
         method = build_method(cfg, len(splits.pretrain))
     refuse_unfit(method, views, splits.pretrain)
     evaluation.require(method.backbone, method)
@@ -270,7 +294,8 @@ def run_training(
             print(f"caco: {message}", file=sys.stderr)
     at_once = cfg.batch // distributed.world() // (cfg.accumulate or 1)
     method = in_groups(method, device, cfg.norm_groups, images=at_once, shuffle_keys=cfg.shuffle_keys)
-    method = method.to(device).to(memory_format=torch.channels_last)
+    with start.part("moving the network and its bank to the device"):
+        method = method.to(device).to(memory_format=torch.channels_last)
     if cfg.compile:
         method.get_submodule("encoder").compile()
     schedule = dict(cfg.schedule)
@@ -316,7 +341,12 @@ def run_training(
             if is_done:
                 when = path.stat().st_mtime
                 message = ended_before(
-                    known, when=when, run_dir=run_dir, evaluators=_again(label, cfg), epochs=cfg.epochs
+                    known,
+                    when=when,
+                    run_dir=run_dir,
+                    evaluators=_again(label, cfg),
+                    epochs=cfg.epochs,
+                    settings=_set_otherwise(cfg, _again(label, cfg)),
                 )
             print(message, file=sys.stderr)
         if is_done:
@@ -349,6 +379,7 @@ def run_training(
             processes=distributed.world(), device=device.type, run_dir=run_dir,
         )  # fmt: skip
         print(message, file=sys.stderr)
+        start.say(always=cfg.profile)
         directory.write_config(run_dir, cfg)  # not earlier: a run that goes on may still have been refused
         write_json(images_file, {**read_json(images_file), **evaluated_on})
         note(views, run_dir)
@@ -373,6 +404,7 @@ def run_training(
         about = {"config_hash": config_hash, "data": splits.pretrain.name, "data_digest": data_digest, **of_parent}
         summary = {**final, "processes": distributed.world(), **about}
         if main:
+            start.add_to(run_dir / "shares.json")
             tracker.log_model(lambda: final_backbone(cfg, method))  # first: a run with a summary is never opened again
             write_json(run_dir / "summary.json", summary)
             seconds = time.monotonic() - started
@@ -381,6 +413,7 @@ def run_training(
                 seconds=seconds,
                 run_dir=run_dir,
                 evaluators=_again(label, cfg),
+                settings=_set_otherwise(cfg, _again(label, cfg)),
                 epochs=cfg.epochs,
                 commands=label.sweep is None,
             )

@@ -23,7 +23,7 @@ from caco.data.views.augmentation import Views
 from caco.engine.assembly import build_splits, pick_device, refuse_unfit_backbone
 from caco.engine.channels import backbone_of, noted, views_of
 from caco.engine.evaluating import load_pretrained
-from caco.errors import UserError
+from caco.errors import FileError, UserError
 from caco.evals.features import FeatureStore
 from caco.runs.paths import expanded
 from caco.saying import Sometimes, clock, doing
@@ -156,8 +156,11 @@ def _write(
     )
     unfinished = aside / to.name
     writer = _npz if to.suffix == ".npz" else _parquet
-    writer(unfinished, features, files, label, sources[0].classes, json.dumps(about))
-    unfinished.replace(to)
+    try:
+        writer(unfinished, features, files, label, sources[0].classes, json.dumps(about))
+        unfinished.replace(to)
+    except OSError as error:  # a full disk's says not where
+        raise FileError(error.errno, error.strerror or str(error), str(to)) from error
 
 
 def _pieces(features: list[Tensor]) -> Iterator[np.ndarray]:

@@ -31,11 +31,13 @@ class Stopped(Exception):
 
 class Stop:
     """Within `with`, a signal to stop sets a flag instead of ending the process. The training loop asks `requested` at
-    the end of each step.
+    the end of each step. Before the loop has begun, there is nothing to save and the work may take long, so the signal
+    is obeyed at once.
     """
 
     def __init__(self):
         self.signum: int | None = None
+        self.has_begun = False  # the training loop sets this when it begins
         self._before: dict[int, Handler] = {}
         self._terminals: list[int] = []
 
@@ -55,11 +57,24 @@ class Stop:
             signal.signal(signum, handler)
         os.close(self._nowhere)
 
-    def _note(self, signum: int, frame: object) -> None:
+    def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         for stream in self._terminals:
             if not os.isatty(stream):  # the terminal is gone, and printing to it would fail before the run is saved
                 os.dup2(self._nowhere, stream)
+        if not self.has_begun:
+            self._obey(signum, frame)
+
+    def _obey(self, signum: int, frame: FrameType | None) -> None:
+        """Call the handler that the signal had before, such as submitit's; without one, end this process."""
+        handler = self._before.get(signum)
+        if callable(handler):
+            handler(signum, frame)
+            return
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            name = signal.Signals(signum).name
+            print(f"caco: stopped by {name} before its first step here; the same command begins again", file=sys.stderr)
+        sys.exit(128 + signum)
 
 
 def leave(stopped: Stopped, *, is_first_rank: bool) -> NoReturn:

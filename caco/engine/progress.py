@@ -49,9 +49,13 @@ def ending(
     evaluators: Sequence[str],
     epochs: int = 0,
     commands: bool = True,
+    settings: Sequence[str] = (),
 ) -> str:
     """Lines that say that a run is finished, with its results, failed evaluations and, if `commands`, useful next
     commands (not for a job of a sweep).
+
+    Args:
+        settings: settings of these evaluators, as overrides, where they differ from those of the evaluators' options.
     """
     lines = [f"caco: finished in {clock(seconds)}: {run_dir}{_results(summary)}"]
     if failed := summary.get("failed_evaluations"):
@@ -62,22 +66,29 @@ def ending(
                 "caco: so results are missing, and the exit code is 3; give the same command again to repeat the"
                 " evaluation at the end"
             ]
-    return "\n".join(lines + (_next(summary, run_dir, evaluators, epochs) if commands else []))
+    return "\n".join(lines + (_next(summary, run_dir, evaluators, epochs, settings) if commands else []))
 
 
 def ended_before(
-    summary: Mapping[str, Any], *, when: float, run_dir: Path, evaluators: Sequence[str], epochs: int
+    summary: Mapping[str, Any],
+    *,
+    when: float,
+    run_dir: Path,
+    evaluators: Sequence[str],
+    epochs: int,
+    settings: Sequence[str] = (),
 ) -> str:
     """Lines for the repeated command of a run that is already finished.
 
     Args:
         when: the time at which the run finished, in seconds since 1970.
+        settings: as for `ending`.
     """
     date = time.strftime("%Y-%m-%d at %H:%M", time.localtime(when))
     return "\n".join(
         [
             f"caco: finished already on {date}: {run_dir}{_results(summary)}",
-            *_next(summary, run_dir, evaluators, epochs),
+            *_next(summary, run_dir, evaluators, epochs, settings),
         ]
     )
 
@@ -87,7 +98,9 @@ def _results(summary: Mapping[str, Any]) -> str:
     return f" ({results})" if results else ""
 
 
-def _next(summary: Mapping[str, Any], run_dir: Path, evaluators: Sequence[str], epochs: int) -> list[str]:
+def _next(
+    summary: Mapping[str, Any], run_dir: Path, evaluators: Sequence[str], epochs: int, settings: Sequence[str]
+) -> list[str]:
     """Commands that work as they are printed, if given in the folder where the run was started."""
     run, folder = _typed(run_dir), _typed(Path(run_dir).parent)
     is_cut = summary.get("epochs", epochs) < epochs
@@ -96,7 +109,8 @@ def _next(summary: Mapping[str, Any], run_dir: Path, evaluators: Sequence[str], 
     )  # fmt: skip
     commands = {
         "beside the untrained network and raw pixels": (
-            f"python -m caco.evaluate {_setting('run', run)} eval=[{','.join(evaluators)}] baselines=true"
+            f"python -m caco.evaluate {_setting('run', run)} eval=[{','.join(evaluators)}]"
+            f"{''.join(f' {shlex.quote(setting)}' for setting in settings)} baselines=true"
         ),
         "beside other runs": f"python -m caco.results {shlex.quote(folder)}",
         longer: f"python -m caco.train {_setting('continue_from', run)} {how}",

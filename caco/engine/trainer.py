@@ -1,11 +1,10 @@
 """The training loop, written to be read from top to bottom.
 
-The order in a step: rates, before_step, forward, backward, check that the loss is finite, optimiser, after_step, log,
-save, evaluate.
+The order in a step: rates, before_step, forward, backward, check that the loss is finite (on a GPU the loss of the step
+before, see caco/engine/losses.py), optimiser, after_step, log, save, evaluate.
 """
 
 import contextlib
-import math
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,11 +14,12 @@ import numpy as np
 import torch
 
 from caco import distributed
-from caco.banks.scoring import UnusableError
+from caco.banks.scoring import Held
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.bound import BoundLoader
 from caco.data.loaders.images import Images
 from caco.engine.instruments import instruments, parts_of_a_step
+from caco.engine.losses import Losses, NonFiniteLossError, refused_at
 from caco.engine.optimizers import Optimisation
 from caco.engine.preemption import Stop, Stopped
 from caco.engine.progress import Progress
@@ -32,9 +32,7 @@ from caco.saying import clock, doing
 from caco.schedules import RunShape
 from caco.tracking.base import Row, Tracker
 
-
-class NonFiniteLossError(UserError):
-    """The loss is NaN or infinite; nothing was updated with it."""
+__all__ = ["NonFiniteLossError", "Trainer"]
 
 
 class Trainer:
@@ -124,7 +122,7 @@ class Trainer:
         if max_steps is not None:
             self.total_steps = min(self.total_steps, max_steps)
 
-        self.step, self.signs = 0, Signs()
+        self.step, self.signs, self.losses = 0, Signs(), Losses(device)
         self.epoch_sums: dict[str, torch.Tensor] = {}
         self.latest: dict[str, float] = {}  # the newest value of each metric of an epoch or an evaluation
         # Saved before the evaluation is made, so that a run that goes on makes it.
@@ -194,11 +192,12 @@ class Trainer:
         """Train from the current step to the end; returns the final metrics.
 
         Raises:
-            NonFiniteLossError: the loss is not finite; nothing was updated with it, and the last checkpoint stays good.
+            NonFiniteLossError: the loss is not finite; the last checkpoint stays good.
             Stopped: a rank received a signal to stop; all ranks have ended the same step and saved.
         """
         progress = Progress(total=self.total_steps, done=self.step, batch=self.run.batch, enabled=distributed.is_main())
         before = self.time
+        self.stop.has_begun = True
         self.evaluate_if_due(progress)
         with (
             contextlib.closing(progress),
@@ -212,18 +211,9 @@ class Trainer:
                 self.method.train()
                 self.method.before_step(now, self.images)
                 where = f"step {now.step + 1} ({self.described(now)})"
-                try:
+                with refused_at(where), self.losses.watching() as held:
                     outputs = self._forward_and_backward(batch, now)
-                except UnusableError as error:
-                    raise NonFiniteLossError(f"{error}; at {where}; the last checkpoint is good") from error
-                values = self._averaged(outputs)
-                stopping = values.pop("stop").item() > 0  # some rank received a signal: all stop now
-                # The ranks share this mean, so all raise together. Nothing has been updated yet.
-                if not math.isfinite(loss := values["loss"].item()):
-                    raise NonFiniteLossError(
-                        f"the loss is {loss} at {where}; nothing was updated with it, and the last checkpoint is good;"
-                        " try a lower optimizer.lr, or precision=fp32"
-                    )
+                values = self._averaged(outputs, where, held)
                 distributed.mean_gradients(self.optimisation.parameters)
                 self.optimisation.step(now)
                 self.method.after_step(now)
@@ -237,11 +227,16 @@ class Trainer:
                 if profile is not None:
                     profile.step()
 
-                self._log(now, values, progress)
                 last = self.step == self.total_steps
                 # The epoch that ends with this step, if any.
                 ended = now.epoch if now.step_in_epoch == self.run.steps_per_epoch - 1 else None
                 phase_over = now.epoch is None and now.last_of_phase
+                saving = self.save_every_steps and self.step % self.save_every_steps == 0
+                due = last or (now.step + 1) % self.log_every_steps == 0
+                if due or ended is not None or phase_over or saving or self.losses.stop:
+                    self.losses.settle()
+                stopping = self.losses.stop  # some rank received a signal: all stop now
+                self._log(now, values, progress, due)
                 if ended is not None:
                     self._log_epoch(ended, progress)
                 if phase_over:
@@ -260,7 +255,7 @@ class Trainer:
                     or milestone
                     or self.evaluation_due is not None  # an evaluation may end the process, so save first
                     or (ended is not None and (ended + 1) % self.save_every_epochs == 0)
-                    or (self.save_every_steps and self.step % self.save_every_steps == 0)
+                    or saving
                 ):
                     self.save(milestone=milestone)
                 if stopping and not last:
@@ -294,12 +289,16 @@ class Trainer:
         embeddings = [part.embedding.detach() for part in parts if part.embedding is not None]
         return Outputs(loss, metrics | self.signs.of_step(torch.cat(embeddings) if embeddings else None))
 
-    def _averaged(self, outputs: Outputs) -> dict[str, torch.Tensor]:
-        """Loss and metrics as means over the ranks, and "stop", the share of ranks to stop, in one all-reduce."""
+    def _averaged(self, outputs: Outputs, where: str, held: list[Held]) -> dict[str, torch.Tensor]:
+        """Loss and metrics as means over the ranks, from one all-reduce that also takes "stop", the share of ranks to
+        stop. `losses` looks at them in their turn; the ranks share these means, so all raise or stop together.
+        """
         names = ["loss", *outputs.metrics, "stop"]
-        stop = torch.tensor(float(self.stop.requested()), dtype=torch.float64, device=self.device)
+        stop = torch.full((), float(self.stop.requested()), dtype=torch.float64, device=self.device)
         together = torch.stack([outputs.loss.detach().double(), *(v.double() for v in outputs.metrics.values()), stop])
-        return dict(zip(names, distributed.sum_(together) / distributed.world(), strict=True))
+        together = distributed.sum_(together) / distributed.world()
+        self.losses.add(names, together, where, held)
+        return dict(zip(names[:-1], together, strict=False))
 
     # What is written down.
 
@@ -307,16 +306,16 @@ class Trainer:
         if distributed.is_main():
             self.tracker.log(self.step, row, kind=kind)
 
-    def _log(self, now: Now, values: dict[str, torch.Tensor], progress: Progress) -> None:
+    def _log(self, now: Now, values: dict[str, torch.Tensor], progress: Progress, due: bool) -> None:
         for name, value in values.items():
             self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
         self.epoch_sums["count"] = self.epoch_sums.get("count", 0.0) + torch.ones((), dtype=torch.float64)
-        is_due = (now.step + 1) % self.log_every_steps == 0 or self.step == self.total_steps
-        progress.step(self.step, self.described(now), values["loss"].item() if is_due or progress.bar is None else None)
-        if is_due:
+        newest = self.losses.numbers.get("loss")
+        progress.step(self.step, self.described(now), newest if due or progress.bar is None else None)
+        if due:
             row = {
                 **({} if now.epoch is None else {"epoch": now.epoch}),
-                **{name: value.item() for name, value in values.items()},
+                **self.losses.numbers,
                 "lr": self.optimisation.lr,
                 **now.values,
                 "images_per_second": progress.images_per_second(self.step),

@@ -9,7 +9,6 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -36,6 +35,7 @@ from caco.ranges import (
     ShareInterval,
     held,
 )
+from caco.runs.paths import expanded
 
 
 class Domain(Evaluator):
@@ -122,10 +122,10 @@ class Domain(Evaluator):
             UserError: there is no root, PACS is not there or incomplete, or the encoder was pre-trained on images of a
                 target.
         """
-        if self.root is None or not Path(self.root).expanduser().is_dir():
+        if self.root is None or not expanded(self.root).is_dir():
             raise UserError(f"root: expected the folder that holds PACS, as eval.domain.root=PATH, got {self.root}")
         self._store, self._seed = store, seed
-        self._pacs = read(Path(self.root).expanduser(), key="eval.domain.root", say=store.say)
+        self._pacs = read(expanded(self.root), key="eval.domain.root", say=store.say)
         self._pacs.every.look(store.say)
         for target in self.targets:
             try:

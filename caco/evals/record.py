@@ -10,13 +10,14 @@ from torch import nn
 
 from caco import metrics
 from caco.config import folders
+from caco.errors import UserError
 from caco.evals.evaluation import Evaluation
 from caco.evals.feature_files import key_of
 from caco.runs import renamed
 from caco.runs.directory import command
 from caco.runs.environment import environment
 from caco.runs.files import read_json, write_json
-from caco.runs.identity import flat, is_neutral, plain
+from caco.runs.identity import flat, is_neutral, plain, run_hash
 from caco.tracking import recorded
 from caco.tracking.base import Tracker
 from caco.tracking.ledger import Ledger
@@ -32,6 +33,7 @@ class Record:
 
     - NAME for results on the run's own data;
     - DATA/NAME for another data set, or DATA-DIGEST/NAME if the data set is the same but its images are others;
+    - DATA-DIGEST/NAME in a folder that is not a run's, if the images differ from the first ones evaluated there;
     - SET-DIGEST/NAME for an evaluator's own set, if this directory first knew other images under the set's name;
     - untrained/NAME and pixels/NAME for the baselines.
 
@@ -59,7 +61,13 @@ class Record:
         self._sets_of: dict[str, dict[str, str]] = {}
 
     def open(self) -> str:
-        """Open the ledger to append to it; returns the status that the run had."""
+        """Open the ledger to append to it; returns the status that the run had.
+
+        Raises:
+            UserError: the directory is not a run's own and holds results of other weights.
+        """
+        if not self.is_run:
+            self._refuse_other_weights()
         about = read_json(self.dir / "tracking.json")
         status = last_status(self.dir)[0] if about else "FINISHED"
         ledger = Ledger(self.dir / "ledger.jsonl")
@@ -78,6 +86,24 @@ class Record:
             sweep=about.get("sweep"),  # keeps a job of a sweep in its sweep
         )
         return "FINISHED" if status == "RUNNING" else status
+
+    def _refuse_other_weights(self) -> None:
+        file, ours = self.dir / "images.json", self._whose_weights()
+        recorded = read_json(file)
+        if recorded.setdefault("weights", ours) != ours:
+            raise UserError(
+                f"{self.dir} holds results of other weights than {self.path}, and names would be the same: choose"
+                " another folder with to"
+            )
+        write_json(file, recorded)
+
+    def _whose_weights(self) -> str:
+        """The digest of a weights file from elsewhere, or the hash of a run, because its checkpoints are one series."""
+        if self.cfg.get("weights") is not None:
+            return str(self.cfg.weights_digest)
+        folders_above = self.path.absolute().parents[:3]
+        run_dir = next(folder for folder in folders_above if (folder / "config.yaml").is_file())
+        return run_hash(renamed.read_config(run_dir))
 
     def close(self, status: str) -> None:
         self.tracker.finish(status, read_json(self.dir / "summary.json"))
@@ -151,8 +177,17 @@ class Record:
 
     def _of_other_data(self) -> str:
         """The beginning of the results' names: "" for the images of the run's own evaluations, else DATA/ or
-        DATA-DIGEST/."""
-        if not self.is_run or not (self.dir / "config.yaml").is_file():
+        DATA-DIGEST/. In a folder that is not a run's, "" is for the images of its first evaluation, else DATA-DIGEST/.
+        """
+        if not self.is_run:
+            file, ours = self.dir / "images.json", {key: one for key, one in self._images.items() if one is not None}
+            about = read_json(file)
+            if "images" not in about:
+                write_json(file, {**about, "images": ours})
+            first = about.get("images", ours)
+            others = [digest for split, digest in ours.items() if first.get(split, digest) != digest]
+            return f"{self._data_name()}-{others[-1]}/" if others else ""
+        if not (self.dir / "config.yaml").is_file():
             return ""
         recorded = read_json(self.dir / "images.json").get(
             "images", {}

@@ -127,6 +127,14 @@ class Transfer(Evaluator):
         if found.metric != "map11":
             require_classes(found.train, found.validation)
             require_classes(found.train, found.test)
+        else:
+            for source in (found.validation, found.test):
+                there = (labels_of(source) == 1).any(axis=0)
+                if not there.all():  # a class without an image has no precision
+                    absent = [name for name, has_one in zip(source.classes or (), there, strict=True) if not has_one]
+                    raise UserError(
+                        f"{source.name}: expected an image at least of each class, got none of {', '.join(absent)}"
+                    )
         for source in (found.train, found.validation, found.test):
             source.look(self._store.say)  # all ranks read together; otherwise one rank alone would, for the cache keys
         for source in (found.train, found.validation, self._store.splits.pretrain):

@@ -22,7 +22,7 @@ from caco.launch.jobs import Job
 from caco.launch.local import Local
 from caco.launch.slurm import ENDED, Slurm
 from caco.launch.snapshot import snapshot
-from caco.runs.files import read_json, write_json
+from caco.runs.files import last_line, read_json, write_json
 from caco.tracking import recorded
 
 
@@ -169,7 +169,7 @@ def _report(jobs: list[Job], failed: list[Job], states: dict[str, str]) -> str:
         submitted = read_json(job.run_dir / "job.json")
         failure = job.run_dir / "failure.txt"
         if failure.exists():
-            why = failure.read_text(encoding="utf-8").strip().splitlines()[-1]
+            why = last_line(failure) or f"why is not known: {failure} is empty, as a full disk leaves it"
         elif (job.run_dir / "summary.json").exists():
             why = _lacks(job) or ""
         else:

@@ -115,7 +115,9 @@ def nearest_counts(score_BK: Tensor) -> Tensor:
     Args:
         score_BK: scores of this rank's images; the largest one's prototype is the nearest.
     """
-    return distributed.sum_(torch.bincount(score_BK.argmax(1), minlength=score_BK.shape[1]))
+    nearest_B = score_BK.argmax(1)
+    counts_K = torch.zeros(score_BK.shape[1], dtype=torch.int64, device=nearest_B.device)
+    return distributed.sum_(counts_K.index_add_(0, nearest_B, torch.ones_like(nearest_B)))
 
 
 def use_statistics(uses_K: Tensor) -> dict[str, float]:

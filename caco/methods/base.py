@@ -228,8 +228,9 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def after_step(self, now: Now) -> None:
-        """Called after the optimiser's step, which is made only if the loss is finite: a bank, a queue, a centre, or a
-        twin that follows the optimiser's step is updated here.
+        """Called after the optimiser's step: a bank, a queue, a centre, or a twin that follows the optimiser's step is
+        updated here. The step is made only if the loss is finite; but on a GPU one step may be made with a loss that is
+        not, before the run ends (caco/engine/losses.py).
         """
 
     def after_phase(self, now: Now) -> None:

@@ -1,5 +1,4 @@
-"""Contrastive learning composed of a source of positives, a source of negatives and a bank: CaCo, its P/N settings,
-AdCo, MoCo v2 and SimCLR.
+"""Contrastive learning from positives, negatives and a bank: CaCo, its P/N settings, AdCo, MoCo v2 and SimCLR.
 
 Shapes: B this rank's images, G all ranks' images, D width of the embedding, V views, T terms of the loss, N the queries
 of all terms, E extra columns.
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from caco import distributed
 from caco.banks.base import Bank
+from caco.banks.reweighted import OfPositives
 from caco.banks.scoring import Score
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.images import Images
@@ -108,7 +108,8 @@ def contrast(
             torch.full((len(q_BD),), bank.size, device=q_BD.device) if positive.row_B is None else positive.row_B
             for q_BD, positive in zip(q, positives, strict=True)
         ]
-        other = {} if treatment.objective is None else {"objective": treatment.objective}
+        objective = None if treatment.objective is None else OfPositives(treatment.objective, rows=bool(chosen))
+        other = {} if objective is None else {"objective": objective}
         score = bank.score(
             torch.cat(q), torch.cat(rows), temperature=temperature, extra_BE=extra_NE, learn=learn, **other
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from caco import distributed
+from caco import devices, distributed
 from caco.banks.base import Bank
 from caco.data.loaders.batches import Batch, mixed_seed
 from caco.data.loaders.images import Images
@@ -98,6 +98,8 @@ class PCL(Contrastive):
             Clusters(num_images=num_images, number=number, dim=dim) for number in num_clusters
         )
         self.register_buffer("made", torch.zeros((), dtype=torch.int64))
+        self._has_clusters = devices.Known(False)
+        self.register_load_state_dict_post_hook(_read_anew)
         self.seed, self.num_negatives, self.first_clustering_epoch = seed, num_negatives, first_clustering_epoch
         self.library, self.iterations, self.restarts = library, iterations, restarts
 
@@ -115,6 +117,11 @@ class PCL(Contrastive):
                 seed=(len(self.clusterings) * self.seed + number) % 2**31, library=self.library,
             )  # fmt: skip
         self.made += 1
+        self._has_clusters.note(self.made, True)
+
+    def _are_made(self) -> bool:
+        """Whether a clustering has been made."""
+        return self._has_clusters.of(self.made, bool)
 
     def _clusterings(self) -> list[Clusters]:
         return [child for child in self.clusterings if isinstance(child, Clusters)]
@@ -148,7 +155,7 @@ class PCL(Contrastive):
             "positive_probability": (-score.loss_B.detach()).exp().mean(),
             "max_probability": score.max_probability_B.mean(),
         }
-        if self.made:
+        if self._are_made():
             prototype_loss = torch.stack([self._prototype_loss(q_BD, batch.index, now) for q_BD in q.values()]).mean()
             loss, metrics = loss + prototype_loss, metrics | {"prototype_loss": prototype_loss.detach()}
         return Outputs(loss, metrics, q[0])
@@ -165,33 +172,35 @@ class PCL(Contrastive):
         losses = []
         for number, clustering in enumerate(self._clusterings()):
             own_G = clustering.cluster[image_G].long()
-            others = self._drawn(own_G, len(clustering.centroids), mixed_seed(self.seed, now.step, number))
+            others, taken = self._drawn(own_G, len(clustering.centroids), mixed_seed(self.seed, now.step, number))
             column_E = torch.cat([own_G, others])
             with torch.autocast(q_BD.device.type, enabled=False):
                 logit_BE = q_BD @ clustering.centroids[column_E].T / clustering.width[column_E]
+                logit_BE = logit_BE.masked_fill(F.pad(taken, (len(own_G), 0)), -torch.inf)
                 losses.append(F.cross_entropy(logit_BE, label_B))
         return torch.stack(losses).mean()
 
-    def _drawn(self, own_G: Tensor, number: int, stream: int) -> Tensor:
+    def _drawn(self, own_G: Tensor, number: int, stream: int) -> tuple[Tensor, Tensor]:
         """Clusters drawn at random, without replacement, from those that hold no image of the batch, int64; the same on
-        every rank.
+        every rank. If there are too few, others follow them; the mask, bool, is true for those.
 
         Args:
             own_G: int64, the clusters of the batch's images.
             number: of clusters, K.
             stream: the seed of the draw.
         """
-        free = torch.ones(number, dtype=torch.bool)
-        free[own_G.cpu()] = False
         order = torch.randperm(number, generator=torch.Generator().manual_seed(stream % 2**63))
-        return order[free[order]][: self.num_negatives].to(own_G.device)
+        order = devices.sent(order, own_G.device)
+        taken = torch.zeros(number, dtype=torch.bool, device=own_G.device).index_fill_(0, own_G, True)[order]
+        first = taken.byte().argsort(stable=True)[: self.num_negatives]
+        return order[first], taken[first]
 
     def statistics(self) -> dict[str, float]:
         """The queue's statistics, and how evenly the images are distributed over the prototypes of the clustering with
         the most clusters.
         """
         values = super().statistics()
-        if self.made:
+        if self._are_made():
             largest = max(self._clusterings(), key=lambda clustering: len(clustering.centroids))
             values |= assignments.use_statistics(
                 torch.bincount(largest.cluster.long(), minlength=len(largest.centroids))
@@ -212,3 +221,7 @@ class PCL(Contrastive):
         of_contrast = super().costs(sizes)
         count = len(self.clusterings)
         return replace(of_contrast, columns_per_image=count, prototypes=count * self.num_negatives)
+
+
+def _read_anew(method: PCL, _: object) -> None:
+    method._has_clusters.forget()

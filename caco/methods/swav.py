@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from caco import distributed
+from caco import devices, distributed
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.images import Images
 from caco.errors import UserError
@@ -78,6 +78,8 @@ class SwAV(Method):
         self.register_buffer("queue", torch.zeros(NUM_ASSIGNED, queue_size, dim))
         self.register_buffer("uses", torch.zeros(num_prototypes, dtype=torch.int64))
         self.embeddings: list[Tensor] = []  # for the queue: [B, D] for each assigned view of the step in progress
+        self._pushed = devices.Known([0] * NUM_ASSIGNED)  # see `_pushed_rows`
+        self.register_load_state_dict_post_hook(_read_anew)
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override] # as an attribute it would be in the state twice
@@ -118,11 +120,15 @@ class SwAV(Method):
         """
         num_images = len(score_BK)
         queue_RD = self._rows_in_use(view, num_images * distributed.world(), now)
-        if len(queue_RD) and queue_RD[-1].any():
+        if len(queue_RD) and self._pushed_rows()[view] >= len(queue_RD):
             part_RD = distributed.own(queue_RD, len(queue_RD) // distributed.world())
             # The queue holds earlier embeddings; their scores are taken with the current prototypes.
             score_BK = torch.cat([self.prototypes(part_RD).detach(), score_BK])
         return assignments.balanced(score_BK, epsilon=self.epsilon, iterations=self.sinkhorn_iterations)[-num_images:]
+
+    def _pushed_rows(self) -> list[int]:
+        """For each assigned view the number of its queue's rows that hold an embedding."""
+        return self._pushed.of(self.queue, lambda queue: queue.any(2).sum(1).tolist())
 
     def _rows_in_use(self, view: int, batch: int, now: Now) -> Tensor:
         """The rows of a view's queue that are in use, [R, D], a whole number of batches; no rows before
@@ -133,11 +139,14 @@ class SwAV(Method):
 
     @torch.no_grad()
     def after_step(self, now: Now) -> None:
+        pushed = self._pushed_rows() if self.queue.numel() else []
         for view, z_BD in enumerate(self.embeddings):
             rows_RD = self._rows_in_use(view, len(z_BD) * distributed.world(), now)
             if len(rows_RD):
                 z_GD = distributed.gather(z_BD)
                 rows_RD.copy_(torch.cat([z_GD, rows_RD[: -len(z_GD)]]))
+                pushed[view] = min(pushed[view] + len(z_GD), len(rows_RD))
+        self._pushed.note(self.queue, pushed)
         self.embeddings = []
 
     def statistics(self) -> dict[str, float]:
@@ -168,3 +177,7 @@ class SwAV(Method):
             summed_bytes=8 * num_prototypes * (NUM_ASSIGNED * self.sinkhorn_iterations + 1),
             together=True,
         )
+
+
+def _read_anew(method: SwAV, _: object) -> None:
+    method._pushed.forget()

@@ -65,7 +65,7 @@ class AllRanksBatchNorm(_InPlaceOf):
         over = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        own_count = wide.new_tensor([x.numel() // x.shape[1]])
+        own_count = wide.new_full((1,), x.numel() // x.shape[1])
         sums = distributed.sum_with_gradient(torch.cat([wide.sum(over), own_count]))
         count = sums[-1].detach()
         mean = sums[:-1] / count

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from caco import distributed
+from caco import devices, distributed
 
 
 class MomentumTwin(nn.Module):
@@ -57,7 +57,7 @@ class MomentumTwin(nn.Module):
         views = [images] if isinstance(images, Tensor) else images
         own = len(views[0])
         # The order comes from rank 0's CPU generator, because a checkpoint holds the state of that generator.
-        order = distributed.from_main(torch.randperm(own * distributed.world()).to(views[0].device))
+        order = distributed.from_main(devices.sent(torch.randperm(own * distributed.world()), views[0].device))
         mixed = [distributed.own(distributed.gather(view)[order], own) for view in views]
         embeddings = self.encoder(mixed[0] if isinstance(images, Tensor) else mixed, **how)
         back = order.argsort()

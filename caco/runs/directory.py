@@ -24,7 +24,7 @@ from caco.redaction import redacted
 from caco.runs import renamed
 from caco.runs.environment import environment
 from caco.runs.files import process_start, read_json, remove_left_behind, write_json, write_text
-from caco.runs.identity import differences, identity, plain, read_yaml, run_hash
+from caco.runs.identity import differences, identity, plain, read_recorded, run_hash
 
 _locks: dict[Path, int] = {}  # open until the process ends, because closing a descriptor releases its lock
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a file system without locks
@@ -53,7 +53,7 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any], code: Map
                 f"{run_dir} holds a run of {_version(run_dir)}; this version can show, evaluate and export it but not"
                 " continue it: finish it with that version, or choose another hydra.run.dir to train anew"
             )
-        changed = differences(identity(read_yaml(record)), identity(cfg))
+        changed = differences(identity(read_recorded(record)), identity(cfg))
         if changed:
             shown = "\n".join(f"  {line}" for line in changed[:20])
             more = f"\n  and {len(changed) - 20} more" if len(changed) > 20 else ""

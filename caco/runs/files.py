@@ -51,13 +51,22 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file is damaged, or may not be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise FileError(error.errno, error.strerror, str(path)) from error
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): remove it, or take it from a copy of the run") from error
+
+
+def last_line(file: Path) -> str:
+    """The last line of a text, "" where it has none: a full disk leaves failure.txt empty."""
+    lines = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
 
 
 def remove_left_behind(folder: Path, *, of_others: tuple[str, ...] = (), others_s: float = 60.0) -> None:
@@ -107,6 +116,21 @@ def locked(path: Path, *, wait_s: float) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """For the body, the only process that writes results into this folder: two would write into one file.
+
+    Raises:
+        BlockingIOError: another one does.
+    """
+    path = folder / ".lock"
+    with locked(path, wait_s=0):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def process_start(pid: int) -> str:

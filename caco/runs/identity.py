@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from caco.errors import FileError, UserError
 
 # A pattern covers the key itself and all keys below it.
 NEUTRAL_KEYS = (
@@ -119,9 +123,29 @@ def _resolved(cfg: DictConfig, key: str) -> Any:
 
 
 def read_yaml(file: Path) -> DictConfig:
-    """A YAML file of keys and values, such as a run's config.yaml."""
+    """A YAML file of keys and values, such as an option of conf/."""
     cfg = OmegaConf.load(file)
     assert isinstance(cfg, DictConfig), f"{file}: expected keys"
+    return cfg
+
+
+def read_recorded(file: Path) -> DictConfig:
+    """A run's config.yaml.
+
+    Raises:
+        UserError: it is something else, or empty, as a machine that lost its power may leave a file; or cannot be read.
+    """
+    try:
+        cfg = OmegaConf.load(file)
+        if not isinstance(cfg, DictConfig) or not file.read_bytes().strip():
+            raise TypeError("it has no settings")
+        plain(cfg)
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, AttributeError, TypeError, OSError) as error:
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # without, it is OmegaConf's, of a text that is a number
+            raise FileError(error.errno, error.strerror, str(file)) from error
+        raise UserError(f"{file} is damaged ({str(error).splitlines()[0]}): take it from a copy of the run") from error
     return cfg
 
 

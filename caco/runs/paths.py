@@ -2,6 +2,7 @@
 exist is refused with an explanation.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,9 +64,23 @@ def require_writable(folder: Path, key: str) -> None:
         return
 
 
+def make_folder(folder: Path, key: str) -> None:
+    """Make a folder and its parents, if they do not exist yet.
+
+    Args:
+        key: the setting that chooses another folder.
+    Raises:
+        FileError: the folder cannot be made, for example in /proc or on a share that is gone.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{folder} cannot be made ({error.strerror}); choose another one with {key}") from error
+
+
 def read_text(file: Path) -> str:
     """The content of a user's text file in any of the usual encodings: UTF-8 with or without byte order mark, UTF-16
-    with one, else Latin-1.
+    with one, else the encoding of Windows in western Europe (cp1252), or Latin-1.
 
     Raises:
         FileError: the file cannot be read.
@@ -76,10 +91,10 @@ def read_text(file: Path) -> str:
         raise FileError(error.errno, error.strerror, str(file)) from error
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", errors="replace")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("latin-1")
+    for encoding in ("utf-8-sig", "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return content.decode(encoding)
+    return content.decode("latin-1")
 
 
 def with_home(overrides: Sequence[str]) -> list[str]:

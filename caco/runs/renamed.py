@@ -11,14 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from caco import metrics
-from caco.errors import FileError, UserError
 from caco.runs.files import read_json
-from caco.runs.identity import flat, plain, run_hash
+from caco.runs.identity import flat, plain, read_recorded, run_hash
 
 # Targets of `_target_`: a single class or function, or a module with everything in it.
 TARGETS = {
@@ -174,12 +169,7 @@ def is_old(run_dir: Path) -> bool:
 
 def _recorded_config(run_dir: Path) -> dict[str, Any]:
     file = run_dir / "config.yaml"
-    try:
-        return plain(OmegaConf.load(file)) if file.is_file() else {}  # type: ignore[arg-type]
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, AttributeError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({str(error).splitlines()[0]}): take it from a copy of the run") from error
-    except OSError as error:
-        raise FileError(error.errno, error.strerror, str(file)) from error
+    return plain(read_recorded(file)) if file.is_file() else {}
 
 
 class Names:

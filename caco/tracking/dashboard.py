@@ -23,6 +23,7 @@ from typing import Any
 
 from caco.errors import UserError, shown
 from caco.redaction import redacted
+from caco.runs.paths import expanded
 from caco.tracking.names import OF_SWEEPS, colours
 from caco.tracking.store import connect, first_line, import_mlflow, require_mlflow, resolve_uri
 from caco.tracking.sync import find_runs, sync
@@ -230,7 +231,7 @@ def free_port(host: str, wanted: int) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m caco.tracking.dashboard", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "runs", nargs="?", type=Path, default=Path("runs"), help="the folder of run directories; default runs"
+        "runs", nargs="?", type=expanded, default=Path("runs"), help="the folder of run directories; default runs"
     )
     parser.add_argument("--uri", help="MLflow server or database; default: the store of tracking=mlflow")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in, without a password")
@@ -238,6 +239,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--every", type=float, default=30.0, metavar="SECONDS", help="time between updates; default 30")
     options = parser.parse_args(arguments)
     with shown():
+        if not 0 <= options.port <= 65535:
+            raise UserError(f"--port: expected 0 (any) to 65535, got {options.port}")
+        if not 1 <= options.every <= 86400:  # a store that is asked without a pause has time for nothing else
+            raise UserError(f"--every: expected 1 to 86400 seconds, got {options.every:g}")
         require_mlflow()
         return _show(options, resolve_uri(options.uri))
 

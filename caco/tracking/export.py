@@ -19,6 +19,7 @@ from typing import Literal
 from caco.errors import UserError, shown
 from caco.installed import is_installed
 from caco.runs.files import write_text
+from caco.runs.paths import expanded
 from caco.tracking import recorded
 from caco.tracking.fed import Feed
 from caco.tracking.store import first_line
@@ -66,9 +67,9 @@ def send(feed: Feed, run_dir: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns 1 if a run could not be sent."""
     parser = argparse.ArgumentParser(prog="python -m caco.tracking.export", description=__doc__.splitlines()[0])
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run, or a directory of runs")
+    parser.add_argument("run_dirs", nargs="+", type=expanded, metavar="RUN_DIR", help="a run, or a directory of runs")
     to = parser.add_mutually_exclusive_group(required=True)
-    to.add_argument("--csv", type=Path, metavar="FILE")
+    to.add_argument("--csv", type=expanded, metavar="FILE")
     to.add_argument("--tensorboard", action="store_true", help="into the folder tensorboard/ of each run")
     to.add_argument("--wandb", metavar="PROJECT")
     parser.add_argument("--offline", action="store_true", help="with --wandb")

@@ -48,6 +48,8 @@ def _encode(name: str, value: float | int | str) -> float | int | str:
 def _decode(line: bytes, path: Path) -> dict[str, Any]:
     try:
         row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError(f"a {type(row).__name__}")
     except ValueError as error:
         raise UserError(f"{path}: expected one JSON object a line, got {line[:80]!r}") from error
     return {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in row.items()}
@@ -206,7 +208,10 @@ class LedgerTracker(Tracker):
             watermark.roll_back(run_dir, ledger.rows(), num_rows, wait_s=60)
         ledger.truncate(num_rows)
         self._about = run_dir / "tracking.json"
-        store = self.store or read_json(self._about).get("store")
+        before = read_json(self._about)
+        store = self.store or before.get("store")
+        if sweep is None and before.get("sweep"):  # a job of a sweep that goes on alone stays one, and its name
+            sweep, run_name = before["sweep"], before.get("run_name", run_name)
         about = {
             "run_name": run_name,
             "params": {name: redacted(_text(value)) for name, value in params.items()},

@@ -75,8 +75,16 @@ def directories(paths: Iterable[Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for path in paths:
-        before = len(found)
+        before, seen = len(found), set[tuple[int, int]]()
         for folder, below, files in os.walk(path, followlinks=True):
+            try:
+                status = os.stat(folder)
+            except OSError:
+                continue  # removed meanwhile
+            if (status.st_dev, status.st_ino) in seen:  # by a link, to what holds it perhaps
+                below.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
             if "config.yaml" in files and ("environment.json" in files or "tracking.json" in files):
                 found[Path(folder)] = None
                 below.clear()

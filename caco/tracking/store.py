@@ -12,7 +12,8 @@ from caco.errors import FileError, UserError
 from caco.installed import command_to_install, is_installed
 from caco.redaction import completed, redacted
 from caco.runs.files import locked, read_json
-from caco.runs.identity import flat, read_yaml
+from caco.runs.identity import flat, read_recorded
+from caco.runs.paths import expanded
 
 _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
 
@@ -66,7 +67,7 @@ def own_uri(run_dir: Path, chosen: str | None = None) -> str:
     settings = about.get("params", {}).get("tracking.uri")
     config = run_dir / "config.yaml"
     if settings is None and config.is_file():
-        settings = flat(read_yaml(config)).get("tracking.uri")
+        settings = flat(read_recorded(config)).get("tracking.uri")
     named = read_json(run_dir / "mlflow.json").get("uri") or about.get("store", {}).get("uri") or settings
     if named in (None, "", "null", "None"):
         return resolve_uri(None)
@@ -87,7 +88,7 @@ def own_uri(run_dir: Path, chosen: str | None = None) -> str:
 
 def _database(uri: str) -> Path | None:
     """The file of an SQLite store, as an absolute path, because the working directory may change."""
-    return Path(uri.partition(":///")[2]).absolute() if uri.startswith("sqlite:///") else None
+    return expanded(uri.partition(":///")[2]).absolute() if uri.startswith("sqlite:///") else None
 
 
 def import_mlflow() -> None:

@@ -19,6 +19,7 @@ from caco.errors import UserError, shown
 from caco.redaction import redacted
 from caco.runs import renamed
 from caco.runs.files import process_start, read_json
+from caco.runs.paths import expanded
 from caco.tracking.feed import Feed, has_new_model, new_files, refresh_sweep
 from caco.tracking.ledger import Ledger
 from caco.tracking.store import connect, first_line, import_mlflow, own_uri, require_mlflow, resolve_uri
@@ -158,7 +159,7 @@ def sync(
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns 1 if anything could not be sent, else 0."""
     parser = argparse.ArgumentParser(prog="python -m caco.tracking.sync", description=__doc__.splitlines()[0])
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="a run, or a directory of runs")
+    parser.add_argument("run_dirs", nargs="+", type=expanded, metavar="RUN_DIR", help="a run, or a directory of runs")
     parser.add_argument("--uri", help="send to this MLflow server or database, from now on the run's own store")
     parser.add_argument("--experiment", metavar="NAME", help="default: the run's name, else caco")
     options = parser.parse_args(arguments)
@@ -167,9 +168,9 @@ def main(arguments: list[str] | None = None) -> int:
         runs = find_runs(options.run_dirs)
         if options.uri:
             resolve_uri(options.uri)
-    import_mlflow()
-    lines, failed = sync(runs, uri=options.uri, experiment=options.experiment)
-    print("\n".join(lines), flush=True)
+        import_mlflow()
+        lines, failed = sync(runs, uri=options.uri, experiment=options.experiment)
+        print("\n".join(lines), flush=True)
     return min(failed, 1)
 
 

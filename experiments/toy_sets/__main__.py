@@ -3,10 +3,10 @@ that read these sets.
 """
 
 import argparse
-from pathlib import Path
 
 from caco import errors
 from caco.errors import UserError
+from caco.runs.paths import expanded
 from experiments.toy_sets.whole import draw
 
 
@@ -14,7 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "folder",
-        type=Path,
+        type=expanded,
         help="a new folder; evaluate on it with eval.segment.root=FOLDER, and likewise for detect, domain, ...",
     )
     with errors.shown():

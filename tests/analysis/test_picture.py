@@ -117,6 +117,12 @@ def test_what_is_no_run_is_refused_in_one_sentence(here, arguments, words):
     assert errors.startswith("caco: ") and words in errors and errors.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [["--to", "picture.xyz"], ["--to", "."], ["--images", "0"]])
+def test_what_cannot_be_drawn_is_refused_before_the_run_is_read(run, here, words):
+    code, told, errors = here(str(run), *words)
+    assert (code, told) == (2, "") and errors.startswith(f"caco: {words[0]}: expected")
+
+
 def test_a_refusal_imports_neither_torch_nor_matplotlib(tmp_path):
     program = (
         "import sys; from analysis import picture; sys.argv = ['picture', 'nowhere']\n"

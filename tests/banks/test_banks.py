@@ -13,6 +13,7 @@ from caco.banks.fifo import FifoBank
 from caco.banks.learnable import LearnableBank
 from caco.banks.rows import Rows, random_rows
 from caco.config import composition
+from caco.errors import UserError
 from caco.runs.identity import identity, run_hash
 from caco.schedules import RunShape
 
@@ -71,6 +72,12 @@ def test_the_rate_scales_with_the_batch_only_when_asked():
     assert rates(lr_reference_batch=1024) == [0.1875] * 10
     assert rates(final_lr=1.0)[5] == pytest.approx(2.0)
     assert rates(final_lr=1.0, lr_reference_batch=1024)[5] == pytest.approx(2.0 / 16)
+
+
+@pytest.mark.parametrize("bank", [LearnableBank, FifoBank])
+def test_more_rows_than_the_machine_has_memory_for_are_refused_before_they_are_drawn(bank):
+    with pytest.raises(UserError, match=r"bank\.size: 2,000,000,000 rows of 128 numbers take 1,907 GiB of memory"):
+        bank(size=2_000_000_000, dim=128)
 
 
 def test_random_rows_are_unit_and_do_not_depend_on_how_they_are_shared_out():

@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 from caco import equations as eq
 from caco import instructions
 from caco.banks import motion, scoring
-from caco.banks.kernels import fused, triton_kernels
+from caco.banks.kernels import cards, fused, triton_kernels
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # from queries that are refused
@@ -28,10 +28,12 @@ def serves(monkeypatch):
     """Use the kernels for CPU tensors, with large blocks, because the interpreter's time depends on their number."""
     monkeypatch.setattr(fused, "supports", lambda *tensors: True)
     monkeypatch.setattr(instructions, "LEVEL", None)
-    for name in triton_kernels.KERNELS:
+    for name in ("forward", "nearest_row", "update"):
         monkeypatch.setattr(fused, name, getattr(triton_kernels, name))
-    monkeypatch.setattr(triton_kernels, "SIZES", {key: ((64, 256, 4, 1),) * 4 for key in triton_kernels.SIZES})
+    large = cards.Card("interpreter", (), 0, dict.fromkeys(cards.TABLE[0].blocks, (cards.Blocks(64, 256, 4, 1),) * 2))
+    monkeypatch.setattr(triton_kernels, "_card", lambda device: large)
     monkeypatch.setattr(triton_kernels, "CHUNK", 128)
+    monkeypatch.setattr(triton_kernels, "EXACT_ROWS", 256)
     # The interpreter stores a bfloat16 as the integer of its bits and would multiply these integers, and it truncates a
     # float32 to bfloat16 where GPUs round. `widened` and `rounded` correct both.
     builder, held = interpreter.InterpreterBuilder, interpreter.TensorHandle
@@ -152,12 +154,43 @@ def test_the_bound_of_nearest_holds_for_every_row_not_named(crowded):
     rows = near if crowded == "everywhere" else unit(1500, 64, seed=3)
     rows[3::256] = near[3::256]
     keys = F.normalize(unit(1, 64, seed=0) + 0.3 * unit(40, 64, seed=2), dim=1)
-    value, row, _ = triton_kernels.nearest(keys.float(), rows.float())
     cosine = keys @ rows.T
-    assert torch.allclose(value[:, :-1].double(), cosine.gather(1, row[:, :-1]), atol=1e-6)
-    assert (value[:, :-1].diff(dim=1) <= 0).all()
-    unnamed = cosine.scatter(1, row[:, :-1], -1.0).amax(1)
-    assert (value[:, -1] >= unnamed - 1e-6).all()
+    for bf16, error in ((True, triton_kernels.ROUNDING), (False, 1e-5)):
+        row, bound = triton_kernels._candidates(
+            keys.float(), rows.float(), torch.tensor([40], dtype=torch.int32), bf16=bf16
+        )
+        assert (row >= 0).all() and (row.sort().values.diff(dim=1) > 0).all()
+        unnamed = cosine.scatter(1, row, -1.0).amax(1)
+        assert (bound >= unnamed - error).all()
+    assert torch.equal(scoring.most_probable_row(keys.float(), rows.float(), 0), nearest_in_float64(keys, rows))
+
+
+def nearest_in_float64(keys, rows):
+    cosine = keys.float().double() @ F.normalize(rows.float().double(), dim=1).T
+    return (cosine >= cosine.amax(1, keepdim=True) - 1e-12).to(torch.uint8).argmax(1)
+
+
+@pytest.mark.parametrize("doubtful", [0, 5, 64, 65, 130])
+def test_keys_of_which_rounding_leaves_several_rows_are_searched_for_again_however_many_they_are(doubtful):
+    """Some keys have twelve nearest rows that float32 cannot tell apart, and some have nearest rows that are equal;
+    each of the other keys has one nearest row.
+    """
+    rows, keys = unit(900, 24, seed=1), unit(130, 24, seed=2)
+    rows[::9] = rows[0]
+    near = F.normalize(rows[1] + 3e-5 * unit(12, 24, seed=3), dim=1)
+    rows[2:900:80] = near
+    keys[:doubtful:2], keys[1:doubtful:2] = rows[0], near[3]
+    keys, rows = keys[torch.randperm(130, generator=torch.Generator().manual_seed(0))], 3 * rows
+    assert torch.equal(scoring.most_probable_row(keys.float(), rows.float(), 0), nearest_in_float64(keys, rows))
+
+
+@pytest.mark.parametrize("D", [40, 200])
+@pytest.mark.parametrize("entry", cards.TABLE, ids=lambda entry: entry.name)
+def test_every_entry_of_the_table_of_cards_gives_the_equations(monkeypatch, entry, D):
+    """The trial compares every kernel, with the block sizes of the entry, with caco/equations.py."""
+    monkeypatch.setattr(triton_kernels, "_card", lambda device: entry)
+    monkeypatch.setattr(triton_kernels, "CHUNK", cards.CHUNK)
+    triton_kernels.trial(CPU, D)
 
 
 def test_the_trial_passes_and_notices_kernels_that_give_something_else(monkeypatch):

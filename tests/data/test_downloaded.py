@@ -189,6 +189,19 @@ def test_a_damaged_file_of_fashion_mnist_is_named(tmp_path, damage):
         fashion_mnist(root=str(tmp_path))
 
 
+def test_labels_that_are_not_those_of_the_images_are_refused(tmp_path):
+    write_fashion(tmp_path)
+    of_test = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    of_train = (tmp_path / "train-labels-idx1-ubyte.gz").read_bytes()
+    for labels in (of_train, gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 4, 0, 1, 2, 10]))):
+        of_test.write_bytes(labels)
+        with pytest.raises(FileError, match="expected a label from 0 to 9 for each image of test"):
+            fashion_mnist(root=str(tmp_path))
+    of_test.write_bytes(gzip.compress(bytes(2**28 + 1), 1))
+    with pytest.raises(FileError, match="it unpacks to more than 268,435,456 bytes"):
+        fashion_mnist(root=str(tmp_path))
+
+
 def test_without_debian_s_files_it_is_said_how_they_come(monkeypatch, tmp_path):
     monkeypatch.setattr("caco.data.sets.downloaded.FASHION_OF_DEBIAN", str(tmp_path))
     with pytest.raises(FileError, match=r"apt install dataset-fashion-mnist\), or data.root=PATH"):

@@ -67,6 +67,32 @@ def test_one_folder_under_two_classes_is_refused(pets):
         folder(root=str(pets))
 
 
+@pytest.mark.parametrize("to", ["../cat/0001.png", "../dog/back.png", "0000.png"])
+def test_an_image_under_two_names_by_a_link_is_refused(pets, to):
+    (pets / "train" / "dog" / "back.png").symlink_to("../cat/0002.png")
+    (pets / "train" / "dog" / "again.png").symlink_to(to)
+    (pets / "train" / "cat" / "elsewhere.png").symlink_to("../../test/cat/0000.png")
+    for other in ({}, {"labelled_root": str(pets / "test")}):
+        with pytest.raises(UserError, match=r"(back|again)\.png: a link to .*, which is among these images itself"):
+            folder(root=str(pets), **other)
+    (pets / "train" / "dog" / "back.png").unlink()
+    if (pets / "train" / "dog" / "again.png").exists():
+        with pytest.raises(UserError, match=r"dog/again\.png: a link to .*/train/.*, which is among these"):
+            folder(root=str(pets))
+
+
+def test_links_into_a_store_that_is_hidden_or_left_out_are_followed(pets, tmp_path, write_images):
+    write_images(pets / "train" / ".annex", 2)
+    for at, name in enumerate(("cat", "dog", "dog")):  # two images that are equal are one file there
+        (pets / "train" / name / f"kept{at}.png").symlink_to("../.annex/0000.png")
+    (pets / "train" / "dog" / "of_cat.png").symlink_to("../cat/0000.png")
+    (tmp_path / "classes.txt").write_text("dog\n")
+    chosen = folder(root=str(pets / "train"), class_list=str(tmp_path / "classes.txt"), labelled_root=None)
+    assert len(chosen.train) == 5
+    (pets / "train" / "dog" / "of_cat.png").unlink()
+    assert len(folder(root=str(pets)).train) == 8
+
+
 @pytest.mark.parametrize(
     ("link", "to"), [("train/cat/gone.png", "nowhere.png"), ("train/bird", "../nowhere"), ("train/dog/self", "self")]
 )

@@ -425,7 +425,7 @@ def test_what_does_not_fit_is_refused(noise_source, two_views):
         TorchLoader(num_workers=0).bind(source, two_views, batch=5, seed=0).epoch(0, 3)
     with pytest.raises(ValueError, match="num_workers: expected int from 0 up to 1024, got -1"):
         TorchLoader(num_workers=-1)
-    with pytest.raises(ValueError, match="prefetch: expected int from 1, got 0"):
+    with pytest.raises(ValueError, match="prefetch: expected int from 1 up to 1024, got 0"):
         TorchLoader(prefetch=0)
     with pytest.raises(ValueError, match="batch: expected at least 1, got 0"):
         next(plain_batches(source, two_views, batch=0))

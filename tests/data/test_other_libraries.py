@@ -218,3 +218,46 @@ def test_what_is_no_set_of_theirs_is_refused_by_what_is_wrong(tmp_path, plain, o
     add(tmp_path / "none" / "0.tar", ["a.png"])
     with pytest.raises(UserError, match=r"0.tar/a: expected its label in 0.tar/a.cls, got none: data.label=ENDING"):
         webdataset(root=str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    "label, expected",
+    [
+        ("1.5", "expected a whole number as its class"),
+        ("true", "expected a whole number as its class"),
+        ("Infinity", "expected a whole number as its class"),
+        ("-1", "whole numbers from 0 to 999,999, got -1 for image 1"),
+        ("20261129", "whole numbers from 0 to 999,999, got 20261129 for image 1"),
+        ("1" * 30, r"expected labels that are one whole number for each image, got object"),
+    ],
+)
+def test_a_label_that_is_no_classs_number_is_refused(tmp_path, label, expected):
+    values = {0: "0", 1: label}
+    sharded(
+        {"train": [(png(i), i) for i in range(2)]},
+        tmp_path,
+        label=lambda n: {"json": b'{"class": %s}' % values[n].encode()},
+    )
+    with pytest.raises(UserError, match=expected):
+        webdataset(root=str(tmp_path), label="json:class")
+
+
+@LONG
+def test_a_set_of_hugging_faces_that_is_damaged_or_has_several_labels_an_image_is_refused(tmp_path):
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Sequence(datasets.Value("int64"))})
+    rows = {"image": [{"bytes": png(0), "path": None}], "label": [[0, 1]]}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / "several"))
+    with pytest.raises(UserError, match="expected a whole number or a text for each image in label"):
+        huggingface(root=str(tmp_path / "several"))
+    file = next((tmp_path / "several").glob("*.arrow"))
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(FileError, match="several holds a data set that cannot be opened"):
+        huggingface(root=str(tmp_path / "several"))
+    row = {"image": [{"bytes": None, "path": str(tmp_path / "gone.png")}], "label": [0]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict(row, features).with_format("arrow").save_to_disk(str(tmp_path / "paths"))
+    source = huggingface(root=str(tmp_path / "paths"), in_memory_mb=0).train
+    with pytest.raises(UnreadableImage, match="huggingface/train row 0: .* FileNotFoundError"):
+        source.digest()

@@ -14,6 +14,7 @@ from test_downloaded import dump, rows
 
 from caco.data.sets import transfer
 from caco.data.sets.transfer import READERS, VOC_CLASSES, MissingSet, load
+from caco.errors import UserError
 
 
 def image(path: Path, seed: int) -> None:
@@ -253,6 +254,45 @@ def test_images_of_a_list_that_are_not_there_are_named(tmp_path):
         match=r"dtd/train: expected the 1 images of the published list .* got 1 of them not there \(banded/a.jpg\)",
     ):
         load("dtd", tmp_path, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "expected"),
+    [
+        ("food101", "food-101/meta/test.json", '{"waffles": ["waffles/1"]}', "classes are others than those of train"),
+        ("food101", "food-101/meta/train.json", '{"apple_pie": [', "JSONDecodeError"),
+        ("sun397", "SUN397/Training_01.txt", "/c/cave/sun_1.jpg", "KeyError: '/c/cave'"),
+        ("aircraft", "fgvc-aircraft-2013b/data/images_variant_val.txt", "1025794", "ValueError"),
+        ("dtd", "dtd/labels/val1.txt", "spotted/spotted_1.jpg", "KeyError: 'spotted'"),
+        ("pets", "oxford-iiit-pet/annotations/test.txt", "Abyssinian_1 0 1 1", "counted from 1, and one is 0"),
+        ("voc2007", "VOCdevkit/VOC2007/ImageSets/Main/dog_val.txt", "000001 2", "KeyError: '2'"),
+        ("flowers", "flowers-102/setid.mat", "no table", "flowers: .*setid.mat is not as published"),
+        ("cars", "stanford_cars/devkit/cars_meta.mat", "no table", "cars: .*cars_meta.mat is not as published"),
+    ],
+)
+def test_a_list_of_other_content_is_refused_by_its_name(tmp_path, name, file, content, expected):
+    text(tmp_path / "food-101" / "meta" / "train.json", '{"apple_pie": ["apple_pie/1"], "waffles": ["waffles/1"]}')
+    for label, number in (("apple_pie", 1), ("waffles", 1)):
+        image(tmp_path / "food-101" / "images" / label / f"{number}.jpg", number)
+    text(tmp_path / "SUN397" / "ClassName.txt", "/a/abbey")
+    text(tmp_path / "fgvc-aircraft-2013b" / "data" / "variants.txt", "707-320")
+    text(tmp_path / "fgvc-aircraft-2013b" / "data" / "images_variant_train.txt", "1 707-320")
+    image(tmp_path / "fgvc-aircraft-2013b" / "data" / "images" / "1.jpg", 0)
+    text(tmp_path / "dtd" / "labels" / "train1.txt", "banded/1.jpg")
+    image(tmp_path / "dtd" / "images" / "banded" / "1.jpg", 0)
+    text(tmp_path / "oxford-iiit-pet" / "annotations" / "trainval.txt", "Abyssinian_1 1 1 1")
+    image(tmp_path / "oxford-iiit-pet" / "images" / "Abyssinian_1.jpg", 0)
+    savemat(tmp_path / "labels.mat", {"labels": [1]})
+    text(tmp_path / "flowers-102" / "x", "")
+    (tmp_path / "labels.mat").rename(tmp_path / "flowers-102" / "imagelabels.mat")
+    for split in ("train", "val"):
+        for label in VOC_CLASSES:
+            text(tmp_path / "VOCdevkit/VOC2007/ImageSets/Main" / f"{label}_{split}.txt", "000001 1")
+    image(tmp_path / "VOCdevkit/VOC2007/JPEGImages/000001.jpg", 0)
+    text(tmp_path / file, content)
+    with pytest.raises(UserError, match=expected) as refused:
+        load(name, tmp_path, seed=0)
+    assert str(tmp_path / file) in str(refused.value) and "not as published" in str(refused.value)
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path):

@@ -156,6 +156,22 @@ def test_what_goes_wrong_in_a_worker_is_said_here_with_its_place_if_it_is_a_slip
         batches(wrong, two_views, workers=1)
 
 
+def _no_room(_: object) -> None:
+    raise OSError(28, "No space left on device", "/there/file")
+
+
+def _no_memory(_: object) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("make, said", [(_no_room, "/there/file: No space left"), (_no_memory, "not so much memory")])
+def test_what_the_machine_cannot_do_in_a_worker_is_one_sentence(make, said):
+    made = workers.Workers(make, [0], 1, ahead=1)
+    with pytest.raises(UserError, match=said):
+        next(iter(made))
+    made.close()
+
+
 def test_processes_that_cannot_be_started_are_one_sentence(not_compiled, noise_source, two_views, monkeypatch):
     def refuse():
         raise BlockingIOError(11, "Resource temporarily unavailable")

@@ -67,5 +67,12 @@ def test_a_profiled_run_has_shares_and_a_trace_and_is_the_run_that_it_would_be(t
         "optimiser",
     } <= set(found["percent"])
     assert sum(found["percent"].values()) == pytest.approx(100)
-    assert "where the time of a step goes" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "where the time of a step goes" in said
+    start = found["before_the_first_step"]
+    assert {"reading the images", "the digest of the images", "building the network"} <= start.keys()
+    assert all(seconds >= 0 for seconds in start.values())
+    # Of the two runs the profiled one alone says it: nothing took long.
+    lines = [line for line in said.splitlines() if line.startswith("caco: before the first step ")]
+    assert len(lines) == 1 and all(f"{name} {seconds:.1f} s" in lines[0] for name, seconds in start.items())
     assert (tmp_path / "profiled" / "trace.json").stat().st_size > 1000

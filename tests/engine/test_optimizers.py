@@ -8,6 +8,7 @@ from torch import nn
 
 from caco.engine import optimizers
 from caco.engine.optimizers import Optimisation, OptimizerSchedule
+from caco.errors import UserError
 from caco.methods.base import Now, ParameterGroup
 from caco.schedules import RunShape, cosine, warmup_and_cosine
 
@@ -367,3 +368,9 @@ def test_a_rate_that_drops_at_shares_of_the_run_rounded_to_whole_epochs():
 def test_drops_without_a_meaning_are_refused(wrong):
     with pytest.raises(ValueError, match="schedule needs"):
         OptimizerSchedule(final_fraction=None, **wrong)
+
+
+def test_a_run_of_more_steps_than_any_is_refused_before_a_table_of_them_is_made():
+    RunShape(20_000, 1000, 64).of_schedules()
+    with pytest.raises(UserError, match="epochs: expected at most 20,000, which are 20,000,000 steps of 64 images"):
+        RunShape(4_000_000_000, 1000, 64).of_schedules()

@@ -1,7 +1,9 @@
 """A run that receives a signal to stop finishes its step, saves, and later resumes to the same bits."""
 
+import os
 import re
 import signal
+import time
 
 import pytest
 from interrupted import signal_in_step, train_told_to_stop, train_with_rank_1_told_to_stop
@@ -48,6 +50,28 @@ def test_a_run_told_to_stop_in_its_last_step_is_simply_done(tmp_path, monkeypatc
     with Stop() as stop:
         assert assembly.run_training(compose(), tmp_path, stop=stop)["steps"] == 12
     assert stop.requested()
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_what_is_done_before_the_first_step_is_not_waited_for(signum, capsys):
+    with pytest.raises(SystemExit) as end, Stop():
+        try:
+            os.kill(os.getpid(), signum)
+            time.sleep(60)  # reading a large set, or drawing a large bank
+        except Exception:  # noqa: BLE001 - as of an image that cannot be decoded
+            pytest.fail("it is none of the work's own errors")
+    assert end.value.code == 128 + signum
+    assert f"stopped by {signal.Signals(signum).name} before its first step here" in capsys.readouterr().err
+
+
+def test_before_the_first_step_a_launcher_s_own_handler_has_its_way():
+    heard, before = [], signal.signal(signal.SIGUSR2, lambda signum, _: heard.append(signum))
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert heard == [signal.SIGUSR2] and stop.requested()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_the_signals_are_as_before_afterwards():

@@ -10,10 +10,11 @@ import types
 
 import pytest
 from processes import Process, caco_train
-from tiny import TINY
+from tiny import TINY, compose
 
 from caco import results, saying
 from caco.config import composition, continued, pretrained, validation
+from caco.engine.assembly import _set_otherwise
 from caco.engine.progress import Progress, ended_before, ending
 from caco.runs.files import read_json
 
@@ -115,6 +116,14 @@ def test_a_run_ends_with_commands_that_can_be_typed_and_begun_again_says_when_it
         r"^caco: finished already on \d{4}-\d\d-\d\d at \d\d:\d\d: .*it's \(knn20_20pct_top1 ", err, re.MULTILINE
     ), err
     assert len(commands(err)) == 3 and f"{read_json(run_dir / 'summary.json')['knn20_20pct_top1']:.2f}" in err
+
+
+def test_settings_that_are_not_those_of_the_option_stand_in_the_command(tmp_path):
+    assert _set_otherwise(compose(), ["knn"]) == []
+    settings = _set_otherwise(compose("eval.knn.fraction=1", "eval.knn.k=5"), ["knn"])
+    assert settings == ["eval.knn.k=5", "eval.knn.fraction=1"]
+    told = ending({"loss": 1.0}, seconds=1, run_dir=tmp_path, evaluators=["knn"], epochs=2, settings=settings)
+    assert commands(told)[0][4:] == ["eval=[knn]", *settings, "baselines=true"]
 
 
 def test_what_a_run_without_evaluators_says_and_what_a_job_of_a_sweep_does(tmp_path):

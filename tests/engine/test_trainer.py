@@ -172,15 +172,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
             {"__init__": lambda *a, **k: None, "run": lambda *a: {}, "require": lambda *a: None, "evaluators": {}},
         ),
     )
-    original = trainer.Trainer._averaged
+    original = trainer.Trainer._forward_and_backward
 
-    def poisoned(self, outputs):
-        values = original(self, outputs)
-        if self.step == 6:
-            values["loss"] = torch.tensor(float("nan"))
-        return values
+    def poisoned(self, batch, now):
+        outputs = original(self, batch, now)
+        return outputs._replace(loss=outputs.loss * float("nan")) if self.step == 6 else outputs
 
-    monkeypatch.setattr(trainer.Trainer, "_averaged", poisoned)
+    monkeypatch.setattr(trainer.Trainer, "_forward_and_backward", poisoned)
     with pytest.raises(trainer.NonFiniteLossError, match=r"the loss is nan at step 7 \(epoch 1 of 2, step 5 of 21\)"):
         train(tmp_path / "bad", "checkpoint.every_steps=6")
     state = final(tmp_path / "bad")

@@ -4,13 +4,16 @@ memory-mapped instead of read.
 
 import copy
 import json
+import resource
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from caco import errors
 from caco.data.sets.sources import ImagesInMemory, Splits
+from caco.errors import FileError
 from caco.evals.evaluation import Evaluation
 from caco.evals.extraction import network_digest
 from caco.evals.feature_files import FeatureFiles, key_of
@@ -106,6 +109,41 @@ def test_a_file_that_a_kill_cut_off_is_gone_on_with_at_a_whole_batch(tmp_path, k
     files.get({"a": 1}, 7, lambda first, take: pytest.fail("made a second time"), batch=3)
     about = json.loads((tmp_path / f"{key_of({'a': 1})}.json").read_text())
     assert about == {"width": 5, "dtype": "float32", "made_from": {"a": 1}}
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "header", "no header", "another header"])
+def test_files_that_were_damaged_are_made_anew(tmp_path, damage):
+    numbers = torch.arange(6.0).view(3, 2)
+    asked = []
+
+    def make(first, take):
+        asked.append(first)
+        take(numbers[first:], torch.zeros(3 - first))
+
+    def get():
+        return FeatureFiles(tmp_path).get({"x": 1}, 3, make, batch=1).clone()
+
+    assert torch.equal(get(), numbers) and torch.equal(get(), numbers) and asked == [0]
+    (file,), (header,) = tmp_path.glob("*.bin"), tmp_path.glob("*.json")
+    if "header" in damage:
+        header.write_text("{" if damage == "header" else '{"width": 7, "dtype": "none"}')
+        if damage == "no header":
+            header.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-4] if damage == "short" else file.read_bytes() * 2)
+    assert torch.equal(get(), numbers) and asked == [0, 0]
+
+
+def test_a_full_disk_is_said_with_the_files_name(tmp_path):
+    numbers = torch.zeros(1000, 8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, before[1]))  # an error, as a full disk is
+    try:
+        with pytest.raises(FileError) as error:
+            FeatureFiles(tmp_path).get({}, 1000, lambda first, take: take(numbers, torch.zeros(1000)), batch=1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ".partial: File too large" in errors.message(error.value)
 
 
 def test_a_networks_digest_is_of_its_structure_and_every_number(colours):

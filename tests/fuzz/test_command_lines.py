@@ -58,8 +58,11 @@ REFUSED = [
         "augmentation.views.mine is not set by the chosen augmentation; to add it, write +augmentation.views={mine:{}}",
     ),
     ("launcher=local launcher.parallel=0", "launcher.parallel: expected int from 1"),
+    ("loader.prefetch=2147483647", "loader.prefetch: expected int from 1 up to 1024, got 2147483647"),
     ("eval.knn.temperature=0", "eval.knn.temperature: expected float above 0, got 0"),
-    ("bank=8M bank=12M", "bank"),
+    ("bank=8M bank=12M", "bank: is chosen twice: bank=8M bank=12M; leave all but one out"),
+    ("preset=smoke preset=demo", "preset: is chosen twice: preset=smoke preset=demo; leave all but one out"),
+    ("preset=smoke eval=[knn] eval=[probe]", "eval: is chosen twice: eval=[knn] eval=[probe]"),
     (
         "data.root=/bilder/größe(1)",
         "Hydra needs quotes around such a value, and the shell needs its own around those: ",

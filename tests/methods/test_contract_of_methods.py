@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import toys
-from test_contracts import MULTICROP
+from cases import MULTICROP
 from test_trainer import assert_same, final, record
 from tiny import compose
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import rank_worker
 import torch
+from cases import CASES, METHODS, has_bank
 from processes import ranks
-from test_contracts import CASES, METHODS, batch, has_bank
+from test_contracts import batch
 from test_trainer import record
 from tiny import batch_of, compose, now, train
 from torch.nn import functional as F

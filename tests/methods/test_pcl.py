@@ -146,13 +146,16 @@ def test_the_loss_and_its_gradient_are_those_of_the_publication():
 def drawn_by_the_method(method, number, own, step=3):
     from caco.data.loaders.batches import mixed_seed
 
-    return method._drawn(own, K[number], mixed_seed(method.seed, step, number)).tolist()
+    others, taken = method._drawn(own, K[number], mixed_seed(method.seed, step, number))
+    return others[~taken].tolist()
 
 
 def test_other_steps_draw_other_prototypes_all_as_often():
     method, own = pcl(num_negatives=3), torch.tensor([2, 2, 5])
     method.clusterings = None
-    counts = Counter(j for step in range(3000) for j in method._drawn(own, 8, step).tolist())
+    drawn = [method._drawn(own, 8, step) for step in range(3000)]
+    assert not any(taken.any() for _, taken in drawn)
+    counts = Counter(j for others, _ in drawn for j in others.tolist())
     assert set(counts) == {0, 1, 3, 4, 6, 7}
     assert all(abs(count - 1500) < 6 * math.sqrt(1500 / 2) for count in counts.values()), (
         "each of the six free prototypes is drawn in half of the steps"

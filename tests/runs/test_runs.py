@@ -10,9 +10,14 @@ import pytest
 from omegaconf import OmegaConf
 
 from caco.config.composition import compose
+from caco.errors import UserError
 from caco.launch.labels import SWEEP, label, sweep_label
+from caco.runs import renamed
 from caco.runs.directory import open_run, write_config
+from caco.runs.files import read_json
 from caco.runs.identity import differences, flat, identity, run_hash, short_name
+from caco.tracking.ledger import read_rows
+from caco.tracking.store import own_uri
 
 CFG = {
     "name": "caco",
@@ -201,6 +206,27 @@ def test_another_run_is_refused_with_the_difference_and_leaves_the_first_alone(t
     assert "seed: there 0, here 7" in str(caught.value)
     assert "batch" not in str(caught.value)
     assert (tmp_path / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", bytes(64), b"\xff\xfe", b"batch: [", b"- 1", b"5", b"batch: ${nothing}"]
+)
+def test_a_record_that_is_damaged_is_named_by_all_that_read_it(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    for read in (renamed.read_config, renamed.Names.of, own_uri, lambda run_dir: open_run(run_dir, CFG)):
+        with pytest.raises(UserError, match=r"config\.yaml is damaged \(.*\): take it from a copy of the run"):
+            read(tmp_path)
+    assert (tmp_path / "config.yaml").read_bytes() == content
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "null", "7", '{"a"'])
+def test_a_small_file_that_is_damaged_is_named(tmp_path, content):
+    (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(UserError, match=r"summary\.json is damaged \(.*\): remove it, or take it from a copy"):
+        read_json(tmp_path / "summary.json")
+    (tmp_path / "ledger.jsonl").write_text(f"{content or 7}\n")
+    with pytest.raises(UserError, match=r"ledger\.jsonl: expected one JSON object a line"):
+        read_rows(tmp_path / "ledger.jsonl")
 
 
 def test_differences_tell_absent_from_null():

@@ -146,3 +146,10 @@ def test_what_is_no_store_is_refused(capsys, store):
     with pytest.raises(SystemExit) as end:
         dashboard.main(["--uri", "file:///x"])
     assert end.value.code == 2 and "expected a server" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--port", "99999"], ["--port", "-1"], ["--every", "0"], ["--every", "nan"]])
+def test_a_port_or_a_pause_that_cannot_be_is_refused(capsys, words):
+    with pytest.raises(SystemExit) as end:
+        dashboard.main(words)
+    assert end.value.code == 2 and f"{words[0]}: expected" in capsys.readouterr().err

@@ -212,3 +212,17 @@ def test_the_directory_says_how_the_run_ended_and_what_it_was(tmp_path):
 def test_importing_the_ledger_imports_neither_torch_nor_mlflow():
     code = "import sys, caco.tracking.ledger; sys.exit(bool({'torch', 'mlflow', 'numpy'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_job_of_a_sweep_that_goes_on_alone_stays_one(tmp_path):
+    def start(name, sweep):
+        tracker = LedgerTracker()
+        tracker.start(tmp_path, params={}, tags={}, run_name=name, state=None, sweep=sweep)
+        tracker.finish("KILLED", {})
+        about = json.loads((tmp_path / "tracking.json").read_text())
+        return about["run_name"], about["sweep"]
+
+    sweep = {"name": "bank=1M,2M", "title": "bank=1M,2M", "jobs": 2}
+    assert start("bank=1M", sweep) == ("bank=1M", sweep)
+    assert start("bank=1M seed=1 epochs=3", None) == ("bank=1M", sweep)
+    assert start("bank=1M", sweep | {"jobs": 1}) == ("bank=1M", sweep | {"jobs": 1})

@@ -59,6 +59,8 @@ def test_what_is_no_database_and_no_server_is_refused_at_once(uri, store):
 def test_the_store_is_the_users_or_else_lies_in_the_working_directory(tmp_path, monkeypatch):
     assert resolve_uri(None) == f"sqlite:///{tmp_path}/mlflow.db"
     assert resolve_uri("sqlite:///some/x.db") == f"sqlite:///{tmp_path}/some/x.db"
+    monkeypatch.setenv("HOME", "/home/me")
+    assert resolve_uri("sqlite:///~/x.db") == "sqlite:////home/me/x.db"
     assert resolve_uri("postgresql+psycopg2://h/db") == "postgresql+psycopg2://h/db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
     assert resolve_uri(None) == "http://host:5000"

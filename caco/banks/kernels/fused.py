@@ -140,6 +140,13 @@ def forward(
 
 
 @or_on_cuda
+def nearest_row(k_GD: Tensor, w_RD: Tensor) -> Tensor | None:
+    """Each key's nearest row in float64, the first of equals, int64 [G], where the device finds it without the host's
+    help; None on a CPU, where `nearest` says what is in doubt.
+    """
+    return None
+
+
 def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Candidates for the nearest row of each key: their cosines and their rows, [G, T] each, the largest cosine first
     and equal ones by row; and for each key a bound on the errors of these cosines, [G]. Rows that cannot be the nearest

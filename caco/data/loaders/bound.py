@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
+from caco import devices
 from caco.data.loaders.batches import Batch, Order, Pixels, say_stand_ins
 from caco.data.loaders.workers import Workers
 from caco.data.sets.sources import Source, UnreadableImage
@@ -143,14 +144,7 @@ def device_batches(
         if isinstance(one, UnreadableImage):
             raise UnreadableImage(str(one))
         say_stand_ins(source, one.stand_ins, stand_ins)
-        normalised = [views.normalise(_on(device, view)) for view in one.views]
+        # `sent` copies pixels that are not pinned: the GPU may still read when a worker reuses their memory.
+        normalised = [views.normalise(devices.sent(view, device)) for view in one.views]
         patches = normalised.pop() if normalised[-1].ndim == 5 else None
-        yield Batch(
-            normalised, one.index.to(device, non_blocking=True), one.label.to(device, non_blocking=True), patches
-        )
-
-
-def _on(device: torch.device, pixels: torch.Tensor) -> torch.Tensor:
-    if device.type == "cuda" and not pixels.is_pinned():
-        pixels = pixels.pin_memory()  # copies: the GPU may still read when a worker reuses its memory
-    return pixels.to(device, non_blocking=True)
+        yield Batch(normalised, devices.sent(one.index, device), devices.sent(one.label, device), patches)

@@ -15,7 +15,7 @@ from caco.data.views import native
 from caco.data.views.augmentation import Views
 from caco.errors import UserError
 from caco.installed import command_to_install, is_installed
-from caco.ranges import Count, Threads, Workers, held
+from caco.ranges import Ahead, Threads, Workers, held
 
 
 class FFCVLoader(Loader):
@@ -32,7 +32,7 @@ class FFCVLoader(Loader):
     """
 
     @held
-    def __init__(self, *, num_workers: Threads = 2, prefetch: Count = 4, corrupt: Literal["fail", "skip"] = "fail"):
+    def __init__(self, *, num_workers: Threads = 2, prefetch: Ahead = 4, corrupt: Literal["fail", "skip"] = "fail"):
         self.num_workers, self.prefetch, self.corrupt = num_workers, prefetch, corrupt
 
     def bind(
@@ -77,7 +77,7 @@ class AutoLoader(Loader):
     """
 
     @held
-    def __init__(self, *, num_workers: Workers = 2, prefetch: Count = 4, corrupt: Literal["fail", "skip"] = "fail"):
+    def __init__(self, *, num_workers: Workers = 2, prefetch: Ahead = 4, corrupt: Literal["fail", "skip"] = "fail"):
         self.num_workers = num_workers
         self._torch = TorchLoader(num_workers=num_workers, prefetch=prefetch, corrupt=corrupt)
         self._ffcv = FFCVLoader(num_workers=max(1, num_workers), prefetch=prefetch, corrupt=corrupt)

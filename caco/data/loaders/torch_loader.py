@@ -22,7 +22,7 @@ from caco.data.loaders.workers import ahead_of, in_order
 from caco.data.sets.sources import Source, UnreadableImage
 from caco.data.views import native
 from caco.data.views.augmentation import Views
-from caco.ranges import Count, Workers, held
+from caco.ranges import Ahead, Workers, held
 
 
 class TorchLoader(Loader):
@@ -40,7 +40,7 @@ class TorchLoader(Loader):
     """
 
     @held
-    def __init__(self, *, num_workers: Workers = 2, prefetch: Count = 4, corrupt: Literal["fail", "skip"] = "fail"):
+    def __init__(self, *, num_workers: Workers = 2, prefetch: Ahead = 4, corrupt: Literal["fail", "skip"] = "fail"):
         self.num_workers, self.prefetch, self.corrupt = num_workers, prefetch, corrupt
 
     def bind(

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from caco import errors
 from caco.errors import UserError
 
 PATIENCE_S = 600  # longest wait for a batch, as long as ranks wait for one another
@@ -207,8 +208,8 @@ class _Failure:
     """An error that a worker raised; it is sent in the place of a result."""
 
     def __init__(self, error: Exception):
-        self.is_for_user = isinstance(error, UserError)
-        self.text = str(error) if self.is_for_user else traceback.format_exc()
+        self.is_for_user = isinstance(error, UserError) or errors.is_for_user(error)
+        self.text = errors.message(error) if self.is_for_user else traceback.format_exc()
 
 
 def _work(

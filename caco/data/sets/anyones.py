@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from caco.data.sets.sources import ImagesInMemory, Source, UnreadableImage
+from caco.data.sets.sources import ImagesInMemory, Source, UnreadableImage, whole_labels
 from caco.errors import UserError
 
 
@@ -129,7 +129,7 @@ def as_source(images: Any, *, labels: Any = None, name: str = "images") -> Sourc
         raise UserError(f"{name}: expected images, got none")
     rgb(first[0] if isinstance(first, (tuple, list)) else first, f"{name}, image 0")
     classes = list(images.classes) if isinstance(getattr(images, "classes", None), Sequence) else None
-    labels = _labels(images, first, labels)
+    labels = _labels(images, first, labels, name)
     if labels is not None and labels.shape != (number,):
         raise UserError(f"{name}: expected a label for each of {number} images, got {list(labels.shape)}")
     if isinstance(first, np.ndarray) and first.ndim == 3 and isinstance(images, (np.ndarray, list, tuple)):
@@ -145,11 +145,11 @@ def as_source(images: Any, *, labels: Any = None, name: str = "images") -> Sourc
     return DatasetImages(images, name=name, labels=labels, classes=classes)
 
 
-def _labels(images: Any, first: Any, labels: Any) -> np.ndarray | None:
+def _labels(images: Any, first: Any, labels: Any, name: str) -> np.ndarray | None:
     if labels is None:
         labels = next(
             (value for key in ("targets", "labels") if (value := getattr(images, key, None)) is not None), None
         )
     if labels is None and isinstance(first, (tuple, list)) and len(first) > 1:
         labels = [images[index][1] for index in range(len(images))]
-    return None if labels is None else np.asarray(labels, dtype=np.int64)
+    return None if labels is None else whole_labels(labels, name)

@@ -233,6 +233,10 @@ def write(
         note = sidecar_path(file).with_name(f".{sidecar_path(file).name}.part")
         note.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         os.replace(note, sidecar_path(file))
+    except OSError as error:
+        if isinstance(error, UserError):
+            raise
+        raise FileError(error.errno, error.strerror, str(file)) from error  # a full disk's error says not where
     finally:
         aside.unlink(missing_ok=True)
 

@@ -18,10 +18,11 @@ Looks serve two purposes with different needs:
 Within a process a look is taken once, and again if the file's size, times or inode have changed.
 """
 
+import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -126,17 +127,12 @@ class Looks:
 
         def one(i: int) -> tuple[int, int]:
             position = int(at[i])
-            path = self._path_of(position)
-            try:
+            with self._at_hand(position) as path:
                 status = os.stat(path)
                 stamp = _stamp(status)
                 if stamp == 0 or stamps[position] != stamp:
                     looks[position] = np.frombuffer(_look(path, status.st_size), np.uint8)
                     stamps[position] = stamp
-            except OSError as error:
-                raise FileError(
-                    f"{path}: expected an image that can be read, got {type(error).__name__}: {error.strerror}"
-                ) from error
             return status.st_mtime_ns, status.st_ino & (2**63 - 1)
 
         written = in_threads(one, len(at), say=say, what=what)
@@ -161,7 +157,22 @@ class Looks:
             looks[share] = theirs
 
         others = np.setdiff1d(at, shares[distributed.rank()])
-        stamps[others] = in_threads(lambda i: _stamp(os.stat(self._path_of(int(others[i])))), len(others))
+        stamps[others] = in_threads(lambda i: self._stamped(int(others[i])), len(others))
+
+    def _stamped(self, position: int) -> int:
+        with self._at_hand(position) as path:
+            return _stamp(os.stat(path))
+
+    @contextlib.contextmanager
+    def _at_hand(self, position: int) -> Iterator[str]:
+        """A file's path, for what reads it: of one that cannot be read it is said which."""
+        path = self._path_of(position)
+        try:
+            yield path
+        except OSError as error:
+            raise FileError(
+                f"{path}: expected an image that can be read, got {type(error).__name__}: {error.strerror}"
+            ) from error
 
     def _memory(self) -> tuple[np.ndarray, np.ndarray]:
         if self._stamps is None or self._looks is None:

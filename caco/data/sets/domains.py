@@ -17,6 +17,7 @@ from caco.data.sets.sources import ImageFiles, Splits, UnreadableImage, read_ima
 from caco.errors import FileError, UserError
 from caco.ranges import Count, Natural, ProperShare, Seed
 from caco.runs.directory import is_first_rank
+from caco.runs.paths import read_text
 from caco.saying import Say
 
 DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
@@ -162,7 +163,7 @@ def _find(root: Path, key: str) -> tuple[Path, Path]:
 
 def _read_list(file: Path, domain: str, say: Say) -> list[str]:
     """The images of a list as DOMAIN/CLASS/FILE. The folder decides the class, not the number in the list."""
-    rows = [line.rsplit(None, 1) for line in file.read_text().splitlines() if line.strip()]
+    rows = [line.rsplit(None, 1) for line in read_text(file).splitlines() if line.strip()]
     listed, offsets = [], []
     for row in rows:
         parts = row[0].replace("\\", "/").split("/")[-3:]
@@ -171,7 +172,7 @@ def _read_list(file: Path, domain: str, say: Say) -> list[str]:
             or len(parts) != 3
             or parts[0] != domain
             or parts[1] not in CLASSES
-            or not row[1].lstrip("-").isdigit()
+            or not row[1].lstrip("-").isdecimal()
         ):
             example = f"expected lines like `{domain}/dog/pic_001.jpg 1`, with one of {', '.join(CLASSES)}"
             raise UserError(f"{file}: {example}, got {' '.join(row)!r}")

@@ -19,6 +19,7 @@ from caco.runs.paths import expanded
 
 CONNECT_TIMEOUT_SECONDS = 20
 FASHION_OF_DEBIAN = "/usr/share/datasets/fashion-mnist"  # the folder of Debian's package dataset-fashion-mnist
+_MOST_BYTES = 2**28  # limit for an unpacked file of Fashion-MNIST: five times the size of the largest one
 FETCH_PATIENCE_S = 6 * 3600  # longest wait for another process that downloads the set: STL-10 over a slow line
 
 
@@ -137,6 +138,13 @@ def fashion_mnist(
             (split, _idx(top, prefix, "images", 3), _idx(top, prefix, "labels", 1))
             for split, prefix in (("train", "train"), ("test", "t10k"))
         ]
+        for split, grey, labels in parts:
+            if len(grey) != len(labels) or not len(labels) or labels.max() >= len(FashionMNIST.classes):
+                raise FileError(
+                    f"data=fashion_mnist: expected a label from 0 to 9 for each image of {split} in {top}, got"
+                    f" {len(grey):,} images and {len(labels):,} labels up to {labels.max(initial=0)}; install or"
+                    " download the files again"
+                )
     elif root == FASHION_OF_DEBIAN:
         raise FileError(
             f"data=fashion_mnist: expected its files in {root}, where Debian's package puts them (apt install"
@@ -172,7 +180,10 @@ def _idx(top: Path, prefix: str, kind: str, dimensions: int) -> np.ndarray:
     """
     path = top / f"{prefix}-{kind}-idx{dimensions}-ubyte.gz"
     try:
-        content = gzip.decompress(path.read_bytes())
+        with gzip.open(path) as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it unpacks to more than {_MOST_BYTES:,} bytes")
         shape = np.frombuffer(content, ">i4", dimensions, offset=4)
         if content[:4] != bytes([0, 0, 8, dimensions]):
             raise ValueError(f"its first bytes are {content[:4]!r}")

@@ -94,7 +94,7 @@ class EncodedImages(Source):
     def _look_at_all(self, say: Say) -> None:
         if self._looks is None:
             looks = in_threads(
-                lambda i: look_at(self._content(int(self._at[i]))),
+                lambda i: look_at(self._encoded(i)),
                 len(self),
                 say=say,
                 what=f"images of {self.name} looked at",

@@ -35,12 +35,8 @@ def digits(
         raise UserError(f"data.size: expected at least the scans' own 8 pixels, got {size}")
     scans = load_digits()
     gray = np.round(scans.images * (255 / 16)).astype(np.uint8)
-    images = np.stack(
-        [
-            np.asarray(Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
-            for scan in gray
-        ]
-    )
+    larger = [Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC) for scan in gray]
+    images = np.stack([np.asarray(scan.convert("RGB")) for scan in larger])
     every = ImagesInMemory(images, name="digits", labels=scans.target, classes=[str(digit) for digit in range(10)])
     chosen = choose(every.labels, 397, len(every), seed=seed, balanced=False)
     train = every.part(np.setdiff1d(np.arange(len(every)), chosen), "digits/train")
@@ -237,6 +233,11 @@ def tiny_imagenet(
     if not annotations.is_file():
         raise FileError(f"expected the validation labels in {annotations}, got no such file: unpack the set again")
     rows = sorted(line.split("\t")[:2] for line in read_text(annotations).splitlines() if line.strip())
+    if wrong := [row for row in rows if len(row) != 2]:
+        raise UserError(
+            f"{annotations}: expected lines like `val_0.JPEG<tab>n03444034<tab>...`, got {wrong[0][0][:80]!r}: unpack"
+            " the set again"
+        )
     classes = train.classes or []
     _check_known(sorted({wnid for _, wnid in rows}), classes, where=str(annotations))
     number = {wnid: i for i, wnid in enumerate(classes)}
@@ -292,6 +293,7 @@ def class_folders(top: Path, name: str, classes: list[str] | None = None, channe
             )
         files += [f"{folder_name}/{file}" for file in images]
         labels += [label] * len(images)
+    walk.refuse_repeats()
     return ImageFiles(top, files, name=name, labels=np.array(labels), classes=list(classes), channels=channels)
 
 
@@ -299,6 +301,7 @@ def unlabelled_images(top: Path, name: str, channels: int | None = None) -> Imag
     """All images below `top`, in sorted order, without labels; `channels` as in `folder`. Raises UserError for none."""
     walk = Walk(top, _extensions(channels))
     files = walk.images_below(top)
+    walk.refuse_repeats()
     if not files:
         raise UserError(
             f"{top}: expected images ({', '.join(_extensions(channels))}) in it or in class folders, got"
@@ -380,9 +383,8 @@ def _imagenet(
     train = class_folders(_expect_folder(top / "train"), f"{name}/train", classes)
     validation = _expect_folder(top / "val")
     if not folders_in(validation):
-        raise UserError(
-            f"{validation}: expected class folders, got images without labels: sort them into val/<wnid>/ first"
-        )
+        wanted = "expected class folders, got images without labels: sort them into val/<wnid>/ first"
+        raise UserError(f"{validation}: {wanted}")
     _require_folders(validation, train)
     test = class_folders(validation, f"{name}/val", train.classes)
     return reduced(train, test, name=name, limit=limit, validation_fraction=validation_fraction, seed=seed)
@@ -423,8 +425,7 @@ def _read_class_list(path: str) -> list[str]:
 
 def _require_folders(top: Path, train: ImageFiles) -> None:
     found, classes = set(folders_in(top)), train.classes or []
-    missing = [name for name in classes if name not in found]
-    if missing:
+    if missing := [name for name in classes if name not in found]:
         shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
         raise UserError(
             f"{top}: no folder here for {len(missing)} of the {len(classes)} classes that are trained on: {shown};"
@@ -433,8 +434,7 @@ def _require_folders(top: Path, train: ImageFiles) -> None:
 
 
 def _check_known(names: list[str], known: list[str], *, where: str) -> None:
-    unknown = [name for name in names if name not in set(known)]
-    if not unknown:
+    if not (unknown := [name for name in names if name not in set(known)]):
         return
     near = {name: difflib.get_close_matches(name, known, n=1) for name in unknown[:3]}
     shown = ", ".join(f"{name!r}" + (f" (near: {match[0]!r})" if match else "") for name, match in near.items())

@@ -7,8 +7,8 @@ import numpy as np
 
 from caco.data.sets.encoded import EncodedImages
 from caco.data.sets.folders import existing_root, in_memory, reduced, require_statistics_of
-from caco.data.sets.sources import Splits
-from caco.errors import FileError, UserError
+from caco.data.sets.sources import Splits, whole_labels
+from caco.errors import FileError, UserError, of_the_machine
 from caco.installed import is_installed
 from caco.ranges import AboveZero, Count, Finite, Natural, NumChannels, ProperShare, Seed
 from caco.saying import doing
@@ -54,6 +54,13 @@ def huggingface(
     except FileNotFoundError as error:
         raise FileError(
             f"data.root: expected a folder that datasets' save_to_disk wrote, got {top}: {str(error).splitlines()[0]}"
+        ) from error
+    except Exception as error:  # pyarrow and datasets raise errors of any type if a file is damaged
+        if of_the_machine(error) is not None:
+            raise
+        got = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise FileError(
+            f"data.root: {top} holds a data set that cannot be opened ({got}): save or copy it again"
         ) from error
     parts: dict[str, Any] = dict(read) if isinstance(read, datasets.DatasetDict) else {"train": read}
     if "train" not in parts:
@@ -122,10 +129,13 @@ def _labels(read: Any, given: str | None) -> tuple[np.ndarray | None, list[str] 
     if values.dtype.kind in "US":
         classes, numbers = np.unique(values, return_inverse=True)
         return numbers.astype(np.int64), [str(name) for name in classes]
-    if values.dtype.kind not in "iu" or values.min(initial=0) < -1:
+    if values.dtype.kind not in "iu" or values.ndim != 1 or values.min(initial=0) < -1:
         raise UserError(
-            f"data.label_column: expected whole numbers or texts in {column}, got values such as {values[:3].tolist()}"
+            f"data.label_column: expected a whole number or a text for each image in {column}, got values such as"
+            f" {values[:3].tolist()}"
         )
     if values.min(initial=0) < 0:
         return None, None  # -1 means withheld, as in published test sets
-    return values.astype(np.int64), list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    return whole_labels(values, f"data.label_column: {column}"), list(feature.names) if isinstance(
+        feature, datasets.ClassLabel
+    ) else None

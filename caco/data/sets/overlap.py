@@ -6,14 +6,13 @@ import contextlib
 import ctypes
 import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from caco import distributed
 from caco.data.sets.content import in_threads
-from caco.data.sets.reading import UnreadableImage, size_of
+from caco.data.sets.reading import UnreadableImage, file_content, size_of
 from caco.data.sets.sources import Source, Splits
 from caco.errors import UserError
 from caco.saying import Say, silent
@@ -141,7 +140,7 @@ def _content(source: Source, index: int) -> bytes:
     """The bytes of an encoded image."""
     path = source.path(index)
     if path is not None:
-        return Path(path).read_bytes()
+        return file_content(path)
     assert source.packed is not None, "a set with looks has its images in files"
     (row,) = source.packed.rows(np.array([index]))
     return ctypes.string_at(int(row["data"]), int(row["bytes"]))

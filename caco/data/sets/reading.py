@@ -4,6 +4,7 @@ in the file are never made up.
 
 import contextlib
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ MAX_SCANS = 500
 # Longer side over shorter side. Resizing the shorter side to a fixed size makes the longer side this many times as
 # long.
 MAX_ASPECT = 512
+MAX_BYTES = 2**32  # limit for the size of a file, and for the size of a stored image when it is unpacked
 _SAMPLE_FORMAT, _SIGNED = 339, 2  # the TIFF tag for the type of numbers, and its value for signed integers
 
 
@@ -69,9 +71,15 @@ def file_content(path: Path) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        UnreadableImage: it cannot be read.
+        UnreadableImage: it cannot be read, or has more than MAX_BYTES.
     """
     try:
+        size = os.stat(path).st_size
+        if size > MAX_BYTES:
+            raise UnreadableImage(
+                f"{path}: expected an image that can be read, got a file of {size:,} bytes, where at most"
+                f" {MAX_BYTES:,} are read. Remove it."
+            )
         return path.read_bytes()  # one read, because Pillow's own small reads take longer than decoding a small image
     except OSError as error:
         raise UnreadableImage(

@@ -8,13 +8,13 @@ and what is done with the numbers (caco/data/views/channels.py).
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from caco.data.sets.reading import MAX_PIXELS, Refused, UnreadableImage, check_work, file_content, opened
+from caco.data.sets.reading import MAX_BYTES, Refused, UnreadableImage, check_work, file_content, opened
 from caco.errors import UserError
 from caco.installed import is_installed
 
@@ -46,7 +46,7 @@ def stored(content: bytes, where: str, channels: int) -> np.ndarray:
             if content.startswith(_NPY):
                 pixels = _npy(content)
             elif content.startswith(_TIFF):
-                pixels = _tiff(content, where)
+                pixels = _tiff(content, where, channels)
             else:
                 return checked(_by_pillow(content, where, channels), where, channels)
     except UserError:
@@ -92,12 +92,13 @@ def shown(pixels: np.ndarray) -> Image.Image:
 def _npy(content: bytes) -> np.ndarray:
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
-    shape = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)[0]
-    _check_size(shape[:2])
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    _check_size(shape[:2], shape, dtype)
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
-def _tiff(content: bytes, where: str) -> np.ndarray:
+def _tiff(content: bytes, where: str, channels: int) -> np.ndarray:
     if not is_installed("tifffile"):
         raise UserError(
             f"{where}: TIFFs are read as they are stored by tifffile, which is not installed; to have it: pip install"
@@ -110,7 +111,10 @@ def _tiff(content: bytes, where: str) -> np.ndarray:
         axes = series.axes
         if "Y" not in axes or "X" not in axes or len(axes) > 3:
             raise Refused(f"a TIFF of axes {axes}, where height, width and at most one more are expected")
-        _check_size((series.shape[axes.index("Y")], series.shape[axes.index("X")]))
+        others = [size for size, axis in zip(series.shape, axes, strict=True) if axis not in "YX"]
+        if others and others[0] != channels:
+            raise Refused(f"one of {others[0]} channels where data.channels={channels}")
+        _check_size((series.shape[axes.index("Y")], series.shape[axes.index("X")]), series.shape, series.dtype)
         try:
             pixels = series.asarray()
         except ValueError as error:
@@ -151,11 +155,12 @@ def _by_pillow(content: bytes, where: str, channels: int) -> np.ndarray:
         return np.array(image)
 
 
-def _check_size(shape: Any) -> None:
-    if len(shape) == 2:
-        check_work(int(shape[1]), int(shape[0]), b"")
-    elif math.prod(shape) > MAX_PIXELS:
-        raise Refused(f"an array of shape {list(shape)}")
+def _check_size(sides: Sequence[int], shape: Sequence[int], dtype: np.dtype) -> None:
+    """Refuse, before any of it is unpacked, what would take too much memory: by height and width, and by its bytes."""
+    if len(sides) == 2:
+        check_work(int(sides[1]), int(sides[0]), b"")
+    if (size := math.prod(map(int, shape)) * dtype.itemsize) > MAX_BYTES:
+        raise Refused(f"an array of shape {list(shape)} and type {dtype}, {size:,} bytes")
 
 
 def _unreadable(where: str, got: str) -> UnreadableImage:

@@ -4,8 +4,9 @@ Labels are int64 [N] in [0, C). VOC2007 has int64 [N, 20]: 1 means present, 0 ab
 ignored in the score.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,7 @@ import numpy as np
 
 from caco.data.sets.folders import class_folders
 from caco.data.sets.sources import ImageFiles, ImagesInMemory, Source, choose
-from caco.errors import FileError, UserError
+from caco.errors import FileError, UserError, of_the_machine
 from caco.runs.paths import read_text
 
 Metric = Literal["top1", "mean_per_class", "map11"]
@@ -68,18 +69,17 @@ def load(name: str, root: Path, *, seed: int) -> TransferSet:
 def food101(root: Path, seed: int) -> TransferSet:
     """Food-101: 75,750 training and 25,250 test images; a tenth of the training images is held out. Top-1."""
     top = _there("food101", root / "food-101", "Food101")
+    with _published("food101", top / "meta" / "train.json") as text:
+        classes = sorted(json.loads(text))
 
     def part(split: str) -> ImageFiles:
-        listed = json.loads(read_text(top / "meta" / f"{split}.json"))
-        classes = sorted(listed)
-        files = [f"{image}.jpg" for name in classes for image in listed[name]]
-        return _files(
-            top / "images",
-            files,
-            f"food101/{split}",
-            [c for c, name in enumerate(classes) for _ in listed[name]],
-            classes,
-        )
+        with _published("food101", top / "meta" / f"{split}.json") as text:
+            listed = json.loads(text)
+            if sorted(listed) != classes:  # their numbers would differ from train.json's
+                raise ValueError("its classes are others than those of train.json")
+            files = [f"{image}.jpg" for name in classes for image in listed[name]]
+            labels = [c for c, name in enumerate(classes) for _ in listed[name]]
+        return _files(top / "images", files, f"food101/{split}", labels, classes)
 
     return _with_held_out("food101", part("train"), part("test"), "top1", 0.1, seed)
 
@@ -103,21 +103,18 @@ def sun397(root: Path, seed: int) -> TransferSet:
         "SUN397",
         also="and Partitions.zip of the same page (Training_01.txt, Testing_01.txt) unpacked into it",
     )
-    classes = [line.strip() for line in read_text(top / "ClassName.txt").splitlines() if line.strip()]
+    with _published("sun397", top / "ClassName.txt") as text:
+        classes = [line.strip() for line in text.splitlines() if line.strip()]
     number = {name: c for c, name in enumerate(classes)}
 
     def part(split: str, file: str) -> ImageFiles:
         lists = [folder / file for folder in (top, top / "Partitions") if (folder / file).is_file()]
         if not lists:
             raise MissingSet(f"sun397: expected {top / file} of Partitions.zip, from the set's page; got no such file")
-        images = [line.strip() for line in read_text(lists[0]).splitlines() if line.strip()]
-        return _files(
-            top,
-            [image.lstrip("/") for image in images],
-            f"sun397/{split}",
-            [number[image.rpartition("/")[0]] for image in images],
-            classes,
-        )
+        with _published("sun397", lists[0]) as text:
+            images = [line.strip() for line in text.splitlines() if line.strip()]
+            labels = [number[image.rpartition("/")[0]] for image in images]
+        return _files(top, [image.lstrip("/") for image in images], f"sun397/{split}", labels, classes)
 
     return _with_held_out("sun397", part("train", "Training_01.txt"), part("test", "Testing_01.txt"), "top1", 0.2, seed)
 
@@ -135,13 +132,17 @@ def cars(root: Path, seed: int) -> TransferSet:
             " from a copy)"
         ),
     )
-    classes = [str(name) for name in loadmat(top / "devkit" / "cars_meta.mat", squeeze_me=True)["class_names"].tolist()]
+    meta = _file("cars", top / "devkit" / "cars_meta.mat")
+    with _refused("cars", meta):
+        classes = [str(name) for name in loadmat(meta, squeeze_me=True)["class_names"].tolist()]
 
     def part(split: str, file: str) -> ImageFiles:
         path = top / file if (top / file).is_file() else _file("cars", top / "devkit" / file)
-        rows = np.atleast_1d(loadmat(path, squeeze_me=True)["annotations"])
-        files = [f"cars_{split}/{row['fname']}" for row in rows]
-        return _files(top, files, f"cars/{split}", [int(row["class"]) - 1 for row in rows], classes)
+        with _refused("cars", path):
+            rows = np.atleast_1d(loadmat(path, squeeze_me=True)["annotations"])
+            files = [f"cars_{split}/{row['fname']}" for row in rows]
+            labels = [_counted_from_1(row["class"]) for row in rows]
+        return _files(top, files, f"cars/{split}", labels, classes)
 
     test = part("test", "cars_test_annos_withlabels.mat")
     return _with_held_out("cars", part("train", "cars_train_annos.mat"), test, "top1", 0.2, seed)
@@ -151,13 +152,16 @@ def aircraft(root: Path, seed: int) -> TransferSet:
     """FGVC Aircraft, variants: 3,334 training, 3,333 validation and 3,333 test images, divided as published. Mean
     accuracy per class."""
     top = _there("aircraft", root / "fgvc-aircraft-2013b", "FGVCAircraft") / "data"
-    classes = [line.strip() for line in read_text(top / "variants.txt").splitlines() if line.strip()]
+    with _published("aircraft", top / "variants.txt") as text:
+        classes = [line.strip() for line in text.splitlines() if line.strip()]
     number = {name: c for c, name in enumerate(classes)}
 
     def part(split: str) -> ImageFiles:
-        rows = [line.strip().split(" ", 1) for line in read_text(top / f"images_variant_{split}.txt").splitlines()]
-        files = [f"images/{image}.jpg" for image, _ in rows]
-        return _files(top, files, f"aircraft/{split}", [number[variant] for _, variant in rows], classes)
+        with _published("aircraft", top / f"images_variant_{split}.txt") as text:
+            rows = [line.strip().split(" ", 1) for line in text.splitlines() if line.strip()]
+            files = [f"images/{image}.jpg" for image, _ in rows]
+            labels = [number[variant] for _, variant in rows]
+        return _files(top, files, f"aircraft/{split}", labels, classes)
 
     return TransferSet("aircraft", part("train"), part("val"), part("test"), "mean_per_class")
 
@@ -175,11 +179,11 @@ def voc2007(root: Path, seed: int) -> TransferSet:
     def part(split: str) -> ImageFiles:
         columns, files = [], []
         for name in VOC_CLASSES:
-            listed = read_text(_file("voc2007", top / "ImageSets" / "Main" / f"{name}_{split}.txt")).splitlines()
-            rows = [line.split() for line in listed if line.strip()]
-            files.append([f"JPEGImages/{image}.jpg" for image, _ in rows])
-            # Published marks: 1 present, -1 absent, 0 only objects that are marked difficult.
-            columns.append([{"1": 1, "-1": 0, "0": -1}[mark] for _, mark in rows])
+            with _published("voc2007", top / "ImageSets" / "Main" / f"{name}_{split}.txt") as text:
+                rows = [line.split() for line in text.splitlines() if line.strip()]
+                files.append([f"JPEGImages/{image}.jpg" for image, _ in rows])
+                # Published marks: 1 present, -1 absent, 0 only objects that are marked difficult.
+                columns.append([{"1": 1, "-1": 0, "0": -1}[mark] for _, mark in rows])
         if any(column != files[0] for column in files):
             raise UserError(
                 f"voc2007: expected the same images in every list of {split}, got others in {top / 'ImageSets'}"
@@ -192,16 +196,17 @@ def voc2007(root: Path, seed: int) -> TransferSet:
 def dtd(root: Path, seed: int) -> TransferSet:
     """Describable Textures, partition 1: 1,880 training, 1,880 validation and 1,880 test images. Top-1."""
     top = _there("dtd", root / "dtd" / "dtd" if (root / "dtd" / "dtd").is_dir() else root / "dtd", "DTD")
-    lists = {split: read_text(top / "labels" / f"{split}1.txt").split() for split in ("train", "val", "test")}
-    classes = sorted({image.partition("/")[0] for image in lists["train"]})
+    with _published("dtd", top / "labels" / "train1.txt") as text:
+        classes = sorted({image.partition("/")[0] for image in text.split()})
     number = {name: c for c, name in enumerate(classes)}
-    parts = {
-        split: _files(
-            top / "images", images, f"dtd/{split}", [number[image.partition("/")[0]] for image in images], classes
-        )
-        for split, images in lists.items()
-    }
-    return TransferSet("dtd", parts["train"], parts["val"], parts["test"], "top1")
+
+    def part(split: str) -> ImageFiles:
+        with _published("dtd", top / "labels" / f"{split}1.txt") as text:
+            images = text.split()
+            labels = [number[image.partition("/")[0]] for image in images]
+        return _files(top / "images", images, f"dtd/{split}", labels, classes)
+
+    return TransferSet("dtd", part("train"), part("val"), part("test"), "top1")
 
 
 def pets(root: Path, seed: int) -> TransferSet:
@@ -211,10 +216,11 @@ def pets(root: Path, seed: int) -> TransferSet:
     top = _there("pets", root / "oxford-iiit-pet", "OxfordIIITPet")
 
     def part(split: str, file: str) -> ImageFiles:
-        rows = [line.split() for line in read_text(top / "annotations" / file).splitlines() if line.strip()]
-        files = [f"images/{image}.jpg" for image, *_ in rows]
-        labels = [int(breed) - 1 for _, breed, *_ in rows]
-        names = {int(breed) - 1: image.rpartition("_")[0] for image, breed, *_ in rows}
+        with _published("pets", top / "annotations" / file) as text:
+            rows = [line.split() for line in text.splitlines() if line.strip()]
+            files = [f"images/{image}.jpg" for image, *_ in rows]
+            labels = [_counted_from_1(breed) for _, breed, *_ in rows]
+            names = {_counted_from_1(breed): image.rpartition("_")[0] for image, breed, *_ in rows}
         return _files(top, files, f"pets/{split}", labels, [names.get(c, str(c)) for c in range(max(names) + 1)])
 
     return _with_held_out("pets", part("train", "trainval.txt"), part("test", "test.txt"), "mean_per_class", 0.2, seed)
@@ -243,15 +249,21 @@ def flowers(root: Path, seed: int) -> TransferSet:
     from scipy.io import loadmat
 
     top = _there("flowers", root / "flowers-102", "Flowers102")
-    labels = np.atleast_1d(loadmat(top / "imagelabels.mat", squeeze_me=True)["labels"]).astype(np.int64) - 1
-    ids = loadmat(top / "setid.mat", squeeze_me=True)
+    of_labels, of_splits = (_file("flowers", top / name) for name in ("imagelabels.mat", "setid.mat"))
+    with _refused("flowers", of_labels):
+        labels = np.atleast_1d(loadmat(of_labels, squeeze_me=True)["labels"]).astype(np.int64) - 1
+        classes = [str(c + 1) for c in range(int(labels.max()) + 1)]
+    with _refused("flowers", of_splits):
+        ids = loadmat(of_splits, squeeze_me=True)
 
     def part(split: str, key: str) -> ImageFiles:
-        numbers = np.atleast_1d(ids[key]).astype(np.int64)
+        with _refused("flowers", of_splits):
+            numbers = np.atleast_1d(ids[key]).astype(np.int64)
+            if numbers.min() < 1:
+                raise ValueError(f"images are counted from 1, and one of {key} is {numbers.min()}")
+            of_split = labels[numbers - 1]
         files = [f"jpg/image_{number:05d}.jpg" for number in numbers]
-        return _files(
-            top, files, f"flowers/{split}", labels[numbers - 1], [str(c + 1) for c in range(int(labels.max()) + 1)]
-        )
+        return _files(top, files, f"flowers/{split}", of_split, classes)
 
     return TransferSet("flowers", part("train", "trnid"), part("val", "valid"), part("test", "tstid"), "mean_per_class")
 
@@ -284,6 +296,34 @@ def _there(name: str, top: Path, torchvision_name: str | None, *, also: str = ""
     raise MissingSet(
         f"{name}: expected {top} {also}".rstrip() + ", got no such folder" + (fetch if torchvision_name else "")
     )
+
+
+@contextlib.contextmanager
+def _refused(name: str, path: Path) -> Iterator[None]:
+    """A context for reading a published list or table. A file with other content is refused, and the error names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if of_the_machine(error) is not None:
+            raise
+        got = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{name}: {path} is not as published ({got}): unpack the set again") from error
+
+
+@contextlib.contextmanager
+def _published(name: str, path: Path) -> Iterator[str]:
+    """A context that gives the text of a published list; errors in using the text are refused as in `_refused`."""
+    with _refused(name, path):
+        yield read_text(_file(name, path))
+
+
+def _counted_from_1(number: str | int) -> int:
+    """The number from 0 of a class that a list counts from 1."""
+    if int(number) < 1:
+        raise ValueError(f"classes are counted from 1, and one is {number}")
+    return int(number) - 1
 
 
 def _file(name: str, path: Path) -> Path:

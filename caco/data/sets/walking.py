@@ -3,6 +3,7 @@ nowhere, is an error.
 """
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -74,6 +75,8 @@ class Walk:
         self._top, self._extensions, self.passed_by = top, extensions, ""
         self._above = {_identity(folder): folder for folder in (top.resolve(), *top.resolve().parents)}
         self._seen: dict[tuple[int, int], Path] = {}
+        self._links: list[tuple[str, str]] = []  # links to images below top, with their targets
+        self._real = functools.lru_cache(maxsize=4096)(os.path.realpath)  # links to many images lead to few folders
         self._images, self._next_line = 0, time.monotonic() + _QUIET_S
 
     def images_below(self, folder: Path) -> list[str]:
@@ -100,6 +103,8 @@ class Walk:
                         raise FileError(
                             f"{entry.path}: expected an image, got something that is not a file. Remove it."
                         )
+                    if entry.is_symlink():
+                        self._note(entry.path)
                     found.append(prefix + entry.name)
                 else:
                     self.passed_by = entry.name.lower()
@@ -108,6 +113,33 @@ class Walk:
         if _keeping:
             _kept[looked_for] = found
         return found
+
+    def refuse_repeats(self) -> None:
+        """Refuse links that repeat an image. Call it after the walks, when all folders that they enter are known.
+
+        Raises:
+            UserError: a link leads to an image that the walks also found itself, so the image would be there twice.
+        """
+        for link, image in self._links:
+            if _identity(Path(image).parent) in self._seen:
+                raise UserError(
+                    f"{link}: a link to {image}, which is among these images itself: it would come twice, perhaps as"
+                    " one of another class. Remove the link."
+                )
+
+    def _note(self, link: str) -> None:
+        """Remember a link to an image below top. Links to images elsewhere are not remembered: a store that keeps
+        files by their content, such as git-annex, has links to one file for two equal images.
+        """
+        folder, name = os.path.split(os.path.join(os.path.dirname(link), os.readlink(link)))
+        image = os.path.join(self._real(folder), name)
+        if os.path.islink(image):
+            image = os.path.realpath(image)
+        top = self._real(str(self._top))
+        below = image.removeprefix(top.rstrip("/") + "/")
+        is_passed = below != image and not any(part.startswith(".") for part in below.split("/"))
+        if is_passed and image.lower().endswith(self._extensions):
+            self._links.append((link, image))
 
     def _say_how_far(self, found: int) -> None:
         if time.monotonic() >= self._next_line:

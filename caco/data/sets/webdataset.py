@@ -12,7 +12,7 @@ import numpy as np
 
 from caco.data.sets.encoded import EncodedImages
 from caco.data.sets.folders import existing_root, in_memory, reduced, require_statistics_of
-from caco.data.sets.sources import EXTENSIONS, Splits
+from caco.data.sets.sources import EXTENSIONS, Splits, whole_labels
 from caco.data.sets.stored import EXTENSIONS as STORED
 from caco.errors import FileError, UserError
 from caco.installed import is_installed
@@ -114,7 +114,11 @@ def _source(
         return _read(shards[number], first, size)
 
     return EncodedImages(
-        content, np.array(names), name=name, labels=np.array(labels) if label is not None else None, channels=channels
+        content,
+        np.array(names),
+        name=name,
+        labels=None if label is None else whole_labels(labels, name),
+        channels=channels,
     )
 
 
@@ -141,8 +145,12 @@ def _label(shard: Path, sample: dict[str, Any], label: str, called: str) -> int:
         )
     text = _read(shard, *sample[ending])
     try:
-        return int(json.loads(text)[key] if key else text)
-    except (ValueError, KeyError, TypeError) as error:
+        given = json.loads(text)[key] if key else text
+        number = int(given)
+        if isinstance(given, bool) or (isinstance(given, float) and given != number):
+            raise ValueError(f"{given} is no class's number")
+        return number
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
         raise UserError(
             f"{called}.{ending}: expected a whole number{f' as its {key}' if key else ''}, got {text[:40]!r}"
         ) from error

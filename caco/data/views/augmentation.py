@@ -1,5 +1,6 @@
 """The augmentation of the published recipes: random views of one image, and the plain view for evaluation."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -329,10 +330,16 @@ class Views:
             return pixels.movedim(-1, -3)
         convert = CONVERSIONS[self.colours]
         if convert is not None:
-            mean, std = (torch.tensor(values, device=pixels.device) for values in (self.mean, self.std))
+            mean, std = (_on(tuple(values), pixels.device) for values in (self.mean, self.std))
             return convert(pixels.float() / 255).sub_(mean).div_(std).movedim(-1, -3)
-        scale, offset = self._scale.to(pixels.device), self._offset.to(pixels.device)
+        scale, offset = (_on(tuple(x.tolist()), pixels.device) for x in (self._scale, self._offset))
         return pixels.float().mul_(scale).add_(offset).movedim(-1, -3)
+
+
+@functools.lru_cache(maxsize=64)
+def _on(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Numbers on a device, sent there once."""
+    return torch.tensor(values, device=device)
 
 
 def crop_box(

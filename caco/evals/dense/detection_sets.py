@@ -5,10 +5,11 @@ Shapes: N images, M objects, R rings of polygons, P points. Boxes are x0, y0, x1
 the image's edge: a box over a whole image of width W reaches from 0 to W.
 """
 
+import contextlib
 import hashlib
 import json
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from caco.data.sets.sources import ImageFiles
 from caco.data.sets.transfer import VOC_CLASSES
 from caco.errors import UserError
 from caco.evals.dense.roots import absent, first_with, refuse_missing
+from caco.runs.paths import read_text
 
 
 class Objects(NamedTuple):
@@ -199,7 +201,7 @@ def voc(root: Path) -> DetectionSet:
         if top is None:
             missing.append(f"{(first_with(tops, '') or tops[1]) / listed} (VOC {part})")
             continue
-        names = [line.split()[0] for line in (top / listed).read_text().splitlines() if line.strip()]
+        names = [line.split()[0] for line in read_text(top / listed).splitlines() if line.strip()]
         if not names:
             missing.append(f"names of images in {top / listed} (VOC {part})")
         for folder, extension in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
@@ -276,29 +278,41 @@ def coco(root: Path) -> DetectionSet:
             missing.append(str(top / split))
         elif annotations.is_file():
             parts[split] = _coco_part(annotations)
-            names = [image["file_name"] for image in parts[split]["images"]]
+            with _as_published(annotations):
+                names = [image["file_name"] for image in parts[split]["images"]]
             if files := absent(folder, names):
                 missing.append(f"{len(files)} of the {len(names)} images in {folder}, {files[0]} for example")
             parts[split]["folder"] = folder
     refuse_missing("COCO 2017", root, missing, COCO_LAYOUT)
-    categories = sorted(parts["train2017"]["categories"], key=lambda category: category["id"])
-    number = {category["id"]: i for i, category in enumerate(categories)}
-    train = _coco_images(root, "coco/train2017", parts.pop("train2017"), number, training=True)
-    test = _coco_images(root, "coco/val2017", parts.pop("val2017"), number, training=False)
+    with _as_published(top / "annotations" / "instances_train2017.json"):
+        categories = sorted(parts["train2017"]["categories"], key=lambda category: category["id"])
+        number = {category["id"]: i for i, category in enumerate(categories)}
+        train = _coco_images(root, "coco/train2017", parts.pop("train2017"), number, training=True)
+        names, ids = [category["name"] for category in categories], np.array(list(number), dtype=np.int64)
+    with _as_published(top / "annotations" / "instances_val2017.json"):
+        test = _coco_images(root, "coco/val2017", parts.pop("val2017"), number, training=False)
     if not len(train) or not len(test):
         raise UserError(
             f"COCO 2017: expected images with objects to train on and images to test on in {root}, got {len(train)} and"
             f" {len(test)}"
         )
-    names, ids = [category["name"] for category in categories], np.array(list(number), dtype=np.int64)
     return DetectionSet("coco", train, test, names, top / "annotations" / "instances_val2017.json", ids)
 
 
 def _coco_part(path: Path) -> dict[str, Any]:
-    try:
+    with _as_published(path):
         about = json.loads(path.read_bytes())
         return {key: about[key] for key in ("images", "annotations", "categories")}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+
+
+@contextlib.contextmanager
+def _as_published(path: Path) -> Iterator[None]:
+    """Around what reads a file of COCO's annotations, whatever is in it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"COCO 2017: {path} is not a file of annotations as published ({error!r}): unpack it again"
         ) from error

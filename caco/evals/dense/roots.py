@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from caco.errors import UserError
+from caco.runs.paths import expanded
 
 
 def existing(root: str | None, evaluator: str, layout: str) -> Path:
@@ -16,12 +17,12 @@ def existing(root: str | None, evaluator: str, layout: str) -> Path:
     Raises:
         UserError: no folder is named, or it does not exist.
     """
-    if root is None or not Path(root).expanduser().is_dir():
+    if root is None or not expanded(root).is_dir():
         raise UserError(
             f"root: expected the folder that holds the set, as eval.{evaluator}.root=PATH, got {root}. Expected below"
             f" it:\n{layout}"
         )
-    return Path(root).expanduser()
+    return expanded(root)
 
 
 def first_with(candidates: Sequence[Path], inside: str) -> Path | None:

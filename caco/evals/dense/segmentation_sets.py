@@ -13,9 +13,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from caco.data.sets.reading import FORMATS, Refused, check_work
 from caco.data.sets.sources import ImageFiles, UnreadableImage
 from caco.data.sets.transfer import VOC_CLASSES
 from caco.evals.dense import roots
+from caco.runs.paths import read_text
 
 CLASSES = ("background", *VOC_CLASSES)
 IGNORED = 255
@@ -83,11 +85,12 @@ def read_labels(path: Path) -> np.ndarray:
 
             labels = loadmat(path, mat_dtype=True)["GTcls"][0, 0]["Segmentation"].astype(np.uint8)
         else:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
+                check_work(*image.size, b"")
                 if image.mode not in ("P", "L"):
-                    raise ValueError(f"colours ({image.mode}) and not numbers of classes; take the file as published")
+                    raise Refused(f"colours ({image.mode}) and not numbers of classes; take the file as published")
                 labels = np.array(image)
-    except (OSError, SyntaxError, ValueError, KeyError, IndexError, TypeError) as error:
+    except Exception as error:  # SciPy and Pillow raise errors of many types for damaged files
         raise UnreadableImage(
             f"{path}: expected the class of every pixel, got {type(error).__name__}: {error}"
         ) from error
@@ -181,7 +184,7 @@ def _listed(file: Path, missing: list[str]) -> list[str]:
     if not file.is_file():
         missing.append(str(file))
         return []
-    names = [Path(line.split()[0]).stem for line in file.read_text().splitlines() if line.strip()]
+    names = [Path(line.split()[0]).stem for line in read_text(file).splitlines() if line.strip()]
     if not names:
         missing.append(f"{file} (it is empty)")
     return names

@@ -166,6 +166,27 @@ def test_coco_refuses_once_with_all_that_is_missing_and_the_layout(tmp_path):
         coco(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda about: about["annotations"][0].pop("bbox"),
+        lambda about: about["annotations"][0].update(category_id=5_000),
+        lambda about: about["images"][0].pop("id"),
+        lambda about: about["images"][0].pop("file_name"),
+        lambda about: about.update(annotations=7),
+    ],
+)
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+def test_coco_names_annotations_that_are_not_as_published(tmp_path, split, spoil):
+    write_coco(tmp_path)
+    file = tmp_path / f"annotations/instances_{split}.json"
+    about = json.loads(file.read_text())
+    spoil(about)
+    file.write_text(json.dumps(about))
+    with pytest.raises(UserError, match=f"instances_{split}.json is not a file of annotations as published"):
+        coco(tmp_path)
+
+
 def test_what_a_set_is_called_changes_with_its_objects(tmp_path):
     write_coco(tmp_path)
     before = coco(tmp_path).inputs()

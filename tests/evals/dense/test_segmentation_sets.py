@@ -161,6 +161,20 @@ def test_labels_that_are_none_are_refused_by_name(tmp_path, spoil, message):
         voc2012(tmp_path, "train").train.read(0)
 
 
+def test_labels_that_would_unpack_to_more_than_is_meant_are_refused_by_name(tmp_path, monkeypatch):
+    path = toy_voc.write_voc(tmp_path) / "SegmentationClass" / f"{TRAIN[0]}.png"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UnreadableImage, match=f"{TRAIN[0]}.png: expected .*, got DecompressionBombError"):
+        read_labels(path)
+
+
+def test_lists_are_read_in_whatever_encoding_an_editor_writes(tmp_path):
+    top = toy_voc.write_voc(tmp_path)
+    for file in (top / "ImageSets" / "Segmentation").iterdir():
+        file.write_text(file.read_text(), encoding="utf-16")
+    assert len(voc2012(tmp_path, "train").train) == len(TRAIN)
+
+
 def test_a_mat_file_of_something_else_is_refused_by_name(tmp_path):
     from scipy.io import savemat
 
