@@ -271,7 +271,7 @@ def test_imagenet_has_train_and_val_of_wnids(tmp_path, write_images):
     with pytest.raises(ValueError, match="got 99 unknown"):
         imagenet100(root=str(tmp_path))
     (tmp_path / "val").rename(tmp_path / "elsewhere")
-    with pytest.raises(FileError, match="expected a folder .*val, got none"):
+    with pytest.raises(FileError, match="expected a folder .*val, but it does not exist"):
         imagenet(root=str(tmp_path))
     write_images(tmp_path / "val", 2, suffix=".JPEG")
     with pytest.raises(ValueError, match="val: expected class folders, got images without labels: sort them"):
