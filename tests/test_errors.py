@@ -19,9 +19,9 @@ from caco.errors import FileError, UserError
 
 # Each command with arguments that it refuses only after it has read its command line.
 COMMANDS = {
-    "caco.evaluate": ("got nowhere, which is not there", ["run=nowhere"]),
-    "caco.export": ("got nowhere, which is not there", ["run=nowhere", "to=x"]),
-    "caco.embed": ("got nowhere, which is not there", ["run=nowhere", "to=x.npz"]),
+    "caco.evaluate": ("got nowhere, which does not exist", ["run=nowhere"]),
+    "caco.export": ("got nowhere, which does not exist", ["run=nowhere", "to=x"]),
+    "caco.embed": ("got nowhere, which does not exist", ["run=nowhere", "to=x.npz"]),
     "caco.plan": ("batch: expected a multiple of the 2 processes", ["batch=3", "world=2", "bank.size=8"]),
     "caco.write": ("nowhere", ["data=folder", "data.root=nowhere", "out=x"]),
     "caco.tracking.sync": ("expected a run directory", ["."]),

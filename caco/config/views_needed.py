@@ -66,8 +66,8 @@ def problems(
         )
     if patches is not None and count and count != patches["grid"] ** 2:
         found.append(
-            f"augmentation: this method takes {number} of each image; got a grid of patches, {patches['grid']} x"
-            f" {patches['grid']}"
+            f"augmentation: this method takes {number} of each image; got a grid of {patches['grid']} x"
+            f" {patches['grid']} patches"
         )
     if needs.get("lightness_first") and colours not in LIGHTNESS_FIRST:
         options = _options(lambda option: option.get("colours") in LIGHTNESS_FIRST)

@@ -1,5 +1,5 @@
-"""The exception for wrong arguments, and progress messages. caco.errors has the same, but this package imports nothing
-from caco.
+"""The exception for wrong arguments, and progress messages. caco.errors has the same, but this package must not import
+anything of caco.
 """
 
 import sys

@@ -71,7 +71,7 @@ def test_without_submitit_the_launcher_says_what_to_install(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['submitit'] = None\n")
     done = caco("launcher=local", "data=digits", cwd=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}")
-    told = f"caco: launcher: needs submitit, which is not installed; {command_to_install('slurm')}\n"
+    told = f"caco: launcher: needs submitit, which is not installed; to install it: {command_to_install('slurm')}\n"
     assert (done.returncode, done.stderr) == (2, told)
 
 

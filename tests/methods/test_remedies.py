@@ -187,7 +187,7 @@ def test_in_one_s_own_loop_rows_become_the_keys_that_the_loss_was_given():
     bank, q_BD, k_BD = a_bank(renewed_after_steps=1, lr=0.0), unit(B, D, seed=1).requires_grad_(), unit(B, D, seed=2)
     used = set(bank.rows.most_probable(k_BD).tolist())
     bank.score(q_BD, bank.rows.most_probable(k_BD), temperature=TAU).loss_B.mean().backward()
-    with pytest.raises(UserError, match="expected keys_GD, or a step whose `loss` was given keys"):
+    with pytest.raises(UserError, match="expected keys_GD, or keys given to `loss` since the last update"):
         bank.update()
     bank.loss(q_BD, k_BD, temperature=TAU).backward()
     bank.update()
