@@ -238,7 +238,7 @@ def _train(folder: Path, overrides: list[str]) -> dict:
 
 
 def learn(name: str, data: Path | None, run: Path, *, tiny: bool, write: Write) -> dict:
-    """Train one method for about 80 seconds and evaluate it by k-NN. A short first run measures how many epochs fit into
+    """Train one method for about 80 seconds and evaluate it by k-NN. A short first run measures how many epochs fit in
     the 80 seconds.
 
     Args:
@@ -289,9 +289,12 @@ def _images_per_second(ledger: Path, *, batch: int) -> float:
 
 
 def pack(folder: Path, to: Path) -> None:
-    """Pack 20,000 images from class folders in train/ and test/ into a zip file. The images are drawn with a fixed seed,
-    and their files are not changed. Four fifths of them come from train/.
+    """Pack 20,000 images from class folders in train/ and test/ into a zip file. They are drawn with a fixed seed, and
+    their files are not changed. Four fifths of them come from train/.
 
+    Args:
+        folder: the folder that has train/ and test/.
+        to: the zip file that is written.
     Raises:
         SystemExit: there are too few images, or the zip file is too large for `PACKED_BYTES`.
     """
@@ -367,8 +370,8 @@ def stages(sets: list[str], to: Path, data: Path | None) -> int:
 
 
 def _run(command: list[str], log: Path, limit_s: int) -> str:
-    """Run the command, with its output in the file `log`, for at most `limit_s` seconds. Then kill every process that it
-    started. Returns in words how it ended.
+    """Run the command, with its output in the file `log`, for at most `limit_s` seconds. Then kill every process that
+    it started. Returns in words how it ended.
     """
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(

@@ -209,8 +209,8 @@ def lightly(training: Training) -> tuple[list[float], nn.Module]:
 
 
 def stable_pretraining(training: Training) -> tuple[list[float], nn.Module]:
-    """Train with stable-pretraining's class of the method, its transforms and its DataModule, in Lightning's Trainer, in
-    which everything that is not needed is turned off. As in stable-pretraining's benchmarks, the class is given a
+    """Train with stable-pretraining's class of the method, its transforms and its DataModule, in Lightning's Trainer,
+    in which everything that is not needed is turned off. As in stable-pretraining's benchmarks, the class is given a
     `forward` that takes the two views of a batch.
 
     Returns:
@@ -294,8 +294,8 @@ def train(name: str, training: Training) -> float:
 
 
 def serve(name: str) -> None:
-    """Print one line of JSON with the versions of the installed libraries. Then read a `Training` as JSON from each line
-    of standard input, run it, and print its images per second as one line.
+    """Print one line of JSON with the versions of the installed libraries. Then read a `Training` as JSON from each
+    line of standard input, run it, and print its images per second as one line.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # so standard output has only the answers: what a library prints goes to standard error
