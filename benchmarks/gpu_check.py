@@ -1,20 +1,21 @@
-"""Check caco on a GPU within a quarter of an hour: stages that run one after another, each with a time limit and its
-own result file.
+"""Check caco on a GPU within a quarter of an hour. The check has stages, which run one after another; each has a time
+limit and writes a result file of its own.
 
     python benchmarks/gpu_check.py                           run all stages (at a tiny size if there is no GPU); the
                                                              results are in gpu-check/
     python benchmarks/gpu_check.py pack data/cifar10         first, on the machine with the images: pack 20,000 of them
                                                              into gpu-data/images.zip (at most 25 MB)
-    python benchmarks/gpu_check.py A --to out                kernels, waits, bank and model: at most four minutes on one
-                                                             H200
-    python benchmarks/gpu_check.py B --to out                for each of some methods, 80 seconds of training and a
-                                                             k-NN evaluation: at most six minutes; needs gpu-data/
+    python benchmarks/gpu_check.py A --to out                set A, which has the stages kernels, waits, bank and
+                                                             model: at most four minutes on one H200
+    python benchmarks/gpu_check.py B --to out                set B, which trains CaCo, AdCo and MoCo v2 for 80 seconds
+                                                             each and evaluates each by k-NN: at most six minutes; it
+                                                             needs gpu-data/images.zip
 
 Nothing is downloaded, and only torch and caco's other requirements must be installed. A stage writes its figures as
-soon as it has them. A stage that fails or exceeds its limit is stopped, with everything that it started, and recorded
-with the end of what it printed; then the next one starts. Large files, such as images, are kept in a temporary folder
-and removed: the results are one small file for each stage and stages.json. Nobody has run this on a GPU yet; the limits
-are estimates."""
+soon as it has them. If a stage fails or exceeds its limit, it is stopped together with every process that it started,
+the end of what it printed is recorded, and the next stage starts. Large files, such as images, are kept in a temporary
+folder and removed. What remains is one small file for each stage, and stages.json. Nobody has run this on a GPU yet;
+the time limits are estimates."""
 
 import argparse
 import contextlib
@@ -34,9 +35,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-if (
-    not __package__
-):  # run as a file: import caco and benchmarks from this checkout, as python -m benchmarks.gpu_check does
+# If this is run as a file, import caco and benchmarks from this checkout, as python -m benchmarks.gpu_check does.
+if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import caco  # noqa: F401, I001 - before torch, because it sets torch's instruction set
@@ -56,12 +56,12 @@ from caco.tracking.ledger import read_rows
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "gpu-data" / "images.zip"
 PACKED_IMAGES, PACKED_BYTES = 20_000, 25_000_000
-LOG_CHARACTERS = 6000  # so many of the last characters that a stage printed are kept
-SHAPES = [
+LOG_CHARACTERS = 6000  # the number of characters that are kept from the end of what a stage printed
+SHAPES = [  # (queries, rows, width); no block size divides 1000 and 65,537
     (256, 4096, 128),
     (1000, 65_537, 128),
     (512, 8192, 256),
-]  # (queries, rows, width); among them numbers that no block size divides
+]
 # Largest allowed error of the loss at temperature 0.1, and of the rows' steps relative to the largest step.
 BOUND = {"fp32": 2e-4, "bf16": 3e-2}
 LEARNING = {
@@ -78,20 +78,20 @@ TRAINING = [
     "schedule.warmup_epochs=1", "schedule.final_fraction=0", "eval=[knn_all]", "tracking=ledger",
 ]  # fmt: skip
 SMALL = ["data=digits", "augmentation=digits", "backbone=small_resnet", "backbone.width=8", "batch=64"]
-WAITING = ["caco", "mocov2", "adco", "swav", "dino", "byol", "instdisc"]  # methods of the stage `waits`
+WAITING = ["caco", "mocov2", "adco", "swav", "dino", "byol", "instdisc"]  # the methods that the stage `waits` runs
 NEEDED = ["hydra", "omegaconf", "timm", "torchvision", "numpy", "PIL", "safetensors", "psutil", "sklearn", "scipy",
           "threadpoolctl", "tqdm"]  # fmt: skip
 
 
 @dataclass
 class Stage:
-    """A program with a time limit.
+    """A program that is run as one part of the check, with a time limit.
 
     Args:
-        set: "A" or "B".
+        set: "A" or "B", the set that the stage belongs to.
         limit_s: the program is stopped after this many seconds.
-        arguments: the command line after `python`; "{to}" stands for the result file, "{data}" for the folder of the
-            images, "{run}" for a folder for this stage.
+        arguments: the command line after `python`. "{to}" stands for the path of the result file, "{data}" for the
+            folder with the images, "{run}" for a temporary folder of this stage's own.
         tiny: the arguments to use instead if there is no GPU.
     """
 
@@ -126,12 +126,18 @@ STAGES = {
         for name in LEARNING
     },
 }  # fmt: skip
-Write = Callable[[dict], None]  # writes what is known so far
+Write = Callable[[dict], None]  # writes the figures that are known so far to the result file
 
 
 def kernels(device: torch.device, *, tiny: bool, write: Write = lambda known: None) -> dict:
-    """Compare the bank's loss and update in both precisions with the equations in float64; returns the errors.
+    """Compare the bank's loss, update and choice of rows, in both precisions, with the equations in float64.
 
+    The update is compared only at shapes whose gradient in float64 is not too large to compute.
+
+    Returns:
+        who made the passes ("served_by": Triton, the CPU's code, or PyTorch alone), and for each shape and precision
+        the errors ("off"): of the mean loss; of the rows' steps, relative to the largest step; and the number of keys
+        whose chosen row is not the nearest one in float64.
     Raises:
         AssertionError: an error is larger than its bound.
     """
@@ -172,12 +178,13 @@ def kernels(device: torch.device, *, tiny: bool, write: Write = lambda known: No
 
 
 def waits(run: Path, *, tiny: bool, write: Write) -> dict:
-    """Find where training steps wait for the GPU, and how often, as PyTorch reports it
-    (`torch.cuda.set_sync_debug_mode`): for each method some steps after the first ones, none of which is logged.
+    """Find where training steps wait for the GPU, and how often. PyTorch reports the waits
+    (`torch.cuda.set_sync_debug_mode`). For each method the steps from the 12th to the 20th are watched; none of these
+    is logged, because a logged step has to wait for its loss.
 
     Returns:
-        for each method, the places in the source and how often each waited in these steps; or the error that kept the
-        method from running.
+        for each method, the places in the source code ("FILE:LINE") and how often each waited in these steps; or the
+        error that kept the method from running.
     """
     found: dict[str, dict] = {}
     for name in WAITING[:1] if tiny else WAITING:
@@ -189,7 +196,7 @@ def waits(run: Path, *, tiny: bool, write: Write) -> dict:
             with _watched() as seen:
                 _train(run / name, [f"method={name}", *own, *bank, *few, *steps])
             found[name] = {"places": dict(seen)}
-        except Exception as error:  # noqa: BLE001 - one method's; the others must still run
+        except Exception as error:  # noqa: BLE001 - one method failed; the others must still run
             found[name] = {"error": f"{type(error).__name__}: {error}"}
         write({"waits": found})
     return {"waits": found}
@@ -197,7 +204,9 @@ def waits(run: Path, *, tiny: bool, write: Write) -> dict:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[Counter[str]]:
-    """Counts PyTorch's warnings about waiting from the 12th step on; without a GPU there are none."""
+    """A context that counts, by place in the source code, PyTorch's warnings that the host waits for the GPU. It counts
+    from the 12th to the 20th step of a training. Without a GPU there are no such warnings.
+    """
     seen: Counter[str] = Counter()
     batches, gpu = trainer.Trainer.batches, torch.cuda.is_available()
 
@@ -229,7 +238,16 @@ def _train(folder: Path, overrides: list[str]) -> dict:
 
 
 def learn(name: str, data: Path | None, run: Path, *, tiny: bool, write: Write) -> dict:
-    """Train for about 80 seconds and evaluate; a short first run measures how many epochs fit into them."""
+    """Train one method for about 80 seconds and evaluate it by k-NN. A short first run measures how many epochs fit in
+    the 80 seconds.
+
+    Args:
+        name: the method, a key of `LEARNING`.
+        data: the folder with the unpacked images; not needed with `tiny`.
+        run: a folder for the directories of the two runs.
+    Returns:
+        images per second, accuracy of k-NN in percent, seconds, and the summary of the run.
+    """
     started = time.perf_counter()
     images = SMALL
     if not tiny:
@@ -262,16 +280,23 @@ def learn(name: str, data: Path | None, run: Path, *, tiny: bool, write: Write) 
 
 
 def _images_per_second(ledger: Path, *, batch: int) -> float:
-    """The speed of a short run without its first steps, in which kernels are compiled."""
+    """The speed of a short run, from its ledger. The first half of the ledger's rows is left out, because kernels are
+    compiled in the first steps.
+    """
     rows = [row for row in read_rows(ledger)[0] if row.get("kind") == "train"]
     early, late = rows[len(rows) // 2], rows[-1]
     return (late["step"] - early["step"]) * batch / max(late["time"] - early["time"], 1e-3)
 
 
 def pack(folder: Path, to: Path) -> None:
-    """Pack 20,000 images from class folders in train/ and test/ into a zip, drawn with a fixed seed and not re-encoded.
+    """Pack 20,000 images from class folders in train/ and test/ into a zip file. They are drawn with a fixed seed, and
+    their files are not changed. Four fifths of them come from train/.
 
-    Four fifths of them are training images.
+    Args:
+        folder: the folder that has train/ and test/.
+        to: the zip file that is written.
+    Raises:
+        SystemExit: there are too few images, or the zip file is too large for `PACKED_BYTES`.
     """
     chosen = list[Path]()
     for split, count in (("train", 4 * PACKED_IMAGES // 5), ("test", PACKED_IMAGES // 5)):
@@ -294,7 +319,17 @@ def pack(folder: Path, to: Path) -> None:
 
 
 def stages(sets: list[str], to: Path, data: Path | None) -> int:
-    """Run the stages of these sets; returns how many did not succeed."""
+    """Run the stages of the given sets, and write each stage's result and a list of all results (stages.json).
+
+    Args:
+        sets: "A", "B" or both.
+        to: the folder of the results.
+        data: the zip file that `pack` made; None: `DATA`, if it exists. Without one, set B's stages are left out.
+    Returns:
+        how many of the stages that were run did not succeed.
+    Raises:
+        SystemExit: one of caco's requirements is not installed.
+    """
     lacking = lacks_gpu()
     to.mkdir(parents=True, exist_ok=True)
     report = Report(["stage", "result", "seconds, limit"], to / "stages.json")
@@ -335,7 +370,9 @@ def stages(sets: list[str], to: Path, data: Path | None) -> int:
 
 
 def _run(command: list[str], log: Path, limit_s: int) -> str:
-    """Run the command; returns how it ended. Every process that it started is killed then."""
+    """Run the command, with its output in the file `log`, for at most `limit_s` seconds. Then kill every process that
+    it started. Returns in words how it ended.
+    """
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True

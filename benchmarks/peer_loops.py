@@ -1,11 +1,11 @@
-"""A training by caco, lightly or stable-pretraining for peers.py, each as its own documentation shows it, in a process
-that peers.py starts for each of them.
+"""One training by caco, by lightly or by stable-pretraining, for peers.py. Each library is used as its own
+documentation shows. peers.py starts one process of this file for each library.
 
-Of the three everything is the same that can be: the backbone (caco's, as a module), the views' ranges and
-probabilities (augmentation=cifar), the projector's layers, the queue's length, the temperature, SGD at a constant rate,
-the batch, float32 on the CPU, and that decoded images lie in memory, where caco keeps so few and torchvision's CIFAR10
-has them. NOT_THE_SAME says what cannot be. Nobody evaluates or keeps a checkpoint in the time that is measured; caco
-writes its ledger in it.
+Everything that can be the same in the three trainings is the same: the backbone (a module of caco's), the views' ranges
+and probabilities (augmentation=cifar), the projector's layers, the length of the queue, the temperature, SGD with a
+constant learning rate, the batch, and float32 on the CPU. All three keep the decoded images in memory, as caco does
+with sets this small and torchvision's CIFAR10 always does. NOT_THE_SAME lists what cannot be the same. No library
+evaluates or saves a checkpoint in the time that is measured; caco writes its ledger in this time.
 """
 
 import copy
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a file: import caco and benchmarks from this checkout
+if not __package__:  # if this is run as a file, import caco and benchmarks from this checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import caco  # noqa: F401, I001 - before torch, because it sets torch's instruction set
@@ -36,11 +36,11 @@ from caco.config.composition import instantiate
 
 MODULES = {"caco": "caco", "lightly": "lightly", "stable-pretraining": "stable_pretraining"}
 DIM, LR, SGD_MOMENTUM, WEIGHT_DECAY, TWIN_MOMENTUM = 128, 0.03, 0.9, 1e-4, 0.999
-NOT_NEEDED = (  # of the callbacks that stable-pretraining adds to any Trainer of Lightning's
+NOT_NEEDED = (  # callbacks that stable-pretraining adds to every Lightning Trainer, and that are turned off here
     "progress_bar", "registry", "logging", "env_dump", "trainer_info", "sklearn_checkpoint", "wandb_checkpoint",
     "trackio_checkpoint", "swanlab_checkpoint", "module_summary", "slurm_info", "unused_params", "hf_checkpoint",
 )  # fmt: skip
-NOT_THE_SAME = {
+NOT_THE_SAME = {  # library -> how its training differs from the others'; printed under the table of results
     "stable-pretraining": [
         "its MoCo v2 makes a third forward pass in each step, of the first view by the twin, for an embedding that"
         " evaluators would read",
@@ -56,23 +56,19 @@ NOT_THE_SAME = {
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What each of them does.
+    """The training that a library is asked for; it is the same for all three, except for `to`."""
 
-    images: a folder with train/ of class folders. backbone, settings: an option of conf/backbone, and what is given in
-    place of its own. queue: keys that MoCo v2 keeps. to: where the trained backbone's weights are written.
-    """
-
-    method: str
-    backbone: str
-    settings: dict[str, Any]
-    hidden_dim: int
-    queue: int
-    images: str
-    batch: int
-    epochs: int
-    workers: int
+    method: str  # "mocov2" or "simclr"
+    backbone: str  # an option of conf/backbone
+    settings: dict[str, Any]  # arguments of the backbone that replace those of conf/backbone
+    hidden_dim: int  # of the projector
+    queue: int  # how many keys MoCo v2 keeps
+    images: str  # a folder whose folder train/ has one folder of images for each class
+    batch: int  # images
+    epochs: int  # at least 2; the first one is not measured
+    workers: int  # processes or threads that make views
     seed: int
-    to: str
+    to: str  # the file to which the trained backbone's weights are written
 
     @property
     def temperature(self) -> float:
@@ -80,7 +76,7 @@ class Training:
 
     @property
     def steps(self) -> int:
-        """Of an epoch; what is left over is no batch."""
+        """Number of steps in an epoch. Images that do not fill a last batch are left out."""
         return len(list(Path(self.images, "train").glob("*/*"))) // self.batch
 
     def new_backbone(self) -> nn.Module:
@@ -88,18 +84,22 @@ class Training:
 
 
 def option(group: str, name: str) -> Any:
-    """What conf/ says of it."""
+    """The settings in the file NAME.yaml of the folder GROUP in conf/."""
     return OmegaConf.load(folders.CONF / group / f"{name}.yaml")
 
 
 def view() -> tuple[Any, int, dict[str, list[float]]]:
-    """Of augmentation=cifar: one view, its pixels, mean and standard deviation."""
+    """The views of augmentation=cifar: the settings of one view, its width in pixels, and the mean and the standard
+    deviation with which colours are normalised.
+    """
     recipe = option("augmentation", "cifar")
     return recipe.views.both, recipe.size, {"mean": list(recipe.mean), "std": list(recipe.std)}
 
 
 class InMemory(Dataset):
-    """(image, label) of a folder of class folders, decoded once, as torchvision.datasets.CIFAR10 has them."""
+    """The images of a folder of class folders as pairs (image, label). All are decoded once and kept in memory, as in
+    torchvision.datasets.CIFAR10.
+    """
 
     def __init__(self, folder: str, transform: Callable | None = None):
         from torchvision.datasets import ImageFolder
@@ -126,7 +126,12 @@ def loader_of(dataset: Any, training: Training) -> DataLoader:
 
 
 def ours(training: Training) -> tuple[list[float], nn.Module]:
-    """What caco.train runs, with the settings that its command line would have; the times are those of its ledger."""
+    """Train as caco.train does when it is given these settings on its command line.
+
+    Returns:
+        for each epoch the time at which it ended, in seconds from a common start, computed from the images per second
+        in the run's ledger; and the trained backbone.
+    """
     from caco.engine.assembly import run_training
     from caco.nn.weights import load_backbone
     from caco.tracking import recorded
@@ -154,7 +159,12 @@ def ours(training: Training) -> tuple[list[float], nn.Module]:
 
 
 def lightly(training: Training) -> tuple[list[float], nn.Module]:
-    """The loop of its examples in plain PyTorch, with its transforms, heads, loss with a memory bank, and twin."""
+    """Train in plain PyTorch with the loop of lightly's examples, and with lightly's transforms, heads, loss with a
+    memory bank, and update of the momentum twin.
+
+    Returns:
+        for each epoch the time at which it ended, in seconds; and the trained backbone.
+    """
     from lightly.loss import NTXentLoss
     from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
     from lightly.models.utils import deactivate_requires_grad, update_momentum
@@ -199,8 +209,12 @@ def lightly(training: Training) -> tuple[list[float], nn.Module]:
 
 
 def stable_pretraining(training: Training) -> tuple[list[float], nn.Module]:
-    """Its method's class with a forward that takes a batch's two views, as its benchmarks give it one, its transforms
-    and DataModule, in Lightning's Trainer with nothing on that is not needed.
+    """Train with stable-pretraining's class of the method, its transforms and its DataModule, in Lightning's Trainer,
+    in which everything that is not needed is turned off. As in stable-pretraining's benchmarks, the class is given a
+    `forward` that takes the two views of a batch.
+
+    Returns:
+        for each epoch the time at which it ended, in seconds; and the trained backbone.
     """
     import lightning
     import stable_pretraining
@@ -267,18 +281,24 @@ LOOPS: dict[str, Callable[[Training], tuple[list[float], nn.Module]]] = {
 
 
 def train(name: str, training: Training) -> float:
-    """Images a second of the epochs after the first, which warms up; writes the weights."""
+    """Train with the library of this name, and write the backbone's weights to `training.to`.
+
+    Returns:
+        images per second in all epochs but the first, which warms up.
+    """
     torch.manual_seed(training.seed)
     ends, backbone = LOOPS[name](training)
     torch.save(backbone.state_dict(), training.to)
-    gc.collect()  # the workers of a loader end with it
+    gc.collect()  # the workers of a loader end when the loader is deleted
     return training.steps * training.batch * (training.epochs - 1) / (ends[-1] - ends[0])
 
 
 def serve(name: str) -> None:
-    """Say in a line of JSON which versions there are, then answer each training, a line of JSON, with its rate."""
+    """Print one line of JSON with the versions of the installed libraries. Then read a `Training` as JSON from each
+    line of standard input, run it, and print its images per second as one line.
+    """
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes where errors go
+    os.dup2(2, 1)  # so standard output has only the answers: what a library prints goes to standard error
     importlib.import_module(MODULES[name])
     versions = {package: importlib.metadata.version(package) for package in ("torch", "torchvision", "numpy")}
     if name != "caco":

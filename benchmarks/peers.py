@@ -1,23 +1,26 @@
-"""Images per second of whole trainings beside lightly and stable-pretraining, the same method, model, views and batch.
+"""Compares the speed of whole trainings by caco, lightly and stable-pretraining, in images per second. The three use
+the same method, model, views and batch.
 
-    python benchmarks/peers.py --make-environments       once, before: minutes, and a network
-    python benchmarks/peers.py --json peers.json         MoCo v2 and SimCLR, a small ResNet and ResNet-18; minutes
-    python benchmarks/peers.py --full --images PHOTOS    all images of PHOTOS/train, and k-NN on PHOTOS/test; hours
+    python benchmarks/peers.py --make-environments       run this once, first: minutes; it needs a network
+    python benchmarks/peers.py --json peers.json         MoCo v2 and SimCLR, with a small ResNet and ResNet-18: minutes
+    python benchmarks/peers.py --full --images PHOTOS    all images of PHOTOS/train, and k-NN on PHOTOS/test: hours
 
-Each of the three trains in a process of its own, which is there from the beginning to the end, and they take turns. A
-turn is a new training of two epochs; the first warms up, and the rate is that of what follows (all other epochs, with
---epochs). Reading the images, building the model and importing are before it. benchmarks/peer_loops.py has the three
-loops and says what is the same; what cannot be the same is printed under the table.
+Each library has a process of its own, which runs during the whole benchmark, and the libraries take turns. A turn is a
+new training of two epochs (or of --epochs). The first epoch warms up; the speed is measured over the others. Importing
+the library, reading the images and building the model are not measured, because they come before. The three training
+loops are in benchmarks/peer_loops.py, which also says what they have in common. What cannot be the same is printed
+under the table.
 
---make-environments makes build/peers/lightly and build/peers/stable-pretraining, virtual environments with the versions
-of PEERS and what these need, in the versions of constraints.txt where it names them. So that PyTorch is there once, a
-.pth file in each adds the packages of the environment that this runs in, behind its own: what that has already is not
-installed again, and all three compute with one PyTorch. Nothing is fetched from a network after that.
+--make-environments makes two virtual environments, build/peers/lightly and build/peers/stable-pretraining. It installs
+the version of the library that PEERS names and what that version needs, in the versions of constraints.txt where that
+file names them. A .pth file in each environment adds the packages of the environment in which this program runs; the
+environment's own packages take precedence. So these packages, PyTorch among them, are not installed again, and all
+three libraries compute with the same PyTorch. After that, nothing is fetched from a network.
 
-Images: tiles of 32 pixels, cut from JPEGs of noise with the texture of photographs, or those of --images, a folder with
-train/ of class folders (unpacked CIFAR-10, for example) and, for k-NN, test/. All three read the same files. k-NN is
-the same function for all, over the features of the backbone that was trained, after each turn, which has a seed of its
-own.
+Without --images, the images are tiles of 32 x 32 pixels, cut from JPEGs of noise with the texture of photographs.
+--images names a folder whose folder train/ has one folder of images for each class (unpacked CIFAR-10, for example);
+k-NN needs a folder test/ too. All three libraries read the same files. After each turn, the same function evaluates the
+trained backbone by k-NN. Every turn has a seed of its own.
 """
 
 import argparse
@@ -35,7 +38,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-if not __package__:  # run as a file: import caco and benchmarks from this checkout, as python -m benchmarks.peers does
+# If this is run as a file, import caco and benchmarks from this checkout, as python -m benchmarks.peers does.
+if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import caco  # noqa: F401, I001 - before torch, because it sets torch's instruction set
@@ -53,20 +57,20 @@ from caco.evals.knn import KNN
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / "build" / "peers"
-PEERS = {"lightly": "1.6.0", "stable-pretraining": "0.1.8"}
+PEERS = {"lightly": "1.6.0", "stable-pretraining": "0.1.8"}  # the libraries that caco is compared with -> version
 MAKE = "python benchmarks/peers.py --make-environments"
 METHODS = {"mocov2": "MoCo v2", "simclr": "SimCLR"}
 
 
 class Network(NamedTuple):
-    """title: in the table. backbone: of conf/backbone. hidden_dim: of its projector. batch, images: without --full."""
+    """A network that is trained, and how many images it is trained on."""
 
-    title: str
-    backbone: str
-    settings: dict[str, int]
-    hidden_dim: int
-    batch: int
-    images: int
+    title: str  # its name in the table of results
+    backbone: str  # an option of conf/backbone
+    settings: dict[str, int]  # arguments of the backbone that replace those of conf/backbone
+    hidden_dim: int  # of the projector
+    batch: int  # images of a batch without --full
+    images: int  # images of an epoch without --full
 
 
 NETWORKS = {
@@ -85,7 +89,7 @@ def python_of(peer: str) -> Path:
 
 
 def lacks(peer: str) -> str | None:
-    """Why a peer cannot be set beside caco, or None."""
+    """Why caco cannot be compared with this library here; None if it can."""
     python = python_of(peer)
     if not python.exists():
         return f"it has no environment yet: {MAKE}"
@@ -117,14 +121,20 @@ def make_environments() -> None:
 
 
 class Contender:
-    """A process that trains when asked to, in an environment; what it prints goes into `top`, where it also lives."""
+    """A process of one library, which runs benchmarks/peer_loops.py and trains whenever `train` is called.
+
+    Args:
+        name: the library.
+        python: the interpreter of the library's environment.
+        top: a temporary folder. The process gets a folder in it as home and working directory, with its log.
+    """
 
     def __init__(self, name: str, python: Path | str, top: Path):
         self.name, self.home = name, top / name
         self.home.mkdir()
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         offline = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        fonts = {} if name == "caco" else {"MPLCONFIGDIR": str(ENVIRONMENTS / "fonts")}  # which take long to look for
+        fonts = {} if name == "caco" else {"MPLCONFIGDIR": str(ENVIRONMENTS / "fonts")}  # a search for fonts is slow
         environment = {**os.environ, **offline, **fonts, "HOME": str(self.home), "PYTHONPATH": os.pathsep.join(paths)}
         self.log = self.home / "log.txt"
         with self.log.open("w") as log:
@@ -156,7 +166,9 @@ class Contender:
 
 
 def make_tiles(out: Path, photos: Path, count: int) -> None:
-    """So many PNGs, cut from photographs as common.make_photos makes them, of one class."""
+    """Write `count` PNGs of one class into the folder `out`, cut from images that `common.make_photos` makes in the
+    folder `photos`.
+    """
     out.mkdir(parents=True)
     down, across = 375 // TILE, 500 // TILE
     make_photos(photos, -(-count // (down * across)), 500)
@@ -170,7 +182,11 @@ def make_tiles(out: Path, photos: Path, count: int) -> None:
 
 
 def copied(source: Source, count: int | None, to: Path) -> None:
-    """So many of the images, drawn from all, into class folders below `to`, so that all three find the same."""
+    """Copy images into class folders below `to`, so that all three libraries find the same images.
+
+    Args:
+        count: how many images to draw, with a fixed seed; None: all.
+    """
     labels = np.zeros(len(source), dtype=int) if source.labels is None else source.labels
     chosen = np.arange(len(source))
     if count is not None and count < len(source):
@@ -184,7 +200,14 @@ def copied(source: Source, count: int | None, to: Path) -> None:
 
 
 def images_in(given: Path | None, top: Path, count: int | None) -> Path:
-    """A folder with train/, and test/ where there are labels to predict."""
+    """The folder of the images that all libraries read. It has train/, and it has test/ if the given images have a
+    labelled test split.
+
+    Args:
+        given: the folder of --images; None to make images.
+        top: a temporary folder, in which the folder is made.
+        count: the number of images; of given ones at most so many in each split, None: all.
+    """
     images = top / f"images-{count}"
     if given is None:
         say(f"no --images: making {count} tiles of noise with the texture of photographs")
@@ -198,8 +221,8 @@ def images_in(given: Path | None, top: Path, count: int | None) -> Path:
 
 
 def knn(training: Training) -> list[float]:
-    """Percent of the test images that the 20 nearest training images name, by the trained backbone's features; nothing
-    where there are no test images.
+    """The accuracy of k-NN with 20 neighbours on the trained backbone's features, in percent of the test images, as a
+    list of one number; an empty list if there are no test images.
     """
     splits = folder(root=training.images)
     if splits.train is None or splits.test is None:
@@ -219,7 +242,18 @@ def compare(
     report: Report, contenders: dict[str, Contender], method: str, network: Network, *, images: Path, batch: int,
     runs: int, epochs: int, workers: int, queue: int,
 ) -> None:  # fmt: skip
-    """Turns of one method and network, a row for each peer (for caco alone where there is none), and k-NN."""
+    """Compare the libraries with one method and one network. Adds to the report a row for each peer, or one row for
+    caco alone if there is no peer.
+
+    Args:
+        contenders: the libraries' processes, by name; "caco" is one of them.
+        images: the folder that `images_in` returned.
+        runs: number of turns.
+        workers: processes or threads that make views.
+        queue: keys that MoCo v2 keeps.
+    Raises:
+        UserError: there are fewer images than a batch has.
+    """
     trainings = {
         name: Training(
             method, network.backbone, network.settings, network.hidden_dim, queue, str(images), batch, epochs, workers,
@@ -237,7 +271,8 @@ def compare(
         seeds = itertools.count()
 
         def once() -> float:
-            shutil.rmtree(contenders[name].home / "trained.run", ignore_errors=True)  # else the run would be resumed
+            # Without this, caco would resume the run of the last turn.
+            shutil.rmtree(contenders[name].home / "trained.run", ignore_errors=True)
             training = dataclasses.replace(trainings[name], seed=next(seeds))
             rate = contenders[name].train(training)
             accuracies[name] += knn(training)

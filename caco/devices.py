@@ -1,9 +1,10 @@
-"""What a training step says to a device that computes while the host goes on, so that neither waits for the other.
+"""Helpers with which a training step gives work to a GPU without waiting for it.
 
-A GPU has a queue: the host puts work into it and goes on. The host waits until the queue is empty where it wants a
-number (`item`, a tensor in an `if`), where a shape depends on one (`nonzero`, a mask as an index), and where it sends a
-tensor from memory that is not pinned, as `torch.tensor(x, device=...)` does. A step of the training does none of these;
-tests/engine/test_waits.py holds every method to it.
+The host puts work into a GPU's queue and continues while the GPU computes. The host has to wait until the GPU has done
+all the work in its queue where the host reads a number (`item`, a tensor in an `if`), where a shape depends on values
+(`nonzero`, a mask as an index), and where it sends a tensor from memory that is not pinned, as
+`torch.tensor(x, device=...)` does. A training step should do none of these. tests/engine/test_waits.py checks this for
+the methods, and docs/machines.md lists the exceptions.
 """
 
 from collections.abc import Callable
@@ -16,44 +17,53 @@ T = TypeVar("T")
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Whether what it is told is computed later, and asking it for a number means waiting for it."""
+    """Whether the device computes its work later than the host queues it, so that the host has to wait to read a
+    number. True for every device but a CPU.
+    """
     return device.type != "cpu"
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host's on the device; a GPU takes it when it gets there in its queue.
+    """A tensor of the host, copied to the device. A GPU makes the copy in the background, and the host does not wait.
 
-    x: not to be written to again, unless its memory is pinned already.
+    Args:
+        x: a tensor in the host's memory. Do not write to it afterwards: with a CPU as the device it is itself the
+            result, and a GPU may read x later if its memory is pinned already.
     """
     if device.type == "cuda" and not x.is_pinned():
-        x = x.pin_memory()  # a copy; torch keeps it until the device has taken it
+        x = x.pin_memory()  # a copy, which PyTorch keeps until the GPU has read it
     return x.to(device, non_blocking=True)
 
 
 def where_or(mask: Tensor, x: Tensor, number: float) -> Tensor:
-    """As torch.where(mask, x, number), with a number that a kernel takes as an argument, so that nothing is sent."""
+    """The same as torch.where(mask, x, number). The number is passed to the GPU's kernel as an argument, so that no
+    tensor has to be sent to the GPU.
+    """
     return x.masked_fill(~mask, number)
 
 
 class Known(Generic[T]):
-    """What the host knows of a small tensor of a module's state, so that it is not read at every step: read anew where
-    somebody else has written to it, or `forget` was called, as it has to be when a state is loaded.
+    """The host's copy of the value of a small tensor in a module's state, so that no step has to read the tensor from a
+    GPU.
+
+    The tensor is read again if it was written to after the last `note` or `of`, which PyTorch's version number of the
+    tensor shows. It is also read again after `forget`, which must be called when a state has been loaded.
 
     Args:
-        value: of the tensor as it was made.
+        value: the value of the tensor when it was created.
     """
 
     def __init__(self, value: T):
         self._value, self._version = value, 0
 
     def of(self, x: Tensor, read: Callable[[Tensor], T]) -> T:
-        """The value of x, which `read` takes from it."""
+        """The value of x. Calls `read` with x, and so waits for a GPU, only if the value is not known."""
         if self._version != x._version:
             self.note(x, read(x))
         return self._value
 
     def note(self, x: Tensor, value: T) -> None:
-        """After x was given this value."""
+        """Remember the value of x. The caller has just written this value to x."""
         self._value, self._version = value, x._version
 
     def forget(self) -> None:

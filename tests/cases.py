@@ -6,7 +6,8 @@ from tiny import FEW_PROTOTYPES, MIXED, OF_PATCHES, compose
 
 from caco.config.composition import CONF
 
-WITH_OTHER_NUMBERS = ("caco_small", "dino_vit", "mocov3_vit")  # variants of CaCo, DINO and MoCo v3
+# These files are CaCo, DINO and MoCo v3 with other settings, so they are no cases of their own.
+WITH_OTHER_NUMBERS = ("caco_small", "dino_vit", "mocov3_vit")
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem not in WITH_OTHER_NUMBERS)
 SETTINGS = sorted(path.stem for path in (CONF / "pn").glob("*.yaml"))
 # Each method chooses its projector, optimiser and views; tests need small ones.
@@ -27,7 +28,8 @@ QUEUE = ["method.queue_size=128", "method.queue_start_epoch=0"]
 CASES["method=swav with a queue"] = [*CASES["method=swav"], *QUEUE]
 CASES["method=adco with shuffled keys"] = [*CASES["method=adco"], "norm_groups=4", "shuffle_keys=true"]
 CASES["rows renewed and in balance"] = ["bank_learning.renewed_after_steps=2", "bank_learning.balance=0.5"]
-# Each treatment of negatives, with rows of a bank that has positives, with rows of one that has none, and with a batch.
+# Each treatment of negatives, with a bank that provides positives (pn=both) and one that provides none (pn=negative),
+# and with a few methods.
 TREATED = {
     name: [f"negatives={name}", *(MIXED if name == "mixed" else [])] for name in ("debiased", "hard", "margin", "mixed")
 }
@@ -40,7 +42,8 @@ CASES |= {
     f"method={m} negatives={name}": [*CASES[f"method={m}"], *TREATED[name]]
     for m, name in (("adco", "hard"), ("adco", "mixed"), ("nnclr", "margin"))
 }
-# With small views, the fast tier tests only CaCo and SwAV; the long tier tests all methods.
+# Cases that only the long tier of tests runs. Of the cases with small views (multi-crop), the fast tier runs those of
+# CaCo and SwAV; of those with treated negatives, it runs one.
 LONG = {f"method={name} multi-crop" for name in METHODS if name not in ("caco", "swav")}
 LONG |= {case for case in CASES if " negatives=" in case and case != "pn=both negatives=hard"} | {
     "method=ifm",
@@ -55,5 +58,5 @@ def bank_of(overrides):
 
 
 def has_bank(overrides):
-    """Whether there is a bank whose size can be chosen, and does not follow from the number of images."""
+    """Whether the configuration has a bank whose size is a setting instead of following from the number of images."""
     return bank_of(overrides) is not None and bank_of(overrides).size is not None

@@ -31,7 +31,8 @@ TIE = 1e-12  # float64 cosines that are as near as this count as equal
 
 
 class UnusableError(UserError):
-    """The queries or rows cannot be scored. Nothing was changed."""
+    """The queries or rows cannot be scored. This is raised before anything is updated with their loss; but within
+    `looked_at_later` (training on a GPU) it comes up to one step later, after one update with a loss that is NaN."""
 
 
 class Score(NamedTuple):
@@ -350,8 +351,7 @@ _later: list[Held] | None = None
 @contextlib.contextmanager
 def looked_at_later() -> Iterator[list[Held]]:
     """Within this context nothing is refused, because the host would have to wait for a GPU: the loss of queries that
-    cannot be scored is NaN, and the list that is yielded says why.
-    """
+    cannot be scored is NaN, and the list that is yielded says why."""
     global _later
     before, _later = _later, []
     try:

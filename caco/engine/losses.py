@@ -1,9 +1,12 @@
-"""When the Trainer looks at a step's loss, so that a device that computes while the host goes on is not waited for.
+"""The check that the loss of each step is finite. On a GPU the check comes one step later, so that the host need not
+wait for the GPU.
 
-A CPU's loss is looked at in its step, before anything is updated with it. A GPU is a step behind the host, and to look
-at once would empty its queue: the loss is sent to the host and looked at when the next step has been handed over. So
-of a loss that is not finite one update may be made before the run ends. Nothing is lost by that: what is saved,
-evaluated or written down is preceded by a look at all losses before it (`settle`), so the last checkpoint is good.
+On a CPU the Trainer checks a step's loss in the same step, before anything is updated with it. A GPU computes later
+than the host gives it work. If the host read the loss at once, it would have to wait until the GPU had done all the
+work in its queue. Instead, the loss is copied to the host in the background, and the Trainer checks it after it has
+queued the next step's forward and backward pass. So a loss that is not finite may cause one update before the run ends.
+This update is lost with the run and does no harm: `settle` checks all losses so far before anything is saved, evaluated
+or logged, so the last checkpoint is good.
 """
 
 import contextlib
@@ -21,11 +24,11 @@ from caco.errors import UserError
 
 
 class NonFiniteLossError(UserError):
-    """The loss is NaN or infinite; what was saved is good."""
+    """The loss is NaN or infinite. Every checkpoint that was saved is from before this loss."""
 
 
 class Sent:
-    """Numbers on their way from a device to the host."""
+    """Numbers, [N], that are being copied from a device to the host. From a GPU they are copied in the background."""
 
     def __init__(self, numbers_N: Tensor):
         self._numbers_N, self._arrived = numbers_N, None
@@ -36,34 +39,39 @@ class Sent:
             self._arrived.record()
 
     def read(self) -> list[float]:
-        """Once they are there."""
+        """The N numbers. Waits until the copy is complete."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._numbers_N.tolist()
 
 
 class _Step(NamedTuple):
-    names: Sequence[str]
+    names: Sequence[str]  # of the numbers
     sent: Sent
-    where: str
-    held: list[scoring.Held]
+    where: str  # the step in words, for messages
+    held: list[scoring.Held]  # what the bank noted instead of refusing at once; empty on a CPU
 
 
 class Losses:
-    """Of the steps of a run, in order; the means over the ranks, so every rank sees the same.
+    """The losses and metrics of a run's steps, which are added and checked in order. They are means over the ranks, so
+    that every rank raises the same error at the same step.
 
-    numbers: of the newest step that was looked at, by name. stop: whether some rank was told to stop by then.
+    Attributes:
+        numbers: the loss and the metrics of the newest step that was checked, by name.
+        stop: whether a rank had received a signal to stop in the newest step that was checked.
     """
 
     def __init__(self, device: torch.device):
         self._ahead = devices.runs_ahead(device)
-        self._waiting: deque[_Step] = deque()
+        self._waiting: deque[_Step] = deque()  # the steps that were not yet checked, oldest first
         self.numbers: dict[str, float] = {}
         self.stop = False
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[list[scoring.Held]]:
-        """Around forward and backward pass: what a bank cannot score is refused there, or with the loss."""
+        """A context for a step's forward and backward pass. On a CPU the bank refuses there what it cannot score. On a
+        GPU the list that is yielded notes it, and the check of the loss refuses it.
+        """
         if not self._ahead:
             yield []
             return
@@ -71,17 +79,22 @@ class Losses:
             yield held
 
     def add(self, names: Sequence[str], numbers_N: Tensor, where: str, held: list[scoring.Held]) -> None:
-        """A step's loss, its metrics and "stop".
+        """Add a step, and check the newest loss that can be read without waiting for the device.
 
+        Args:
+            names: "loss", the names of the metrics, and "stop".
+            numbers_N: the values, on the device; the value of "stop" is the share of ranks that are to stop.
+            where: the step in words, for the message of an error.
+            held: the list that `watching` yielded in this step.
         Raises:
-            NonFiniteLossError: this step's loss is not finite, or where the device is behind the one's before.
+            NonFiniteLossError: on a CPU this step's loss is not finite; on a GPU the loss of the step before.
         """
         self._waiting.append(_Step(names, Sent(numbers_N), where, held))
-        while len(self._waiting) > self._ahead:
+        while len(self._waiting) > self._ahead:  # a GPU leaves one step unchecked, a CPU none
             self._look()
 
     def settle(self) -> None:
-        """Look at all losses so far.
+        """Check all losses so far, and wait for those that the device has not computed yet.
 
         Raises:
             NonFiniteLossError: one of them is not finite.
@@ -95,7 +108,7 @@ class Losses:
         self.stop = self.numbers.pop("stop") > 0
         if math.isfinite(loss := self.numbers["loss"]):
             return
-        if held:  # of a step with a bank, whose loss is NaN where it could not score
+        if held:  # the step used a bank, which may have made the loss NaN because it could not score
             with refused_at(where):
                 for one in held:
                     one.refuse_if_wrong()
@@ -108,7 +121,7 @@ class Losses:
 
 @contextlib.contextmanager
 def refused_at(where: str) -> Iterator[None]:
-    """What a bank refuses, with the step."""
+    """A context that turns the bank's UnusableError into a NonFiniteLossError whose message also names the step."""
     try:
         yield
     except scoring.UnusableError as error:

@@ -1,4 +1,6 @@
-"""The table of blocks: what each card's kernels take fits it, and a card that nobody knows gets what fits too."""
+"""The table of block sizes (caco/banks/kernels/cards.py): the kernels' shared memory fits every GPU in the table, and a
+GPU that is not in the table gets block sizes that fit it too.
+"""
 
 import re
 
@@ -21,15 +23,18 @@ def test_the_shared_memory_that_its_kernels_take_fits_the_card(entry):
 
 
 def test_shared_memory_by_hand():
-    """64 queries and 32 rows of width 128: bfloat16 of both, two places of float32 rows, and the scores."""
+    """With 64 queries and 32 rows of width 128, the bfloat16 kernel keeps both in bfloat16 (2 bytes), two buffers of
+    float32 rows (4 bytes), and the float32 scores.
+    """
     by_hand = 64 * 128 * 2 + 32 * 128 * 2 + 2 * (32 * 128 * 4) + 64 * 32 * 4
     assert shared_kib("forward", 128, True, cards.Blocks(64, 32, 4, 3)) == by_hand / 1024
-    # In float32 a chunk of both, twice; then scores and rows, twice.
+    # In float32 every number is kept in two parts. The scores and rows of the second product take more memory than
+    # the chunks of the first one.
     assert shared_kib("forward", 128, False, cards.Blocks(64, 32, 8, 2)) == 2 * (64 * 32 + 32 * 128) * 4 / 1024
 
 
 def test_what_compiled_kernels_take_is_no_more_than_the_arithmetic_says(repo_root):
-    """The record of benchmarks/kernels.py, whose numbers are of compiled kernels."""
+    """The numbers of compiled kernels stand in benchmarks/kernels.md, the record of benchmarks/kernels.py."""
     record = (repo_root / "benchmarks" / "kernels.md").read_text()
     line = r"\| sm_(\d+) \| (\w+) \| (bfloat16|float32) \| (\d+) \| (\d+) x (\d+) \| (\d+) \| \d+ \| \d+ \| ([\d.]+) "
     found = re.findall(line, record)
@@ -37,7 +42,7 @@ def test_what_compiled_kernels_take_is_no_more_than_the_arithmetic_says(repo_roo
     for arch, name, factors, width, queries, rows, warps, taken in found:
         blocks = card(divmod(int(arch), 10), 99).blocks[name, factors == "bfloat16"][int(width) > cards.WIDE]
         assert blocks[:3] == (int(queries), int(rows), int(warps)), "the table has changed: measure again"
-        # A KiB for what reductions leave there, which the arithmetic does not count.
+        # One KiB more is allowed, because reductions use some shared memory that the arithmetic does not count.
         assert float(taken) <= shared_kib(name, int(width), factors == "bfloat16", blocks) + 1
 
 

@@ -1,6 +1,7 @@
-"""A step of the training tells a GPU what to do and waits for nothing: seen on a device that has no values.
+"""A training step gives a GPU its work and never waits for it. These tests need no GPU: they run steps on PyTorch's
+device "meta", which computes shapes but no values (tests/waits.py).
 
-What is left, and why: docs/machines.md.
+docs/machines.md lists what still waits, and why.
 """
 
 import pytest
@@ -31,7 +32,7 @@ def meta(monkeypatch):
 @pytest.mark.parametrize("start", ["at the beginning", "in the training"])
 @pytest.mark.parametrize("case", SOME)
 def test_no_step_waits_for_the_device(case, start):
-    """Steps of the warm start where there is one, and of the training."""
+    """Checks three steps: the first ones of the run, which are the warm start's if there is one, or the training's."""
     cfg = compose(*CASES[case], bank=has_bank(CASES[case]))
     made = trainer_of(cfg, steps=3, in_training=start == "in the training")
     with pytest.raises(Over), Watch():
@@ -42,7 +43,7 @@ def test_no_step_waits_for_the_device(case, start):
 def test_the_watch_sees_what_a_gpu_would_wait_for():
     x, number = torch.empty(4, device=META), torch.empty((), device=META)
     with Watch():
-        x * 2, x + torch.tensor(1.0), x.masked_fill(x > 0, 0.0), x.to(torch.float64)  # a kernel takes a number
+        x * 2, x + torch.tensor(1.0), x.masked_fill(x > 0, 0.0), x.to(torch.float64)  # none of these waits
         for waits in (
             lambda: x[x > 0], lambda: torch.tensor(1.0, device=META),
             lambda: x[torch.tensor([0, 1])], lambda: torch.bincount(x.long()), lambda: x.nonzero(),
@@ -66,7 +67,7 @@ def test_a_step_that_looks_at_its_loss_is_found(monkeypatch):
 
 
 class Behind(losses.Sent):
-    """As a GPU's numbers, which are read a step later: here they are known at once, and counted."""
+    """Numbers on a CPU that stand for a GPU's, which are read one step later. It counts how many were sent and read."""
 
     sent = read_so_far = 0
 
@@ -81,7 +82,7 @@ class Behind(losses.Sent):
 
 @pytest.fixture
 def ahead(monkeypatch):
-    """A CPU that the Trainer takes for a device that is a step behind."""
+    """Make the Trainer treat the CPU like a GPU, whose losses are checked one step later."""
     monkeypatch.undo()
     monkeypatch.setattr(losses, "Sent", Behind)
     monkeypatch.setattr(losses.devices, "runs_ahead", lambda device: True)

@@ -1,38 +1,39 @@
-"""In what blocks the bank's Triton kernels work on which card: one table, and the shared memory that each entry takes.
+"""The block sizes of the bank's Triton kernels for each kind of GPU (card), in one table, and the shared memory that
+they need.
 
-What a card needs is a line here. Nobody has timed any of these numbers: of those for H100 and A100 it is known that no
-kernel spills a register there (benchmarks/kernels.md), of L4's that they fit.
+To give a new GPU block sizes of its own, add an entry to TABLE. Nobody has timed any of these sizes. Compiled for H100
+and A100 they spill no register (benchmarks/kernels.md). For L4 and RTX 4090 it is known only that they fit into the
+shared memory.
 
-forward, nearest: a program owns a block of queries and goes over rows a block at a time. update: it owns a block of
-rows and goes over queries. Products of bfloat16 take the whole width at once, those of float32 go over it in chunks.
+In the kernels `forward` and `nearest`, a program owns a block of queries and goes over the rows block by block. In
+`update`, a program owns a block of rows and goes over the queries. A product of bfloat16 factors takes the whole width
+at once; a product of float32 factors goes over the width in chunks.
 """
 
 from typing import NamedTuple
 
-WIDEST = 256  # width that the kernels are made for
-WIDE = 128  # widths above it have blocks of their own
-CHUNK = 32  # of float32's width
+WIDEST = 256  # the largest width D of rows and queries that the kernels can take
+WIDE = 128  # widths above this one have block sizes of their own
+CHUNK = 32  # so much of the width a product of float32 factors takes at a time
 
 
 class Blocks(NamedTuple):
-    queries: int
-    rows: int
-    warps: int
-    stages: int  # of the loop: how many blocks are loaded or used at a time
+    queries: int  # in a block
+    rows: int  # in a block
+    warps: int  # of a program; Triton's num_warps
+    stages: int  # how many blocks of the loop are in shared memory at a time, being loaded or used; Triton's num_stages
 
 
-Table = dict[tuple[str, bool], tuple[Blocks, Blocks]]  # kernel, whether bfloat16 -> of widths up to WIDE, and above it
+# (name of the kernel, whether the factors are bfloat16) -> (blocks for widths up to WIDE, blocks for larger widths)
+Table = dict[tuple[str, bool], tuple[Blocks, Blocks]]
 
 
 class Card(NamedTuple):
-    """Of a kind of cards.
-
-    capabilities: CUDA's compute capabilities. shared_kib: most shared memory of one program.
-    """
+    """A kind of GPU and the block sizes that the kernels use on it."""
 
     name: str
-    capabilities: tuple[tuple[int, int], ...]
-    shared_kib: int
+    capabilities: tuple[tuple[int, int], ...]  # CUDA's compute capabilities of these GPUs, as (major, minor)
+    shared_kib: int  # KiB of shared memory that one program can use at most
     blocks: Table
 
 
@@ -58,7 +59,7 @@ TABLE = (
     ),
     Card("A100", ((8, 0),), 163, _SMALL),
     Card("L4, RTX 4090", ((8, 9),), 99, _SMALL),
-    # What every card has without asking for more.
+    # Every CUDA GPU gives a program 48 KiB of shared memory without a special request.
     Card(
         "any other", (), 48,
         {
@@ -74,7 +75,13 @@ TABLE = (
 
 
 def card(capability: tuple[int, int], shared_kib: float) -> Card:
-    """The entry of a card: that of its capability, else the first one whose needs its shared memory meets."""
+    """The table's entry for a GPU: the entry that lists its compute capability, otherwise the first entry whose kernels
+    fit into its shared memory, otherwise the last entry.
+
+    Args:
+        capability: CUDA's compute capability, as (major, minor).
+        shared_kib: KiB of shared memory that one program can use at most.
+    """
     for entry in TABLE:
         if capability in entry.capabilities:
             return entry
@@ -82,7 +89,7 @@ def card(capability: tuple[int, int], shared_kib: float) -> Card:
 
 
 def most_shared_kib(entry: Card) -> float:
-    """Of all its kernels, at every width."""
+    """KiB of shared memory that the entry's most demanding kernel needs, over all widths."""
     return max(
         shared_kib(name, width, bf16, entry.blocks[name, bf16][width > WIDE])
         for name, bf16 in entry.blocks
@@ -91,25 +98,32 @@ def most_shared_kib(entry: Card) -> float:
 
 
 def shared_kib(name: str, width: int, bf16: bool, blocks: Blocks) -> float:
-    """At most so much shared memory one program of a kernel takes, counted from its blocks.
+    """An estimate from above, computed from the block sizes, of the KiB of shared memory that one program needs.
 
-    As if the compiler kept every operand of a product there, and the scores beside them. benchmarks/kernels.py has what
-    compiled kernels take: as much or less.
+    The estimate assumes that the compiler keeps every factor of a product in shared memory, and the scores too.
+    benchmarks/kernels.py measures compiled kernels; tests/banks/test_cards.py checks that they need no more, up to 1
+    KiB.
 
     Args:
-        width: a power of two, of rows and queries.
+        name: the kernel: "forward", "nearest" or "update".
+        width: of rows and queries, rounded up to a power of two.
+        bf16: whether the factors are bfloat16; otherwise they are float32.
+        blocks: the block sizes.
     """
     queries, rows, _, stages = blocks
     scores = 4 * queries * rows
     if not bf16:
-        # Both factors of a chunk, split in two (tf32x3); once these are done with, the scores and what they weigh, too.
+        # tf32x3 splits each factor in two. First come the chunks of queries and rows; `forward` and `update` then reuse
+        # the memory for their second product, whose factors are the scores and the vectors that the scores weight.
         chunks = max(2, stages) * 4 * min(CHUNK, width) * (queries + rows)
         weighed = 4 * width * (rows if name == "forward" else queries)
         taken = chunks + scores if name == "nearest" else max(chunks, 2 * (scores + weighed))
     elif name == "update":
-        # Queries that both products read where they were loaded, rows in bfloat16, and three numbers of each query.
+        # The queries, which both products read where they were loaded; the rows, in bfloat16; the scores; and three
+        # numbers of 4 bytes for each query.
         taken = 2 * width * (stages * queries + rows) + scores + 3 * 4 * queries * stages
     else:
-        # Rows come in float32, into one place less than there are stages; the products read them in bfloat16.
+        # The rows are loaded in float32, into one buffer less than there are stages; the products read them, like the
+        # queries, in bfloat16.
         taken = 2 * width * (queries + rows) + 4 * width * rows * max(1, stages - 1) + scores
     return taken / 1024

@@ -141,8 +141,12 @@ def forward(
 
 @or_on_cuda
 def nearest_row(k_GD: Tensor, w_RD: Tensor) -> Tensor | None:
-    """Each key's nearest row in float64, the first of equals, int64 [G], where the device finds it without the host's
-    help; None on a CPU, where `nearest` says what is in doubt.
+    """Each key's nearest row, int64 [G], compared in float64; the first row among equals. A GPU finds it without the
+    host's help. On a CPU this returns None: `nearest` then gives candidates, and the caller decides between them.
+
+    Args:
+        k_GD: unit keys.
+        w_RD: rows of any norm but zero.
     """
     return None
 
