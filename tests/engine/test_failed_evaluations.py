@@ -24,7 +24,7 @@ BOTH = [
 def failing(monkeypatch):
     """failing(2) makes the k-NN evaluator fail at its second call."""
 
-    def make(*numbers, error=MemoryError("no memory for the neighbours")):
+    def make(*numbers, error=RuntimeError("no memory for the neighbours")):
         original, calls = KNN.run, []
 
         def run(self, backbone):
