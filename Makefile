@@ -25,7 +25,7 @@ demo-check:
 	$(SET_UP) demo
 	.venv/bin/python -m experiments.demo --check $(ARGS)
 
-# On a GPU for the first time: stages with time limits, results in gpu-check/. ARGS="pack data/cifar10" before; benchmarks/gpu_check.py --help.
+# On a GPU for the first time: stages with time limits, results in gpu-check/. ARGS="pack FOLDER" before; benchmarks/gpu_check.py --help.
 gpu-check:
 	$(SET_UP) all
 	.venv/bin/python benchmarks/gpu_check.py $(ARGS)

@@ -3,7 +3,7 @@ limit and writes a result file of its own.
 
     python benchmarks/gpu_check.py                           run all stages (at a tiny size if there is no GPU); the
                                                              results are in gpu-check/
-    python benchmarks/gpu_check.py pack data/cifar10         first, on the machine with the images: pack 20,000 of them
+    python benchmarks/gpu_check.py pack /path/to/cifar10      first, on the machine with the images: pack 20,000 of them
                                                              into gpu-data/images.zip (at most 25 MB)
     python benchmarks/gpu_check.py A --to out                set A, which has the stages kernels, waits, bank and
                                                              model: at most four minutes on one H200

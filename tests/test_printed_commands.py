@@ -190,7 +190,7 @@ def made_by_make(words: list[str]) -> None:
 def there(words: list[str]) -> None:
     """Assert that the files and folders of the checkout that a command names exist."""
     for word in words:
-        assert "/" not in word or (ROOT / word).exists(), word
+        assert "/" not in word or word.startswith("/path/to/") or (ROOT / word).exists(), word
 
 
 OTHERS = {"make": made_by_make, "pytest": there, "ruff": lambda words: there(words[1:])}
