@@ -255,9 +255,3 @@ def test_a_set_of_hugging_faces_that_is_damaged_or_has_several_labels_an_image_i
     file.write_bytes(file.read_bytes()[:300])
     with pytest.raises(FileError, match="several holds a data set that cannot be opened"):
         huggingface(root=str(tmp_path / "several"))
-    row = {"image": [{"bytes": None, "path": str(tmp_path / "gone.png")}], "label": [0]}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    datasets.Dataset.from_dict(row, features).with_format("arrow").save_to_disk(str(tmp_path / "paths"))
-    source = huggingface(root=str(tmp_path / "paths"), in_memory_mb=0).train
-    with pytest.raises(UnreadableImage, match="huggingface/train row 0: .* FileNotFoundError"):
-        source.digest()

@@ -50,7 +50,8 @@ def huggingface(
         import datasets
 
     try:
-        read: Any = datasets.load_from_disk(str(top))
+        # After flatten_indices the rows of the tables are in the order of the positions.
+        read: Any = datasets.load_from_disk(str(top)).flatten_indices()
     except FileNotFoundError as error:
         raise FileError(
             f"data.root: expected a folder that datasets' save_to_disk wrote, got {top}: {str(error).splitlines()[0]}"
@@ -81,7 +82,6 @@ def _source(
 ) -> EncodedImages:
     import datasets
 
-    read = read.flatten_indices()  # afterwards the rows of the table are in the order of the positions
     image_column = _column(read, image_column, "image_column", datasets.Image)
     labels, classes = _labels(read, label_column)
     # The table is on the disk and mapped into memory: nothing is decoded or copied before an image is read.
