@@ -96,7 +96,7 @@ def test_every_method_stands_there_with_what_was_published_and_what_was_measured
     numbers = rf"k-NN \(20\) {knn:.2f} ± [\d.]+, probe {probe:.2f}"
     row = rf"<td>mini</td>\s*<td>[^<]*</td>\s*<td>{len(measured)}</td>\s*<td>{numbers}"
     assert len(measured) >= 3 and re.search(row, caco)
-    assert "not measured yet" in page.partition('<h2 id="dino_vit">')[2].partition("<h2 ")[0]
+    assert "not been measured with caco yet" in page.partition('<h2 id="dino_vit">')[2].partition("<h2 ")[0]
 
 
 @pytest.mark.long

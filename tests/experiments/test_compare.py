@@ -310,7 +310,7 @@ def test_one_changed_number_is_found_where_it_matters_and_nowhere_else(clone, tm
     alone.
     """
     changed = clone / "conf" / "method" / "caco.yaml"
-    changed.write_text(changed.read_text().replace("\n  temperature: 0.08\n", "\n  temperature: 0.09\n"))
+    changed.write_text(changed.read_text().replace("\n  temperature: 0.08", "\n  temperature: 0.09"))
     broken = clone / "conf" / "pn" / "negative.yaml"
     broken.write_text(broken.read_text().replace("sources.OtherView", "sources.NoSuchSource"))
     (clone / "conf" / "pn" / "positive.yaml").rename(clone / "conf" / "pn" / "queue.yaml")
