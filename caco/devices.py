@@ -3,8 +3,9 @@
 The host puts work into a GPU's queue and continues while the GPU computes. The host has to wait until the GPU has done
 all the work in its queue where the host reads a number (`item`, a tensor in an `if`), where a shape depends on values
 (`nonzero`, a mask as an index), and where it sends a tensor from memory that is not pinned, as
-`torch.tensor(x, device=...)` does. A training step should do none of these. tests/engine/test_waits.py checks this for
-the methods, and docs/machines.md lists the exceptions.
+`torch.tensor(x, device=...)` and `torch.where(mask, x, 0.0)` do (`x.masked_fill(~mask, 0.0)` passes the number to the
+kernel instead). A training step should do none of these. tests/engine/test_waits.py checks this for the methods, and
+docs/machines.md lists the exceptions.
 """
 
 from collections.abc import Callable
@@ -33,13 +34,6 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not x.is_pinned():
         x = x.pin_memory()  # a copy, which PyTorch keeps until the GPU has read it
     return x.to(device, non_blocking=True)
-
-
-def where_or(mask: Tensor, x: Tensor, number: float) -> Tensor:
-    """The same as torch.where(mask, x, number). The number is passed to the GPU's kernel as an argument, so that no
-    tensor has to be sent to the GPU.
-    """
-    return x.masked_fill(~mask, number)
 
 
 class Known(Generic[T]):

@@ -20,6 +20,7 @@ from caco import doctor, instructions
 from caco.doctor import Finding, dataset_at, verdict
 
 ROOT = Path(doctor.__file__).parents[1]
+needs_mlflow = pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -97,9 +98,8 @@ def test_a_partition_is_shown_with_its_gpus(monkeypatch, tmp_path):
     assert next(doctor.slurm()) == Finding("slurm", "absent", "no sbatch", next(doctor.slurm()).do)
 
 
+@needs_mlflow
 def test_the_store_is_opened_and_a_damaged_one_is_told_from_a_good_one(tmp_path, monkeypatch):
-    if importlib.util.find_spec("mlflow") is None:
-        pytest.skip("mlflow is not installed")
     store = tmp_path / "mlflow.db"
     assert "will be made by the first run" in only(doctor.mlflow()).what
     with sqlite3.connect(store) as database:
@@ -119,9 +119,8 @@ def test_the_store_is_opened_and_a_damaged_one_is_told_from_a_good_one(tmp_path,
     assert only(doctor.mlflow()).state == "broken"
 
 
+@needs_mlflow
 def test_a_store_may_lie_in_a_folder_of_any_name(tmp_path, monkeypatch):
-    if importlib.util.find_spec("mlflow") is None:
-        pytest.skip("mlflow is not installed")
     folder = tmp_path / "50% of #1"
     folder.mkdir()
     with sqlite3.connect(folder / "mlflow.db") as database:
@@ -131,9 +130,8 @@ def test_a_store_may_lie_in_a_folder_of_any_name(tmp_path, monkeypatch):
     assert "; 0 runs in" in only(doctor.mlflow()).what
 
 
+@needs_mlflow
 def test_a_server_is_asked_with_the_password_in_its_address_and_without_showing_it(monkeypatch):
-    if importlib.util.find_spec("mlflow") is None:
-        pytest.skip("mlflow is not installed")
     asked, answers = (
         [],
         [b"HTTP/1.0 200 OK\r\n\r\nOK", b"HTTP/1.0 401 Unauthorized\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n"],

@@ -190,8 +190,9 @@ class ImageBank(nn.Module, Bank):
             last = len(own_G) - 1 - own_G.flip(0).byte().argmax(0, keepdim=True)
             source_G = torch.where(own_G, place_G, last)
             local_G, keys_GD = local_G[source_G].clamp(0, len(self.rows.weight) - 1), keys_GD[source_G]
-        last_R = place_G.new_zeros(len(self.rows.weight)).scatter_reduce_(0, local_G, place_G, "amax")
-        keys_GD = keys_GD[last_R[local_G]].to(self.rows.weight.dtype)
+        sorted_G, order_G = local_G.sort(stable=True)
+        last_G = order_G[torch.searchsorted(sorted_G, local_G, right=True) - 1]  # of the keys of each key's image
+        keys_GD = keys_GD[last_G].to(self.rows.weight.dtype)
         old_GD = self.rows.weight[local_G]
         moved_GD = self._unit(old_GD.mul(self.momentum).add(keys_GD, alpha=1 - self.momentum))
         # All keys of one image write the same row.

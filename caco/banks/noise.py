@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from caco import devices, distributed
+from caco import distributed
 from caco.banks import splitmix
 
 PART_ELEMENTS = 1 << 22  # numbers in the drawn rows of one part, b x M x D: 16 MiB in float32
@@ -99,7 +99,7 @@ def mean_exponential(q_BD: Tensor, w_RD: Tensor, image_B: Tensor, draw: Draw) ->
 def _rows_of(image_G: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
     """Each image's row if this rank holds it, else zeros, [G, D]."""
     own_G = (image_G >= first_row) & (image_G < first_row + len(w_RD))
-    return devices.where_or(own_G[:, None], w_RD[(image_G - first_row).masked_fill(~own_G, 0)], 0.0)
+    return w_RD[(image_G - first_row).masked_fill(~own_G, 0)].masked_fill(~own_G[:, None], 0.0)
 
 
 def _drawn(image_G: Tensor, w_RD: Tensor, draw: Draw) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -34,7 +34,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from caco import devices, distributed
+from caco import distributed
 from caco.banks import scoring
 from caco.banks.scoring import Anchors, Score, Sums
 
@@ -151,7 +151,7 @@ class _ReweightedScore(torch.autograd.Function):
                 ]
             top_G = distributed.max_(sums[0].peak_G.clone())
             m_GD = scoring.unit_rows(w_RD[local_G.masked_fill(~own_shard_G, 0)])[0]
-            m_GD = devices.where_or(own_shard_G[:, None], m_GD, 0.0)
+            m_GD = m_GD.masked_fill(~own_shard_G[:, None], 0.0)
             reduced = distributed.sum_(
                 torch.stack([*(z_G for part in sums for z_G in part.z), (q_GD * m_GD).sum(1).double()])
             )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from caco import devices, distributed
+from caco import distributed
 from caco.banks import scoring
 from caco.errors import UserError
 
@@ -225,7 +225,7 @@ class Rows(nn.Module):
         here_G = (row_G >= self.first) & (row_G < self.last)
         w_GD = self.weight.detach()[(row_G - self.first).masked_fill(~here_G, 0)]
         m_GD = w_GD if as_stored else scoring.unit_rows(w_GD)[0]
-        return distributed.own(distributed.sum_(devices.where_or(here_G[:, None], m_GD, 0.0)), len(row_B))
+        return distributed.own(distributed.sum_(m_GD.masked_fill(~here_G[:, None], 0.0)), len(row_B))
 
     @torch.no_grad()
     def write(self, k_GD: Tensor, start: int) -> None:
@@ -299,4 +299,4 @@ class Rows(nn.Module):
         """
         here_S = (row_S >= self.first) & (row_S < self.last)
         m_SD = scoring.unit_rows(self.weight.detach()[(row_S - self.first).masked_fill(~here_S, 0)])[0]
-        return distributed.sum_(devices.where_or(here_S[:, None], m_SD, 0.0))
+        return distributed.sum_(m_SD.masked_fill(~here_S[:, None], 0.0))

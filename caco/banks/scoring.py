@@ -132,7 +132,7 @@ def most_probable_row(k_BD: Tensor, w_RD: Tensor, first_row: int) -> Tensor:
         best_G = (k_GD.double() * m_GD).sum(1)
         top_G = distributed.max_(best_G.clone())
         # A rank without the maximum bids "beyond the bank", so the lowest index wins among equals.
-        bid_G = devices.where_or(best_G >= top_G - TIE, -(row_G + first_row), torch.iinfo(torch.int64).min)
+        bid_G = (-(row_G + first_row)).masked_fill(~(best_G >= top_G - TIE), torch.iinfo(torch.int64).min)
         return distributed.own(-distributed.max_(bid_G), len(k_BD))
 
 
@@ -280,7 +280,7 @@ class _StreamedScore(torch.autograd.Function):
             )
             top_G = distributed.max_(peak_G)
             m_GD = rows_scored(w_RD[local_G.masked_fill(~own_shard_G, 0)], as_stored=as_stored)
-            m_GD = devices.where_or(own_shard_G[:, None], m_GD, 0.0)
+            m_GD = m_GD.masked_fill(~own_shard_G[:, None], 0.0)
             *z, positive_cosine_G = distributed.sum_(torch.stack([*z, (q_GD * m_GD).sum(1).double()]))
             usable = torch.isfinite(torch.stack(z)).all() & (top_G < 1.01 * longest).all()  # the same on every rank
             z = held_to(usable, z, q_GD, w_RD, first_row)

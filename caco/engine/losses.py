@@ -63,6 +63,7 @@ class Losses:
 
     def __init__(self, device: torch.device):
         self._ahead = devices.runs_ahead(device)
+        self._most_unchecked = 1 if self._ahead else 0  # steps
         self._waiting: deque[_Step] = deque()  # the steps that were not yet checked, oldest first
         self.numbers: dict[str, float] = {}
         self.stop = False
@@ -90,7 +91,7 @@ class Losses:
             NonFiniteLossError: on a CPU this step's loss is not finite; on a GPU the loss of the step before.
         """
         self._waiting.append(_Step(names, Sent(numbers_N), where, held))
-        while len(self._waiting) > self._ahead:  # a GPU leaves one step unchecked, a CPU none
+        while len(self._waiting) > self._most_unchecked:
             self._look()
 
     def settle(self) -> None:

@@ -19,7 +19,7 @@ from caco.data.loaders.batches import Batch
 from caco.data.loaders.bound import BoundLoader
 from caco.data.loaders.images import Images
 from caco.engine.instruments import instruments, parts_of_a_step
-from caco.engine.losses import Losses, NonFiniteLossError, refused_at
+from caco.engine.losses import Losses, refused_at
 from caco.engine.optimizers import Optimisation
 from caco.engine.preemption import Stop, Stopped
 from caco.engine.progress import Progress
@@ -31,8 +31,6 @@ from caco.runs.checkpoint import Checkpoints
 from caco.saying import clock, doing
 from caco.schedules import RunShape
 from caco.tracking.base import Row, Tracker
-
-__all__ = ["NonFiniteLossError", "Trainer"]
 
 
 class Trainer:
@@ -298,7 +296,7 @@ class Trainer:
         together = torch.stack([outputs.loss.detach().double(), *(v.double() for v in outputs.metrics.values()), stop])
         together = distributed.sum_(together) / distributed.world()
         self.losses.add(names, together, where, held)
-        return dict(zip(names[:-1], together, strict=False))
+        return dict(zip(names[:-1], together[:-1], strict=True))
 
     # What is written down.
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from caco import devices
 from caco.banks.base import Bank
 from caco.banks.hardest import fetch, hardest
 from caco.banks.reweighted import Objective
@@ -141,7 +140,7 @@ class Reweighted(Treatment):
                 math.log(self.positive_share) + log_count_B + positive_B - log_r_B
             )  # log of the subtracted term tau_+ N pos as a share of R
             some_left_B = below_B < 0
-            left_B = torch.log1p(-devices.where_or(some_left_B, below_B, -1.0).exp())
+            left_B = torch.log1p(-below_B.masked_fill(~some_left_B, -1.0).exp())
             estimate_B = log_r_B + left_B - math.log1p(-self.positive_share)
             log_ng_B = torch.where(some_left_B, torch.maximum(estimate_B, lowest_B), lowest_B)
         return torch.logaddexp(positive_B, log_ng_B) - positive_B

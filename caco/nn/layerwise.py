@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caco import devices
-
 
 class LayerWise(torch.optim.Optimizer):
     """SGD with momentum on gradients that are scaled for each parameter tensor: v <- momentum v + g', p <- p - lr v. A
@@ -72,7 +70,7 @@ class LARS(LayerWise):
             return g.clone()
         decayed = g + decay * p
         p_norm, norm = p.norm(), decayed.norm()
-        return decayed * devices.where_or((p_norm > 0) & (norm > 0), trust_coefficient * p_norm / norm, 1.0)
+        return decayed * (trust_coefficient * p_norm / norm).masked_fill(~((p_norm > 0) & (norm > 0)), 1.0)
 
 
 class LARC(LayerWise):

@@ -47,10 +47,12 @@ def test_the_watch_sees_what_a_gpu_would_wait_for():
         for waits in (
             lambda: x[x > 0], lambda: torch.tensor(1.0, device=META),
             lambda: x[torch.tensor([0, 1])], lambda: torch.bincount(x.long()), lambda: x.nonzero(),
-            lambda: number.item(), lambda: bool(number), lambda: torch.ones(3).to(META), lambda: x.cpu(),
+            lambda: torch.ones(3).to(META), number.item, lambda: bool(number),
         ):  # fmt: skip
-            with pytest.raises((WaitedError, RuntimeError, NotImplementedError)):
+            with pytest.raises(WaitedError):
                 waits()
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # by PyTorch itself
+            x.cpu()
 
 
 def test_a_step_that_looks_at_its_loss_is_found(monkeypatch):
@@ -62,8 +64,9 @@ def test_a_step_that_looks_at_its_loss_is_found(monkeypatch):
         return outputs
 
     monkeypatch.setattr(trainer.Trainer, "_forward_and_backward", looks)
-    with pytest.raises((WaitedError, RuntimeError)), Watch():
-        trainer_of(compose(*CASES["method=simsiam"], bank=False), steps=1, in_training=True).fit()
+    made = trainer_of(compose(*CASES["method=simsiam"], bank=False), steps=1, in_training=True)
+    with pytest.raises(WaitedError, match="_local_scalar_dense"), Watch():
+        made.fit()
 
 
 class Behind(losses.Sent):

@@ -30,7 +30,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from caco import devices
 from caco import equations as eq
 from caco.banks.kernels.cards import CHUNK, WIDE, WIDEST, Card, card
 
@@ -311,7 +310,7 @@ def nearest_row(k_GD: Tensor, w_RD: Tensor) -> Tensor:
         "exact", k_GD, w_RD, [(torch.float64, ()), (torch.int32, ())], [], False, before=[unsure_G.int()]
     )
     tied_PG = cosine_PG >= cosine_PG.amax(0) - TIE
-    exact_G = devices.where_or(tied_PG, row_PG.long(), torch.iinfo(torch.int64).max).amin(0)
+    exact_G = row_PG.long().masked_fill(~tied_PG, torch.iinfo(torch.int64).max).amin(0)
     return torch.where(unsure_G, exact_G, row_G).clamp(0, R - 1)  # all cosines of a key may be NaN: `score` refuses it
 
 
@@ -340,7 +339,7 @@ def _best(k_GD: Tensor, w_RD: Tensor, row_GA: Tensor) -> tuple[Tensor, Tensor]:
         cosine_gA = cosine_gA.masked_fill_(row_gA < 0, -torch.inf)
         best.append(cosine_gA.amax(1))
         tied_gA = (cosine_gA >= best[-1][:, None] - TIE) & (row_gA >= 0)
-        rows.append(devices.where_or(tied_gA, row_gA, torch.iinfo(torch.int64).max).amin(1))
+        rows.append(row_gA.masked_fill(~tied_gA, torch.iinfo(torch.int64).max).amin(1))
     return torch.cat(best), torch.cat(rows)
 
 

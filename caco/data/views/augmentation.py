@@ -249,8 +249,8 @@ class Views:
         self.patches = self.kinds.patches  # None if no view has patches
         self.sizes = [view.size or size for view in self._views if view.patches is None]  # of the views without patches
         self.num_views = len(self.sizes)
-        self._scale = 1 / (255 * torch.tensor(list(std)))
-        self._offset = -torch.tensor(list(mean)) / torch.tensor(list(std))
+        self._scale = tuple((1 / (255 * torch.tensor(list(std)))).tolist())
+        self._offset = tuple((-torch.tensor(list(mean)) / torch.tensor(list(std))).tolist())
 
     def with_views(self, views: dict[str, View]) -> "Views":
         """A recipe with other random views, but with this recipe's normalisation, colours and plain view. Only the
@@ -311,7 +311,7 @@ class Views:
 
     def settings(self) -> native.Settings:
         """The settings of all views in the form that the compiled code takes."""
-        return self.kinds.settings(self._scale.tolist(), self._offset.tolist())
+        return self.kinds.settings(self._scale, self._offset)
 
     def plain_pixels(self, image: Any) -> np.ndarray:
         """The plain view of a Pillow image before normalisation, uint8 [H, W, 3]. Sizes and offsets are rounded as in
@@ -332,7 +332,7 @@ class Views:
         if convert is not None:
             mean, std = (_on(tuple(values), pixels.device) for values in (self.mean, self.std))
             return convert(pixels.float() / 255).sub_(mean).div_(std).movedim(-1, -3)
-        scale, offset = (_on(tuple(x.tolist()), pixels.device) for x in (self._scale, self._offset))
+        scale, offset = _on(self._scale, pixels.device), _on(self._offset, pixels.device)
         return pixels.float().mul_(scale).add_(offset).movedim(-1, -3)
 
 
