@@ -95,8 +95,7 @@ class PillowViews(Dataset):
             steps.append(v1.RandomApply([v1.Lambda(lambda image: blurred(image, view.blur))], p=view.blur_p))
         if view.solarize_p:
             steps.append(v1.RandomSolarize(128, p=view.solarize_p))
-        mean, std = (-views._offset / views._scale / 255).tolist(), (1 / views._scale / 255).tolist()
-        return v1.Compose([*steps, v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(mean, std)])
+        return v1.Compose([*steps, v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(views.mean, views.std)])
 
     def __len__(self) -> int:
         return len(self.source)

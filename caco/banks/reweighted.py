@@ -37,6 +37,7 @@ from torch import Tensor
 from caco import distributed
 from caco.banks import scoring
 from caco.banks.scoring import Anchors, Score, Sums
+from caco.banks.unusable import held_to
 
 
 class Objective(Protocol):
@@ -156,7 +157,7 @@ class _ReweightedScore(torch.autograd.Function):
                 torch.stack([*(z_G for part in sums for z_G in part.z), (q_GD * m_GD).sum(1).double()])
             )
             usable = torch.isfinite(reduced).all() & (top_G < 1.01).all()  # the same on every rank
-            *z, cosine_G = scoring.held_to(usable, list(reduced), q_GD, w_RD, first_row)
+            *z, cosine_G = held_to(usable, list(reduced), q_GD, w_RD, first_row)
             cosine_B, in_extra_B = distributed.own(cosine_G, B), positive_B >= size
             count_B, others_BE = size - (~in_extra_B).long(), None
             if extra_BE is not None:

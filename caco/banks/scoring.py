@@ -13,8 +13,7 @@ Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, S rows 
 N the queries of all terms of a step.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,17 +21,12 @@ from torch import Tensor
 
 from caco import devices, distributed
 from caco.banks.kernels import fused
-from caco.errors import UserError
+from caco.banks.unusable import held_to
 
 BLOCK_ELEMENTS = 1 << 20  # numbers in one G x S block: 4 MiB in float32, so that it stays in the cache
 # The exponents used in float32: a sum of 10^11 terms of e^60 is still finite, and e^-87 is not yet zero.
 HIGHEST, LOWEST = 60.0, -87.0
 TIE = 1e-12  # float64 cosines that are as near as this count as equal
-
-
-class UnusableError(UserError):
-    """The queries or rows cannot be scored. This is raised before anything is updated with their loss; but within
-    `looked_at_later` (training on a GPU) it comes up to one step later, after one update with a loss that is NaN."""
 
 
 class Score(NamedTuple):
@@ -328,77 +322,6 @@ class _StreamedScore(torch.autograd.Function):
                 grad_extra_BE.scatter_add_(1, (positive_B - size).clamp(min=0)[:, None], -in_extra_B[:, None])
                 grad_extra_BE *= (grad_B / tau)[:, None]
         return grad_q_BD, None, grad_extra_BE, None, None, None, None, None, None
-
-
-class Held(NamedTuple):
-    """Whether queries that were scored have usable sums, and the queries' norms, which may say why not."""
-
-    usable: Tensor
-    norm_G: Tensor
-
-    def refuse_if_wrong(self) -> None:
-        """Raise an UnusableError if the sums are not usable. It names no rows, as they may have moved since."""
-        if not self.usable:
-            _refuse_queries(self.norm_G)
-            raise UnusableError(
-                "rows of the bank have no direction: expected finite norms above zero; try a lower bank_learning.lr"
-            )
-
-
-_later: list[Held] | None = None
-
-
-@contextlib.contextmanager
-def looked_at_later() -> Iterator[list[Held]]:
-    """Within this context nothing is refused, because the host would have to wait for a GPU: the loss of queries that
-    cannot be scored is NaN, and the list that is yielded says why."""
-    global _later
-    before, _later = _later, []
-    try:
-        yield _later
-    finally:
-        _later = before
-
-
-def held_to(usable: Tensor, z: list[Tensor], q_GD: Tensor, w_RD: Tensor, first_row: int) -> list[Tensor]:
-    """The sums; refused if they are not usable, now or, within `looked_at_later`, later. A collective."""
-    if _later is not None:
-        _later.append(Held(usable, q_GD.norm(dim=1)))
-        return [x.masked_fill(~usable, torch.nan) for x in z]
-    if not usable:
-        refuse(q_GD, w_RD, first_row)
-    return z
-
-
-def refuse(q_GD: Tensor, w_RD: Tensor, first_row: int) -> None:
-    """Raise an UnusableError that names what made the sums infinite or NaN: rows without a direction, or queries that
-    are not unit vectors. A collective, as the row may be on any rank.
-    """
-    norm_R = w_RD.norm(dim=1)
-    rows = ((norm_R == 0) | ~torch.isfinite(norm_R)).nonzero()[:, 0]
-    found = distributed.all_objects([(first_row + int(row), float(norm_R[row])) for row in rows[:1]] + [len(rows)])
-    first = next((report[0] for report in found if len(report) > 1), None)
-    if first is not None:
-        raise UnusableError(
-            f"{sum(report[-1] for report in found)} rows of the bank have no direction; the first is row {first[0]}, "
-            f"whose norm is {first[1]}: expected finite norms above zero; try a lower bank_learning.lr"
-        )
-    norm_G = q_GD.norm(dim=1)
-    _refuse_queries(norm_G)
-    raise _unusable(0, norm_G, 0)
-
-
-def _refuse_queries(norm_G: Tensor) -> None:
-    wrong = (~((norm_G - 1).abs() < 1e-2)).nonzero()[:, 0]
-    if len(wrong):
-        raise _unusable(len(wrong), norm_G, int(wrong[0]))
-
-
-def _unusable(count: int, norm_G: Tensor, number: int) -> UnusableError:
-    return UnusableError(
-        f"{count} of {len(norm_G)} queries are not finite unit vectors; the first is query {number}, whose norm is "
-        f"{float(norm_G[number])}: expected 1; try a lower optimizer.lr, or precision=fp32"
-    )
 
 
 def check_shapes(q_BD: Tensor, w_RD: Tensor, positive_B: Tensor) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from caco import devices
-from caco.banks import scoring
+from caco.banks import unusable
 from caco.errors import UserError
 
 
@@ -49,7 +49,7 @@ class _Step(NamedTuple):
     names: Sequence[str]  # of the numbers
     sent: Sent
     where: str  # the step in words, for messages
-    held: list[scoring.Held]  # what the bank noted instead of refusing at once; empty on a CPU
+    held: list[unusable.Held]  # what the bank noted instead of refusing at once; empty on a CPU
 
 
 class Losses:
@@ -69,17 +69,17 @@ class Losses:
         self.stop = False
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[list[scoring.Held]]:
+    def watching(self) -> Iterator[list[unusable.Held]]:
         """A context for a step's forward and backward pass. On a CPU the bank refuses there what it cannot score. On a
         GPU the list that is yielded notes it, and the check of the loss refuses it.
         """
         if not self._ahead:
             yield []
             return
-        with scoring.looked_at_later() as held:
+        with unusable.looked_at_later() as held:
             yield held
 
-    def add(self, names: Sequence[str], numbers_N: Tensor, where: str, held: list[scoring.Held]) -> None:
+    def add(self, names: Sequence[str], numbers_N: Tensor, where: str, held: list[unusable.Held]) -> None:
         """Add a step, and check the newest loss that can be read without waiting for the device.
 
         Args:
@@ -125,5 +125,5 @@ def refused_at(where: str) -> Iterator[None]:
     """A context that turns the bank's UnusableError into a NonFiniteLossError whose message also names the step."""
     try:
         yield
-    except scoring.UnusableError as error:
+    except unusable.UnusableError as error:
         raise NonFiniteLossError(f"{error}; at {where}; the last checkpoint is good") from error

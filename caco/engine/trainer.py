@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from caco import distributed
-from caco.banks.scoring import Held
+from caco.banks.unusable import Held
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.bound import BoundLoader
 from caco.data.loaders.images import Images

@@ -12,7 +12,8 @@ from caco.banks.base import Bank
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.images import Images
 from caco.methods.base import Costs, Needs, Now, Outputs
-from caco.methods.contrastive import WARM_START, Contrastive, contrast, weighted
+from caco.methods.contrast import contrast, weighted
+from caco.methods.contrastive import WARM_START, Contrastive
 from caco.methods.sources import Negatives, Positives
 from caco.nn.backbones import feature_width
 from caco.nn.heads import Encoder, JigsawHead, at_least_float32

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from caco import distributed
 from caco.banks.base import Bank
 from caco.methods.base import Costs, Outputs
-from caco.methods.contrastive import Contrastive, contrast, weighted
+from caco.methods.contrast import contrast, weighted
+from caco.methods.contrastive import Contrastive
 from caco.methods.sources import BatchKeys, NearestKey, Positive
 from caco.methods.treatments import Step, Treatment
 from caco.nn.heads import Encoder, Projector, at_least_float32

@@ -20,7 +20,8 @@ from caco.data.loaders.images import Images
 from caco.methods import assignments, clusters
 from caco.methods.base import Costs, Needs, Now, Outputs
 from caco.methods.clusters import Clusters
-from caco.methods.contrastive import WARM_START, Contrastive, contrast, weighted
+from caco.methods.contrast import contrast, weighted
+from caco.methods.contrastive import WARM_START, Contrastive
 from caco.methods.sources import BankRows, OtherView
 from caco.nn.heads import Encoder
 from caco.ranges import AboveZero, Count, Length, Natural, Seed, Several, Share, held

@@ -13,6 +13,7 @@ from caco import instructions
 from caco.banks import scoring
 from caco.banks.kernels import fused
 from caco.banks.learnable import LearnableBank
+from caco.banks.unusable import UnusableError
 
 PATHS = ["streamed", "plain", "avx2", "wide", "avx512", "amx", "amx bfloat16"]
 LOSS = {"amx": 1.2e-5, "amx bfloat16": 5e-3}  # error of a cosine, and so of loss times tau; other paths: float32
@@ -231,7 +232,7 @@ def test_what_cannot_be_scored_is_refused_with_numbers(path, spoil, message):
     q = F.normalize(w[:20], dim=1)
     spoil(q, w)
     scoring.most_probable_row(q, w, 0)  # any row is allowed, but the search must end
-    with pytest.raises(scoring.UnusableError, match=message):
+    with pytest.raises(UnusableError, match=message):
         scoring.score(q, w, torch.zeros(20, dtype=torch.int64), first_row=0, size=300, tau=0.1)
 
 

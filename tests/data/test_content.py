@@ -12,8 +12,8 @@ from PIL import Image
 from processes import ranks
 
 from caco.data.sets import content
+from caco.data.sets.class_folders import class_folders
 from caco.data.sets.content import BLOCK, Looks, in_threads, look_at
-from caco.data.sets.folders import class_folders
 from caco.errors import FileError, UserError
 
 

@@ -12,6 +12,7 @@ from tiny import BANK, TINY, batch_of, compose, now, train
 from caco.banks.kernels import fused
 from caco.config.composition import instantiate
 from caco.engine import assembly, trainer
+from caco.engine.losses import NonFiniteLossError
 from caco.methods import diagnostics
 from caco.runs.checkpoint import load
 from caco.tracking.ledger import read_rows
@@ -179,7 +180,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
         return outputs._replace(loss=outputs.loss * float("nan")) if self.step == 6 else outputs
 
     monkeypatch.setattr(trainer.Trainer, "_forward_and_backward", poisoned)
-    with pytest.raises(trainer.NonFiniteLossError, match=r"the loss is nan at step 7 \(epoch 1 of 2, step 5 of 21\)"):
+    with pytest.raises(NonFiniteLossError, match=r"the loss is nan at step 7 \(epoch 1 of 2, step 5 of 21\)"):
         train(tmp_path / "bad", "checkpoint.every_steps=6")
     state = final(tmp_path / "bad")
     assert state["step"] == 6
@@ -334,9 +335,7 @@ def test_rows_without_a_direction_end_the_run_with_their_number(tmp_path, monkey
         original(self, now, *rest)
 
     monkeypatch.setattr(trainer.Trainer, "_log", log)
-    with pytest.raises(
-        trainer.NonFiniteLossError, match=r"the first is row 17, whose norm is 0.0.*at step 6 \(epoch 1 of 2"
-    ):
+    with pytest.raises(NonFiniteLossError, match=r"the first is row 17, whose norm is 0.0.*at step 6 \(epoch 1 of 2"):
         train(tmp_path, *EVERY)
     assert final(tmp_path)["step"] == 3
 

@@ -256,7 +256,7 @@ def test_shares_are_stratified_and_the_whole_network_learns_on_a_copy(colours, s
 def test_a_published_list_chooses_the_images_and_a_wrong_name_is_told(tmp_path):
     from PIL import Image
 
-    from caco.data.sets.folders import class_folders
+    from caco.data.sets.class_folders import class_folders
 
     for name in ("n01", "n02"):
         (tmp_path / "images" / name).mkdir(parents=True)

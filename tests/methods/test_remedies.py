@@ -14,7 +14,7 @@ from caco.banks.rows import Rows
 from caco.engine.assembly import build_method
 from caco.errors import UserError
 from caco.methods.base import Now
-from caco.methods.contrastive import contrast, weighted
+from caco.methods.contrast import contrast, weighted
 from caco.methods.sources import BankRow, BankRows, NearestRows, OtherViewThenRow
 from caco.methods.terms import Term
 from caco.schedules import RunShape

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from caco.data.sets.sources import ImagesInMemory, Source, UnreadableImage, whole_labels
+from caco.data.sets.labels import whole_labels
+from caco.data.sets.sources import ImagesInMemory, Source, UnreadableImage
 from caco.errors import UserError
 
 

@@ -1,16 +1,22 @@
 """Functions that read image sets from disk or from installed packages; each returns `Splits`."""
 
 import dataclasses
-import difflib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from caco.data.sets.class_folders import (
+    class_folders,
+    existing_folder,
+    read_class_list,
+    require_folders,
+    require_known,
+    unlabelled_images,
+)
 from caco.data.sets.imagenet100 import IMAGENET100_CLASSES
-from caco.data.sets.sources import EXTENSIONS, ImageFiles, ImagesInMemory, Source, Splits, choose, holds
-from caco.data.sets.stored import EXTENSIONS as STORED
-from caco.data.sets.walking import Walk, folders_in
+from caco.data.sets.sources import ImageFiles, ImagesInMemory, Source, Splits, choose, holds
+from caco.data.sets.walking import folders_in
 from caco.errors import FileError, UserError
 from caco.ranges import AboveZero, Count, Finite, Natural, NumChannels, Pixels, ProperShare, Seed
 from caco.runs.paths import expanded, read_text
@@ -195,7 +201,7 @@ def imagenet(
     Args:
         root, class_list, limit, validation_fraction, seed: as in `folder`.
     """
-    names = None if class_list is None else _read_class_list(class_list)
+    names = None if class_list is None else read_class_list(class_list)
     return _imagenet(existing_root(root, example="data=imagenet"), "imagenet", names, limit, validation_fraction, seed)
 
 
@@ -228,7 +234,7 @@ def tiny_imagenet(
         root, limit, validation_fraction, seed, in_memory_mb: as in `folder`.
     """
     top = existing_root(root, example="data=tiny_imagenet")
-    train = class_folders(_expect_folder(top / "train"), "tiny-imagenet/train")
+    train = class_folders(existing_folder(top / "train"), "tiny-imagenet/train")
     annotations = top / "val" / "val_annotations.txt"
     if not annotations.is_file():
         raise FileError(f"expected the validation labels in {annotations}, got no such file: unpack the set again")
@@ -239,7 +245,7 @@ def tiny_imagenet(
             " the set again"
         )
     classes = train.classes or []
-    _check_known(sorted({wnid for _, wnid in rows}), classes, where=str(annotations))
+    require_known(sorted({wnid for _, wnid in rows}), classes, where=str(annotations))
     number = {wnid: i for i, wnid in enumerate(classes)}
     test = ImageFiles(
         top / "val" / "images",
@@ -266,61 +272,6 @@ def existing_root(root: str | None, *, example: str) -> Path:
             "Without any data, preset=demo learns from scikit-learn's digits, which need none."
         )
     return expanded(root)
-
-
-def class_folders(top: Path, name: str, classes: list[str] | None = None, channels: int | None = None) -> ImageFiles:
-    """All images below each class folder of `top`, in sorted order, labelled by their class folder.
-
-    Args:
-        classes: read only these folders, and number the classes in this order; None reads all, sorted.
-        channels: as in `folder`.
-    Raises:
-        UserError: a class folder is missing (the message shows similar names) or holds no image, or a link makes images
-            occur twice.
-    """
-    found = folders_in(top)
-    if classes is None:
-        classes = found
-    else:
-        _check_known(classes, found, where=str(top))
-    files, labels, walk = list[str](), list[int](), Walk(top, _extensions(channels))
-    for label, folder_name in enumerate(classes):
-        images = walk.images_below(top / folder_name)
-        if not images:
-            raise UserError(
-                f"{top / folder_name}: expected images ({', '.join(_extensions(channels))}), got none in this class"
-                f" folder{_stored_alone(walk)}"
-            )
-        files += [f"{folder_name}/{file}" for file in images]
-        labels += [label] * len(images)
-    walk.refuse_repeats()
-    return ImageFiles(top, files, name=name, labels=np.array(labels), classes=list(classes), channels=channels)
-
-
-def unlabelled_images(top: Path, name: str, channels: int | None = None) -> ImageFiles:
-    """All images below `top`, in sorted order, without labels; `channels` as in `folder`. Raises UserError for none."""
-    walk = Walk(top, _extensions(channels))
-    files = walk.images_below(top)
-    walk.refuse_repeats()
-    if not files:
-        raise UserError(
-            f"{top}: expected images ({', '.join(_extensions(channels))}) in it or in class folders, got"
-            f" none{_stored_alone(walk)}"
-        )
-    return ImageFiles(top, files, name=name, channels=channels)
-
-
-def _extensions(channels: int | None) -> tuple[str, ...]:
-    return EXTENSIONS if channels is None else EXTENSIONS + STORED
-
-
-def _stored_alone(walk: Walk) -> str:
-    """A hint for the error message, if the walk passed .npy files, which are images only with data.channels."""
-    return (
-        "; there are .npy files: say how many channels these have, data.channels=N"
-        if walk.passed_by.endswith(STORED)
-        else ""
-    )
 
 
 def reduced(
@@ -380,12 +331,12 @@ def in_memory(splits: Splits, max_mb: int) -> Splits:
 def _imagenet(
     top: Path, name: str, classes: list[str] | None, limit: int | None, validation_fraction: float | None, seed: int
 ) -> Splits:
-    train = class_folders(_expect_folder(top / "train"), f"{name}/train", classes)
-    validation = _expect_folder(top / "val")
+    train = class_folders(existing_folder(top / "train"), f"{name}/train", classes)
+    validation = existing_folder(top / "val")
     if not folders_in(validation):
         wanted = "expected class folders, got images without labels: sort them into val/<wnid>/ first"
         raise UserError(f"{validation}: {wanted}")
-    _require_folders(validation, train)
+    require_folders(validation, train)
     test = class_folders(validation, f"{name}/val", train.classes)
     return reduced(train, test, name=name, limit=limit, validation_fraction=validation_fraction, seed=seed)
 
@@ -393,7 +344,7 @@ def _imagenet(
 def _read_layout(
     top: Path, name: str, class_list: str | None, channels: int | None
 ) -> tuple[ImageFiles, ImageFiles | None]:
-    classes = None if class_list is None else _read_class_list(class_list)
+    classes = None if class_list is None else read_class_list(class_list)
     split = (top / "train").is_dir()
     below = top / "train" if split else top
     train_name = f"{name}/train" if split else name
@@ -406,45 +357,7 @@ def _read_layout(
         if (top / held_out).is_dir() and folders_in(top / held_out):
             subfolders = folders_in(top / held_out)
             if classes is None:
-                _check_known(subfolders, train.classes or [], where=str(below))
-            _require_folders(top / held_out, train)
+                require_known(subfolders, train.classes or [], where=str(below))
+            require_folders(top / held_out, train)
             return train, class_folders(top / held_out, f"{name}/{held_out}", train.classes, channels)
     return train, None
-
-
-def _read_class_list(path: str) -> list[str]:
-    if not expanded(path).is_file():
-        raise FileError(f"data.class_list: expected a text file with a class folder's name a line, got {path}")
-    names = [line.strip() for line in read_text(expanded(path)).splitlines() if line.strip()]
-    if not names or len(set(names)) != len(names):
-        raise UserError(
-            f"data.class_list: expected distinct names, one a line, got {len(names)} with repeats in {path}"
-        )
-    return names
-
-
-def _require_folders(top: Path, train: ImageFiles) -> None:
-    found, classes = set(folders_in(top)), train.classes or []
-    if missing := [name for name in classes if name not in found]:
-        shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
-        raise UserError(
-            f"{top}: no folder here for {len(missing)} of the {len(classes)} classes that are trained on: {shown};"
-            " expected one for each"
-        )
-
-
-def _check_known(names: list[str], known: list[str], *, where: str) -> None:
-    if not (unknown := [name for name in names if name not in set(known)]):
-        return
-    near = {name: difflib.get_close_matches(name, known, n=1) for name in unknown[:3]}
-    shown = ", ".join(f"{name!r}" + (f" (near: {match[0]!r})" if match else "") for name, match in near.items())
-    raise UserError(
-        f"{where}: expected all of {len(names)} classes among the {len(known)} there, got {len(unknown)} unknown:"
-        f" {shown}" + (", ..." if len(unknown) > 3 else "")
-    )
-
-
-def _expect_folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise FileError(f"expected a folder {path}, but it does not exist; data.root must contain it")
-    return path

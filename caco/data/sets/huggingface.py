@@ -7,7 +7,8 @@ import numpy as np
 
 from caco.data.sets.encoded import EncodedImages
 from caco.data.sets.folders import existing_root, in_memory, reduced, require_statistics_of
-from caco.data.sets.sources import Splits, whole_labels
+from caco.data.sets.labels import whole_labels
+from caco.data.sets.sources import Splits
 from caco.errors import FileError, UserError, of_the_machine
 from caco.installed import is_installed
 from caco.ranges import AboveZero, Count, Finite, Natural, NumChannels, ProperShare, Seed

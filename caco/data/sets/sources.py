@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol
+from typing import ParamSpec, Protocol
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,6 @@ from caco.errors import UserError
 from caco.saying import Say, silent
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
-MOST_CLASSES = 1_000_000  # a classifier has a row for each, so a larger label is a slip, an identity say
 
 P = ParamSpec("P")
 Arrays = Sequence[np.ndarray] | np.ndarray  # images as uint8 [H, W, 3], one by one or as [N, H, W, 3]
@@ -191,33 +190,6 @@ def labels_of(source: Source) -> np.ndarray:
     """The labels, int64 [N], of a set that is known to have labels, as after `Splits.labelled`."""
     assert source.labels is not None, f"{source.name}: labelled"
     return source.labels
-
-
-def whole_labels(labels: Any, where: str) -> np.ndarray:
-    """Labels that somebody supplies, as int64 [N].
-
-    Args:
-        where: what the error calls the set.
-    Raises:
-        UserError: they are no class's whole number for each image; names the first one that is not.
-    """
-    try:
-        given = np.asarray(labels)
-    except ValueError:  # of lists of different lengths
-        given = np.empty((0, 0), object)
-    if given.ndim != 1 or given.dtype.kind not in "iuf":
-        raise UserError(
-            f"{where}: expected labels that are one whole number for each image, got {given.dtype} {list(given.shape)}"
-        )
-    with np.errstate(invalid="ignore"):
-        fits = (given >= 0) & (given < MOST_CLASSES) & (given == np.floor(given))
-    if not fits.all():
-        first = int(np.flatnonzero(~fits)[0])
-        raise UserError(
-            f"{where}: expected labels that are whole numbers from 0 to {MOST_CLASSES - 1:,}, got {given[first]} for"
-            f" image {first}"
-        )
-    return given.astype(np.int64)
 
 
 def holds(num_images: int) -> Callable[[Callable[P, Splits]], Callable[P, Splits]]:

@@ -13,9 +13,10 @@ from typing import Literal
 
 import numpy as np
 
-from caco.data.sets.folders import class_folders
+from caco.data.sets.class_folders import class_folders
+from caco.data.sets.published import as_published
 from caco.data.sets.sources import ImageFiles, ImagesInMemory, Source, choose
-from caco.errors import FileError, UserError, of_the_machine
+from caco.errors import FileError, UserError
 from caco.runs.paths import read_text
 
 Metric = Literal["top1", "mean_per_class", "map11"]
@@ -133,12 +134,12 @@ def cars(root: Path, seed: int) -> TransferSet:
         ),
     )
     meta = _file("cars", top / "devkit" / "cars_meta.mat")
-    with _refused("cars", meta):
+    with as_published("cars", meta):
         classes = [str(name) for name in loadmat(meta, squeeze_me=True)["class_names"].tolist()]
 
     def part(split: str, file: str) -> ImageFiles:
         path = top / file if (top / file).is_file() else _file("cars", top / "devkit" / file)
-        with _refused("cars", path):
+        with as_published("cars", path):
             rows = np.atleast_1d(loadmat(path, squeeze_me=True)["annotations"])
             files = [f"cars_{split}/{row['fname']}" for row in rows]
             labels = [_counted_from_1(row["class"]) for row in rows]
@@ -250,14 +251,14 @@ def flowers(root: Path, seed: int) -> TransferSet:
 
     top = _there("flowers", root / "flowers-102", "Flowers102")
     of_labels, of_splits = (_file("flowers", top / name) for name in ("imagelabels.mat", "setid.mat"))
-    with _refused("flowers", of_labels):
+    with as_published("flowers", of_labels):
         labels = np.atleast_1d(loadmat(of_labels, squeeze_me=True)["labels"]).astype(np.int64) - 1
         classes = [str(c + 1) for c in range(int(labels.max()) + 1)]
-    with _refused("flowers", of_splits):
+    with as_published("flowers", of_splits):
         ids = loadmat(of_splits, squeeze_me=True)
 
     def part(split: str, key: str) -> ImageFiles:
-        with _refused("flowers", of_splits):
+        with as_published("flowers", of_splits):
             numbers = np.atleast_1d(ids[key]).astype(np.int64)
             if numbers.min() < 1:
                 raise ValueError(f"images are counted from 1, and one of {key} is {numbers.min()}")
@@ -299,23 +300,9 @@ def _there(name: str, top: Path, torchvision_name: str | None, *, also: str = ""
 
 
 @contextlib.contextmanager
-def _refused(name: str, path: Path) -> Iterator[None]:
-    """A context for reading a published list or table. A file with other content is refused, and the error names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if of_the_machine(error) is not None:
-            raise
-        got = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{name}: {path} is not as published ({got}): unpack the set again") from error
-
-
-@contextlib.contextmanager
 def _published(name: str, path: Path) -> Iterator[str]:
-    """A context that gives the text of a published list; errors in using the text are refused as in `_refused`."""
-    with _refused(name, path):
+    """A context that gives the text of a published list; errors in using the text are refused as in `as_published`."""
+    with as_published(name, path):
         yield read_text(_file(name, path))
 
 

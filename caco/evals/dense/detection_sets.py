@@ -5,17 +5,17 @@ Shapes: N images, M objects, R rings of polygons, P points. Boxes are x0, y0, x1
 the image's edge: a box over a whole image of width W reaches from 0 to W.
 """
 
-import contextlib
 import hashlib
 import json
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from caco.data.sets.published import as_published
 from caco.data.sets.sources import ImageFiles
 from caco.data.sets.transfer import VOC_CLASSES
 from caco.errors import UserError
@@ -278,18 +278,18 @@ def coco(root: Path) -> DetectionSet:
             missing.append(str(top / split))
         elif annotations.is_file():
             parts[split] = _coco_part(annotations)
-            with _as_published(annotations):
+            with as_published("COCO 2017", annotations):
                 names = [image["file_name"] for image in parts[split]["images"]]
             if files := absent(folder, names):
                 missing.append(f"{len(files)} of the {len(names)} images in {folder}, {files[0]} for example")
             parts[split]["folder"] = folder
     refuse_missing("COCO 2017", root, missing, COCO_LAYOUT)
-    with _as_published(top / "annotations" / "instances_train2017.json"):
+    with as_published("COCO 2017", top / "annotations" / "instances_train2017.json"):
         categories = sorted(parts["train2017"]["categories"], key=lambda category: category["id"])
         number = {category["id"]: i for i, category in enumerate(categories)}
         train = _coco_images(root, "coco/train2017", parts.pop("train2017"), number, training=True)
         names, ids = [category["name"] for category in categories], np.array(list(number), dtype=np.int64)
-    with _as_published(top / "annotations" / "instances_val2017.json"):
+    with as_published("COCO 2017", top / "annotations" / "instances_val2017.json"):
         test = _coco_images(root, "coco/val2017", parts.pop("val2017"), number, training=False)
     if not len(train) or not len(test):
         raise UserError(
@@ -300,22 +300,9 @@ def coco(root: Path) -> DetectionSet:
 
 
 def _coco_part(path: Path) -> dict[str, Any]:
-    with _as_published(path):
+    with as_published("COCO 2017", path):
         about = json.loads(path.read_bytes())
         return {key: about[key] for key in ("images", "annotations", "categories")}
-
-
-@contextlib.contextmanager
-def _as_published(path: Path) -> Iterator[None]:
-    """Around what reads a file of COCO's annotations, whatever is in it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"COCO 2017: {path} is not a file of annotations as published ({error!r}): unpack it again"
-        ) from error
 
 
 def _coco_images(

@@ -162,7 +162,7 @@ def test_coco_refuses_once_with_all_that_is_missing_and_the_layout(tmp_path):
         coco(tmp_path)
     assert "instances_train2017.json" in str(some.value) and "1 of the 4 images in" in str(some.value)
     (tmp_path / "annotations/instances_train2017.json").write_text(json.dumps({"images": []}))
-    with pytest.raises(UserError, match="instances_train2017.json is not a file of annotations as published"):
+    with pytest.raises(UserError, match="instances_train2017.json is not as published"):
         coco(tmp_path)
 
 
@@ -183,7 +183,7 @@ def test_coco_names_annotations_that_are_not_as_published(tmp_path, split, spoil
     about = json.loads(file.read_text())
     spoil(about)
     file.write_text(json.dumps(about))
-    with pytest.raises(UserError, match=f"instances_{split}.json is not a file of annotations as published"):
+    with pytest.raises(UserError, match=f"instances_{split}.json is not as published"):
         coco(tmp_path)
 
 
