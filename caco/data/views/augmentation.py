@@ -249,8 +249,9 @@ class Views:
         self.patches = self.kinds.patches  # None if no view has patches
         self.sizes = [view.size or size for view in self._views if view.patches is None]  # of the views without patches
         self.num_views = len(self.sizes)
-        self._scale = tuple((1 / (255 * torch.tensor(list(std)))).tolist())
-        self._offset = tuple((-torch.tensor(list(mean)) / torch.tensor(list(std))).tolist())
+        # NumPy, because a plan builds the views on PyTorch's meta device, where tensors have no values.
+        mean_C, std_C = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        self._scale, self._offset = tuple((1 / (255 * std_C)).tolist()), tuple((-mean_C / std_C).tolist())
 
     def with_views(self, views: dict[str, View]) -> "Views":
         """A recipe with other random views, but with this recipe's normalisation, colours and plain view. Only the
