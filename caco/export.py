@@ -40,6 +40,12 @@ Groups, chosen by group=option:
 """
 
 
+FILES = {
+    "safetensors": ("model.safetensors",),
+    "timm": ("model.safetensors", "config.json"),
+    "torchvision": ("torchvision.pth",),
+    "detectron2": ("detectron2.pkl",),
+}  # the files of each layout
 _IMAGES = {
     "rgb": "RGB in 0..1", "lab": "L*a*b* (scikit-image's rgb2lab)", "ydbdr": "YDbDr (scikit-image's rgb2ydbdr)",
     "ycbcr": "YCbCr (scikit-image's rgb2ycbcr)",
@@ -77,7 +83,8 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
         node: the backbone's part of the configuration.
         about: for the card: the source of the weights, the run's summary, the views' size, mean and std.
     Raises:
-        UserError: the backbone does not fit a layout; raised before anything is written.
+        UserError: the backbone does not fit a layout, or the folder holds files of a layout that is not asked for and
+            so would stay beside the new ones; raised before anything is written.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     is_plain = (
@@ -109,6 +116,13 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
     make_folder(folder, "to")
     with alone_in(folder):
         remove_left_behind(folder, of_others=("*",))
+        ours = {name for layout in layouts for name in FILES[layout]}
+        others = {name for names in FILES.values() for name in names} - ours
+        if left := sorted(name for name in others if (folder / name).exists()):
+            raise UserError(
+                f"to: {folder} holds {', '.join(left)} of an earlier export, which may be another network's. Choose"
+                " another folder, or move these files away, or ask for all layouts in one command (layouts=[...])"
+            )
         return _written(backbone, state, node, layouts, folder, about)
 
 

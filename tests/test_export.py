@@ -187,21 +187,29 @@ def test_a_network_that_a_layout_does_not_know_is_refused_before_anything_is_wri
     assert not (tmp_path / "to").exists()
 
 
+def test_a_folder_never_holds_layouts_of_two_networks(resnet, tmp_path):
+    """The same layouts may be exported again; another layout, of which the folder has files, is never left beside them."""
+    export.export(resnet, RESNET, ["safetensors", "detectron2"], tmp_path, ABOUT)
+    export.export(resnet, RESNET, ["safetensors", "detectron2"], tmp_path, ABOUT)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(errors.UserError, match=r"holds detectron2\.pkl of an earlier export.*all layouts in one command"):
+        export.export(timm_backbone(name="resnet18"), RESNET, ["safetensors"], tmp_path, ABOUT)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("layout", ["safetensors", "torchvision", "detectron2"])
 def test_a_disk_that_is_full_is_said_and_leaves_the_files_that_were_there(resnet, tmp_path, layout):
-    (tmp_path / "model.safetensors").write_text("of before")
+    file = tmp_path / export.FILES[layout][0]
+    file.write_text("of before")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (1_000_000, before[1])
-    )  # of which Python makes an error, as of a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))  # a larger file fails as on a full disk
     try:
         with pytest.raises(OSError) as error:
             export.export(resnet, RESNET, [layout], tmp_path, ABOUT)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert errors.is_for_user(error.value), error.value
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-    assert (tmp_path / "model.safetensors").read_text() == "of before"
+    assert list(tmp_path.iterdir()) == [file] and file.read_text() == "of before"
 
 
 def test_a_network_of_images_in_another_colour_space_says_so(resnet, tmp_path):
