@@ -188,11 +188,11 @@ def test_a_network_that_a_layout_does_not_know_is_refused_before_anything_is_wri
 
 
 def test_a_folder_never_holds_layouts_of_two_networks(resnet, tmp_path):
-    """The same layouts may be exported again; another layout, of which the folder has files, is never left beside them."""
+    """The same layouts may be exported again. Files of other layouts are never left beside the new ones."""
     export.export(resnet, RESNET, ["safetensors", "detectron2"], tmp_path, ABOUT)
     export.export(resnet, RESNET, ["safetensors", "detectron2"], tmp_path, ABOUT)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(errors.UserError, match=r"holds detectron2\.pkl of an earlier export.*all layouts in one command"):
+    with pytest.raises(errors.UserError, match=r"holds detectron2\.pkl of an earlier .*all layouts in one command"):
         export.export(timm_backbone(name="resnet18"), RESNET, ["safetensors"], tmp_path, ABOUT)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

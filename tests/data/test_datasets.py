@@ -185,6 +185,19 @@ def test_an_unknown_class_in_a_list_is_named_with_its_near_match(pets, tmp_path)
         folder(root=f"{pets}/train/cat", class_list=str(listed))
 
 
+def test_names_that_look_the_same_in_composed_and_decomposed_unicode_are_told_apart(pets, tmp_path, write_images):
+    """macOS and some archives store an accent as a character of its own; a refusal shows why equal names differ."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    write_images(Path(pets, "train", composed), 2)
+    write_images(Path(pets, "test", decomposed), 1)
+    with pytest.raises(ValueError, match="look the same but have .*composed and decomposed Unicode.*rename one"):
+        folder(root=pets)
+    listed = tmp_path / "classes.txt"
+    listed.write_text(f"cat\n{decomposed}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="'cafe.u0301', 'caf.xe9'"):
+        folder(root=pets, class_list=str(listed))
+
+
 def test_a_test_class_that_training_lacks_is_named(pets, write_images):
     write_images(Path(pets, "test", "bird"), 1)
     with pytest.raises(ValueError, match="got 1 unknown: 'bird'"):

@@ -1,6 +1,8 @@
 """Lists the images of a folder: with one subfolder for each class, or without labels; and checks class names."""
 
 import difflib
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +88,7 @@ def require_folders(top: Path, train: ImageFiles) -> None:
         shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
         raise UserError(
             f"{top}: no folder here for {len(missing)} of the {len(classes)} classes that are trained on: {shown};"
-            " expected one for each"
+            f" expected one for each{_spelled_otherwise(missing, found)}"
         )
 
 
@@ -98,8 +100,21 @@ def require_known(names: list[str], known: list[str], *, where: str) -> None:
     shown = ", ".join(f"{name!r}" + (f" (near: {match[0]!r})" if match else "") for name, match in near.items())
     raise UserError(
         f"{where}: expected all of {len(names)} classes among the {len(known)} there, got {len(unknown)} unknown:"
-        f" {shown}" + (", ..." if len(unknown) > 3 else "")
+        f" {shown}{', ...' if len(unknown) > 3 else ''}{_spelled_otherwise(unknown, known)}"
     )
+
+
+def _spelled_otherwise(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """A hint for the error message, if an unknown name looks like a known one: Unicode has two spellings of a letter
+    with an accent, one character or two, and file systems and editors choose differently."""
+    composed = {unicodedata.normalize("NFC", name): name for name in known}
+    for name in unknown:
+        if (other := composed.get(unicodedata.normalize("NFC", name), name)) != name:
+            return (
+                f"; {name!r} and {other!r} look the same but have other characters ({ascii(name)}, {ascii(other)}:"
+                " composed and decomposed Unicode): rename one like the other"
+            )
+    return ""
 
 
 def existing_folder(path: Path) -> Path:
