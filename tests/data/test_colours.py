@@ -1,5 +1,7 @@
 """Colour spaces: conversions compared with formulas in float64 and with known colours, and their use in recipes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from loaded import batches
 from PIL import Image
 
 from caco.config import views_needed
+from caco.config.composition import compose, instantiate
 from caco.data.loaders.batches import mixed_seed
 from caco.data.views.augmentation import View, Views
 from caco.data.views.colours import CONVERSIONS
@@ -96,3 +99,21 @@ def test_grey_has_no_colour_and_lightness_comes_first():
         assert (made[:, 1:] - middle).abs().max() < 0.02, name
         assert (made[1:, 0] > made[:-1, 0]).all()
     assert set(views_needed.LIGHTNESS_FIRST) == set(CONVERSIONS) - {"rgb"}
+
+
+def test_cmc_s_views_of_table_2_are_changed_as_rgb_and_then_converted(noise_source):
+    """RandAugment changes the pixels; whatever it does, the result is the YDbDr of those pixels."""
+    cfg = compose(["method=cmc", "augmentation=cmc_randaugment", "augmentation.size=16"])
+    views = instantiate(cfg.augmentation)
+    source = noise_source(8)
+    without = Views(
+        size=16, views={"one": replace(views._views[0], then={})}, mean=views.mean, std=views.std, colours="ydbdr"
+    )
+    (batch,), (plain,) = batches(source, views, workers=0), batches(source, without, workers=0)
+    images = [np.asarray(source.image(index)) for index in batch.index.tolist()]
+    (made,) = views.batch_pixels(images, batch.index.numpy(), mixed_seed(7, 0))
+    ydbdr = CONVERSIONS["ydbdr"](torch.from_numpy(made).double() / 255)
+    expected = (ydbdr - torch.tensor([0.457, -0.082, -0.052])) / torch.tensor([0.5, 1.331, 1.333])
+    assert torch.allclose(batch.views[0].double(), expected.movedim(-1, 1), atol=1e-5)
+    changed = (batch.views[0] != plain.views[0]).flatten(1).any(1)
+    assert changed.any() and not changed.all(), "with p = 0.5, about a quarter of the views stay as they are"

@@ -45,7 +45,7 @@ def test_views_in_rgb_are_refused_at_once_with_those_that_are_not():
     with pytest.raises(UserError) as error:
         validation.check(cfg)
     told = str(error.value)
-    assert "needs colours=lab, ydbdr, ycbcr; got rgb; choose one of cmc, cmc_cifar, cmc_ydbdr" in told
+    assert "needs colours=lab, ydbdr, ycbcr; got rgb; choose one of cmc, cmc_cifar, cmc_randaugment, cmc_ydbdr" in told
     assert "Grey images, such as the digits" in told
 
 
