@@ -49,7 +49,7 @@ LONG |= {case for case in CASES if " negatives=" in case and case != "pn=both ne
     "method=ifm",
     "method=debiased",
 }
-LONG |= {"pn=both_blended"}
+LONG |= {"pn=both_blended", "pn=both_by_class"}
 LONG |= {f"method={name}" for name in ("cpcv2", "cmc", "pirl", "sela", "hcl")}
 
 

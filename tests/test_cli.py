@@ -71,7 +71,7 @@ def test_a_refusal_leaves_nothing_behind(tmp_path):
 def test_help_fits_a_screen_names_every_option_and_points_further_without_torch(tmp_path, repo_root):
     done = caco("--help", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0
-    assert "  pn: both, both_blended, both_weighted, negative, none, positive\n" in done.stdout
+    assert "  pn: both, both_blended, both_by_class, both_weighted, negative, none, positive\n" in done.stdout
     lines = done.stdout.splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 120
     options = {path.stem for path in (repo_root / "conf").glob("*/*.yaml")}

@@ -218,7 +218,7 @@ def test_a_table_of_one_s_own_runs_and_is_shown(monkeypatch, capsys, tmp_path):
 def test_help_and_refusals_list_own_options(monkeypatch, capsys):
     assert typed(monkeypatch, train, "--config-dir", "own", "--help") == 0
     shown = capsys.readouterr().out
-    assert "  pn: both, both_blended, both_weighted, halfway, negative, none, positive\n" in shown
+    assert "  pn: both, both_blended, both_by_class, both_weighted, halfway, negative, none, positive\n" in shown
     assert typed(monkeypatch, evaluate, "--config-dir", "own", "--help") == 0
     assert " semi, spread, transfer " in " ".join(capsys.readouterr().out.split())
 

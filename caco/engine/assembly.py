@@ -141,6 +141,8 @@ def refuse_unfit(method: Method, views: Views, source: Source) -> None:
         unfit.refuse_too_small_for_patches(source)
     if method.needs.lightness_first:
         unfit.refuse_grey(source)
+    if method.needs.classes is not None:
+        unfit.refuse_other_labels(source, method.needs.classes)
 
 
 def final_backbone(cfg: DictConfig, method: Method) -> torch.nn.Module:

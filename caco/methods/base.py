@@ -37,6 +37,8 @@ class Needs:
         order; "none" refuses patches.
     num_patches: the number of patches of an image; None: any square number.
     lightness_first: the images' first channel must be lightness and the two others colour (Lab, YDbDr, YCbCr).
+    classes: each training image must have a label below this number; None: labels are not looked at. Only a study of
+        what labels would be worth sets it.
     """
 
     whole_batch: bool = False
@@ -44,6 +46,7 @@ class Needs:
     patches: Literal["none", "row by row", "shuffled"] = "none"
     num_patches: int | None = None
     lightness_first: bool = False
+    classes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from caco.banks.base import Bank
 from caco.banks.reweighted import OfPositives
 from caco.banks.scoring import Score
-from caco.methods.sources import Negatives, Positive
+from caco.methods.sources import Negatives, Positive, Step
 from caco.methods.terms import Term
-from caco.methods.treatments import Step, Treatment
+from caco.methods.treatments import Treatment
 
 
 def weighted(score: Score, terms: list[Term], positives: Sequence[Positive] = ()) -> Tensor:
@@ -62,7 +62,7 @@ def contrast(
         bank: the bank, or None if the negatives have none.
         temperature: tau.
         treatment: of the negatives; None leaves them plain.
-        step: what the treatment's random draws depend on; None if it draws nothing.
+        step: what the treatment may depend on; None if it depends on nothing.
         learn: whether the bank's rows are to move for these losses.
     Returns:
         a Score whose fields are [T, B].

@@ -19,9 +19,9 @@ from caco.data.loaders.images import Images
 from caco.errors import UserError
 from caco.methods.base import TRAINING, Costs, Method, Now, Outputs, ParameterGroup, Phase
 from caco.methods.contrast import contrast, shared_by, weighted
-from caco.methods.sources import BankRows, BatchKeys, Negatives, Positive, Positives
+from caco.methods.sources import BankRows, BatchKeys, Negatives, Positive, Positives, Step
 from caco.methods.terms import Term, terms_of
-from caco.methods.treatments import Step, Treatment, require_treatable
+from caco.methods.treatments import Treatment, require_treatable
 from caco.nn.heads import Encoder
 from caco.nn.twin import MomentumTwin
 from caco.ranges import AboveZero, Natural, Share, held
@@ -131,7 +131,7 @@ class Contrastive(Method):
 
         in_warm_start = bool(warm_start_steps or warm_start_passes) and not self._rows_are_filled
         together = in_warm_start or negatives.columns_per_image > 0 or (bank is not None and bank.needs_whole_batch)
-        self.needs = dataclasses.replace(self.needs, whole_batch=together)
+        self.needs = dataclasses.replace(self.needs, whole_batch=together, classes=positives.classes)
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override] # as an attribute it would be in the state twice
@@ -168,7 +168,7 @@ class Contrastive(Method):
         return (
             self.warm_start_loss(batch.views)
             if now.phase == WARM_START
-            else self.loss(batch.views, Step(batch.index, now))
+            else self.loss(batch.views, Step(batch.index, now, batch.label))
         )
 
     def after_step(self, now: Now) -> None:
@@ -224,10 +224,10 @@ class Contrastive(Method):
         """The loss of one batch of views, each [B, 3, H, W], the large ones first. Nothing but statistics changes.
 
         Args:
-            step: what random draws depend on; None if nothing is drawn.
+            step: of the images; None if nothing depends on it.
         """
         q, k, all_k, terms = self.encode(views)
-        by_view = self.positives_of(k, terms, None if step is None else step.now)
+        by_view = self.positives_of(k, terms, step)
         positives = [positive for term in terms for positive in by_view[term.key]]
         terms = [term for term in terms for _ in by_view[term.key]]
         score = contrast(
@@ -258,7 +258,7 @@ class Contrastive(Method):
         return self.positives.per_query * torch.stack(shares).mean()
 
     def positives_of(
-        self, k: Mapping[int, Tensor], terms: list[Term], now: Now | None = None
+        self, k: Mapping[int, Tensor], terms: list[Term], step: Step | None = None
     ) -> dict[int, list[Positive]]:
         """The positives that the keys of each key view choose, by view: a list with one entry for each positive of a
         query. The bank is searched once for all views.
@@ -266,10 +266,10 @@ class Contrastive(Method):
         Args:
             k: this rank's unit keys [B, D] by view.
             terms: the terms of the loss; their key views choose.
-            now: of the step; None outside a run.
+            step: of the images; None outside a run.
         """
         views = sorted({term.key for term in terms})
-        together = self.positives.all_of(torch.cat([k[v] for v in views]), self.bank, now)
+        together = self.positives.all_of(torch.cat([k[v] for v in views]), self.bank, step)
         parts = [zip(*(_by_view(of_all, len(views)) for of_all in positive), strict=True) for positive in together]
         return {
             v: [Positive(*part) for part in of_view] for v, of_view in zip(views, zip(*parts, strict=True), strict=True)

@@ -14,8 +14,8 @@ from caco.banks.base import Bank
 from caco.methods.base import Costs, Outputs
 from caco.methods.contrast import contrast, weighted
 from caco.methods.contrastive import Contrastive
-from caco.methods.sources import BatchKeys, NearestKey, Positive
-from caco.methods.treatments import Step, Treatment
+from caco.methods.sources import BatchKeys, NearestKey, Positive, Step
+from caco.methods.treatments import Treatment
 from caco.nn.heads import Encoder, Projector, at_least_float32
 from caco.ranges import AboveZero, Natural, Width, held
 

@@ -15,10 +15,20 @@ from torch import Tensor
 from caco import distributed
 from caco.banks.base import Bank
 from caco.banks.hardest import hardest
+from caco.banks.splitmix import uniform
+from caco.data.loaders.batches import mixed_seed
 from caco.errors import UserError
 from caco.methods.base import Now
-from caco.ranges import AboveZero, Count, Share, held
+from caco.ranges import AboveZero, Count, Seed, Several, Share, held
 from caco.schedules import RunShape, Table, cosine
+
+
+class Step(NamedTuple):
+    """What else a source, or the treatment of its negatives, may depend on in a step."""
+
+    index_B: Tensor  # int64, the images' indices in the training set
+    now: Now
+    label_B: Tensor | None = None  # int64, the images' classes, -1 if unknown; None where nothing needs them
 
 
 class Positive(NamedTuple):
@@ -35,12 +45,14 @@ class Positives:
     needs_bank: whether there must be a bank. bank_rows: whether the positive is a row of the bank; the bank's rows must
     then be the negatives. searches: how many times a key searches the bank for its nearest row. lookups: how many times
     it fetches a row's vector. per_query: number of positives of a query. of_both_kinds: whether some of a query's
-    positives are vectors and some are rows.
+    positives are vectors and some are rows. classes: the number of classes of the labels that each training image must
+    have; None: labels are not looked at, as in every method of the papers.
     """
 
     needs_bank = bank_rows = of_both_kinds = False
     searches = lookups = 0
     per_query = 1
+    classes: int | None = None
 
     def __call__(self, k_BD: Tensor, bank: Bank | None) -> Positive:
         raise NotImplementedError
@@ -49,14 +61,14 @@ class Positives:
         """Tables with one number for each step of the training, by name, as of `Method.schedules`; all are logged."""
         return {}
 
-    def all_of(self, k_BD: Tensor, bank: Bank | None, now: Now | None) -> list[Positive]:
+    def all_of(self, k_BD: Tensor, bank: Bank | None, step: Step | None) -> list[Positive]:
         """All positives of each query, as a list of `per_query` entries whose weights add up to 1. By default the list
         holds the one positive that a call gives.
 
         Args:
-            k_BD: this rank's unit keys.
+            k_BD: this rank's unit keys: those of the first key view of all images, then those of the next view.
             bank: the bank, if there is one.
-            now: of the step; None outside a run.
+            step: of the images; None outside a run.
         """
         return [self(k_BD, bank)]
 
@@ -130,7 +142,7 @@ class NearestRows(Positives):
         self.count, self.temperature = count, temperature
         self.per_query = self.lookups = count
 
-    def all_of(self, k_BD: Tensor, bank: Bank | None, now: Now | None) -> list[Positive]:
+    def all_of(self, k_BD: Tensor, bank: Bank | None, step: Step | None) -> list[Positive]:
         assert bank is not None, "needs_bank"
         if self.count > bank.size:
             raise UserError(f"method.positives.count: expected at most the bank's {bank.size} rows, got {self.count}")
@@ -164,12 +176,56 @@ class OtherViewThenRow(Positives):
     def schedules(self, run: RunShape) -> dict[str, Table]:
         return {"row_share": cosine(run, self.first_share, self.last_share)}
 
-    def all_of(self, k_BD: Tensor, bank: Bank | None, now: Now | None) -> list[Positive]:
+    def all_of(self, k_BD: Tensor, bank: Bank | None, step: Step | None) -> list[Positive]:
         assert bank is not None, "needs_bank"
-        share = self.last_share if now is None else now["row_share"]
+        share = self.last_share if step is None else step.now["row_share"]
         one_B = torch.ones_like(k_BD[:, 0])
         row_B = bank.rows.most_probable(k_BD)
         return [Positive(vector_BD=k_BD, weight_B=(1 - share) * one_B), Positive(row_B=row_B, weight_B=share * one_B)]
+
+
+class RowOfClass(Positives):
+    """For studies of what the choice of the positive is worth, with labels, which no method of the papers has. Row r
+    stands for class r modulo `classes`. The positive is the row most probable for the key among those of one class:
+    the image's own class with probability `correct`, otherwise one of the other classes at random.
+
+    So `correct` is the purity of the choice: 1 is a bank that is never wrong, and 1 / classes is one that knows nothing
+    of classes. Compared with `pn=none` at equal steps, it shows which purity a bank needs to be of use.
+
+    Args:
+        classes: number of classes of the labels.
+        correct: probability of the image's own class.
+        seed: of the draws, together with the step, the image and the view.
+    """
+
+    classes: int
+    needs_bank = bank_rows = True
+    searches = 1
+
+    @held
+    def __init__(self, *, classes: Several, correct: Share, seed: Seed = 0):
+        self.classes, self.correct, self.seed = classes, correct, seed
+
+    def all_of(self, k_BD: Tensor, bank: Bank | None, step: Step | None) -> list[Positive]:
+        """As of `Positives`. Raises UserError if the bank has fewer rows than there are classes."""
+        assert bank is not None and step is not None and step.label_B is not None, "needs_bank, and classes"
+        if bank.size < self.classes:
+            raise UserError(
+                f"method.positives: expected at least one row for each of the {self.classes} classes, got {bank.size}"
+            )
+        views = len(k_BD) // len(step.index_B)
+        draws_B2 = torch.cat(
+            [uniform(mixed_seed(self.seed, step.now.step, view), step.index_B, 2) for view in range(views)]
+        )
+        own_B = step.label_B.repeat(views)
+        other_B = (own_B + 1 + (draws_B2[:, 1] * (self.classes - 1)).long()) % self.classes
+        class_B = torch.where(draws_B2[:, 0] < self.correct, own_B, other_B)
+        row_K = torch.arange(bank.size, device=k_BD.device)
+        cosine_BK = k_BD.detach() @ bank.rows.lookup(row_K).T
+        of_others_BK = row_K % self.classes != class_B[:, None]
+        row_B = cosine_BK.masked_fill_(of_others_BK, -torch.inf).argmax(1)
+        bank.rows.note_chosen(row_B)
+        return [Positive(row_B=row_B)]
 
 
 class BatchKeys(Negatives):

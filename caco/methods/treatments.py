@@ -12,7 +12,7 @@ it, U rows used by some query, D width.
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +25,10 @@ from caco.banks.reweighted import Objective
 from caco.banks.splitmix import uniform
 from caco.data.loaders.batches import mixed_seed
 from caco.errors import UserError
-from caco.methods.base import Now
-from caco.methods.sources import Negatives
+from caco.methods.sources import Negatives, Step
 from caco.ranges import Count, Natural, NonNegative, Seed, ShareBelowOne, held
 
 PART_ELEMENTS = 1 << 23  # numbers in the synthetic rows that are held at a time: 32 MiB in float32
-
-
-class Step(NamedTuple):
-    """What a step's random draws depend on."""
-
-    index_B: Tensor  # int64, the images' indices in the training set
-    now: Now
 
 
 class Treatment:
@@ -60,7 +52,7 @@ class Treatment:
             q_ND: unit queries.
             positive_row_N: int64, the row of the bank that is each query's positive; None if the positives are no rows.
             bank: the bank, if there is one.
-            step: what random draws depend on.
+            step: of the images.
         """
         return None
 

@@ -15,7 +15,7 @@ from caco.engine.assembly import build_method
 from caco.errors import UserError
 from caco.methods.base import Now
 from caco.methods.contrast import contrast, weighted
-from caco.methods.sources import BankRow, BankRows, NearestRows, OtherViewThenRow
+from caco.methods.sources import BankRow, BankRows, NearestRows, OtherViewThenRow, Step
 from caco.methods.terms import Term
 from caco.schedules import RunShape
 
@@ -37,15 +37,15 @@ def at(step, steps=10, name="row_share"):
     table = OtherViewThenRow(first_share=0.0, last_share=1.0).schedules(
         RunShape(epochs=steps, steps_per_epoch=1, batch=B)
     )[name]
-    return Now(step, "training", step, False, step, 0, {name: table[step]})
+    return Step(torch.arange(B), Now(step, "training", step, False, step, 0, {name: table[step]}))
 
 
-def scored(source, bank, q_BD, k_BD, now=None):
+def scored(source, bank, q_BD, k_BD, step=None):
     """The queries' loss with all positives that a source gives, and their gradient; the bank keeps the rows'
     gradient.
     """
     q_BD = q_BD.clone().requires_grad_()
-    positives = source.all_of(k_BD, bank, now)
+    positives = source.all_of(k_BD, bank, step)
     score = contrast([q_BD] * len(positives), [k_BD] * len(positives), positives, BankRows(), bank, TAU)
     loss = weighted(score, ONE * len(positives), positives)
     loss.backward()
@@ -103,15 +103,14 @@ def test_the_other_view_is_the_positive_at_first_and_the_row_at_last():
     logits_BK, own_B = q_BD @ m_KD.T / TAU, (q_BD * k_BD).sum(1) / TAU
     of_view_B = torch.logsumexp(torch.cat([own_B[:, None], logits_BK], 1), 1) - own_B
     of_row_B = F.cross_entropy(logits_BK, equations.most_probable_positive(k_BD, m_KD), reduction="none")
-    for step in (0, 3, 9):
-        now = at(step)
-        share = now["row_share"]
+    for step in (at(0), at(3), at(9)):
+        share = step.now["row_share"]
         wanted = equations.several_positives_loss(
             torch.stack([of_view_B, of_row_B]), torch.tensor([[1 - share], [share]], dtype=torch.float64)
         ).mean()
-        loss, _ = scored(source, a_bank(), q_BD, k_BD, now)
+        loss, _ = scored(source, a_bank(), q_BD, k_BD, step)
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
-    assert at(0)["row_share"] == 0 and at(9)["row_share"] > 0.97
+    assert at(0).now["row_share"] == 0 and at(9).now["row_share"] > 0.97
 
 
 def test_positives_of_both_kinds_go_with_plain_negatives_alone():

@@ -1,4 +1,4 @@
-"""Refuses images that a method cannot learn from, judged by the first images of a set."""
+"""Refuses images that a method cannot learn from, judged by the first images of a set or by its labels."""
 
 import contextlib
 
@@ -39,3 +39,22 @@ def _first(source: Source, count: int) -> list[np.ndarray]:
         with contextlib.suppress(UnreadableImage):
             images.append(source.pixels(index))
     return images
+
+
+def refuse_other_labels(source: Source, classes: int) -> None:
+    """Check that each image has a label, for a method that looks at labels.
+
+    Raises:
+        UserError: images have no label, or one of `classes` or above.
+    """
+    labels = source.labels
+    if labels is None or labels.ndim != 1:
+        got = "images without labels" if labels is None else "images with several labels each"
+    elif len(labels) and (labels.min() < 0 or labels.max() >= classes):
+        got = f"labels from {labels.min()} to {labels.max()}"
+    else:
+        return
+    raise UserError(
+        f"method.positives: expected a label from 0 to {classes - 1} for each training image, got {got}. Set"
+        " method.positives.classes to the number of classes, or choose another pn, which needs no labels"
+    )
