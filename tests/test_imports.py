@@ -19,11 +19,10 @@ MODULES = {
 # The floors, the lowest first. Each name is a room (a package) or a single module. Rooms on the same floor do not
 # import each other.
 FLOORS = [
-    ["caco.redaction"],
+    ["caco.installed", "caco.redaction"],
     [
         "caco.devices",
         "caco.errors",
-        "caco.installed",
         "caco.instructions",
         "caco.equations",
         "caco.metrics",
