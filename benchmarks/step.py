@@ -148,8 +148,12 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
 
 
 def main() -> None:
-    options = parser(__doc__, runs="turns that count, after two that warm up: 7")
-    options.add_argument("overrides", nargs="*", help=f"overrides of caco.train; default: {' '.join(DEFAULT)}")
+    options = parser(__doc__, runs="This many turns are measured, after two that warm up. The default is 7.")
+    options.add_argument(
+        "overrides",
+        nargs="*",
+        help=f"Measure the step of this configuration, given as for caco.train. The default is {' '.join(DEFAULT)}.",
+    )
     arguments = options.parse_args()
     overrides = arguments.overrides or (TINY if arguments.tiny else DEFAULT)
     report = Report(["what", "figure", "details"], arguments.json)

@@ -2,6 +2,7 @@
 lacks the hardware.
 """
 
+import ast
 import json
 import os
 import re
@@ -29,7 +30,24 @@ from benchmarks import common
 from caco import instructions
 from caco.train import check_command
 
+ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["bank", "evals", "kernels", "loader", "peers", "reading", "step"]
+
+
+PROGRAMS = [*(ROOT / "benchmarks").glob("*.py"), ROOT / "scripts" / "notebook.py"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+def test_every_option_is_described_in_whole_sentences(program):
+    calls = [node for node in ast.walk(ast.parse(program.read_text())) if isinstance(node, ast.Call)]
+    for call in calls:
+        if ast.unparse(call.func).endswith(".add_argument") and program.name != "common.py":
+            assert "help" in {word.arg for word in call.keywords}, ast.unparse(call)
+        if ast.unparse(call.func).endswith((".add_argument", "parser")):
+            for word in call.keywords:
+                if word.arg in ("help", "runs", "full") and isinstance(word.value, ast.Constant | ast.JoinedStr):
+                    text = ast.unparse(word.value).removeprefix("f")[1:-1]
+                    assert re.fullmatch(r"[A-Z`].*\.", text), text
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from caco import metrics
 from caco.saying import amount, clock, doing, is_under_way, per_second
 
-
 _SHOWS_ONLY = ". Less than an epoch only shows that everything runs: its accuracies may fall and say little"
 
 
