@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 pages=(
-  index glossary how_to second_day untested reference/configuration/bank reference/api/banks reference/methods
+  index glossary how_to second_day untested reference/configuration/bank reference/python/banks reference/methods
   records/demo results
 )
 [ "$#" -eq 0 ] || pages=("$@") # or the named pages

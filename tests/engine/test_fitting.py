@@ -138,9 +138,7 @@ def test_the_same_run_under_another_name_is_pointed_out(images, tmp_path, capsys
         (
             "flat",
             ["eval=[]"],
-            [
-                "batch: expected at most 30, the number of training images of folder, got 1,024; batch=16 leaves 1 step an epoch"
-            ],
+            ["batch: expected at most 30, the number of training images of folder, got 1,024; batch=16 leaves 1 step"],
         ),
         ("empty", ["eval=[]"], ["{root}: expected images"]),
         ("flat", ["preset=demo", "data=folder", "batch=16"], ["eval=[knn,probe]: expected labelled"]),
