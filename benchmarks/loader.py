@@ -52,6 +52,7 @@ from caco.data.sets.beton import beton
 from caco.data.sets.sources import ImagesInMemory, Source, Splits
 from caco.data.views import native
 from caco.data.views.augmentation import Views
+from caco.saying import per_second
 from caco.write import write_splits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,7 +259,7 @@ class Comparison:
                     f"{what}: {a} / {b}",
                     key,
                     formatted(ratio),
-                    f"{medians[a]:,.0f} and {medians[b]:,.0f} images per second",
+                    f"{per_second(medians[a])} and {per_second(medians[b])} images per second",
                 )
         for contender in contenders.values():
             contender.close()

@@ -54,6 +54,7 @@ from caco.data.sets.folders import folder
 from caco.data.sets.sources import Source
 from caco.errors import UserError
 from caco.evals.knn import KNN
+from caco.saying import per_second
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / "build" / "peers"
@@ -288,11 +289,11 @@ def compare(
     }  # fmt: skip
     shown = {name: formatted(spread(found), " %", digits=1) if found else "-" for name, found in accuracies.items()}
     for name in [name for name in rates if name != "caco"]:
-        beside = f"{medians['caco']:.0f} to {medians[name]:.0f} images a second"
+        beside = f"{per_second(medians['caco'])} to {per_second(medians[name])} images a second"
         nearest = f"{shown['caco']} to {shown[name]}" if accuracies[name] else "-"
         report.row(f"{title}: caco / {name}", formatted(ratios(rates["caco"], rates[name])), beside, nearest)
     if len(rates) == 1:
-        report.row(f"{title}: caco alone", "-", f"{medians['caco']:.0f} images a second", shown["caco"])
+        report.row(f"{title}: caco alone", "-", f"{per_second(medians['caco'])} images a second", shown["caco"])
 
 
 def chosen(options: argparse.ArgumentParser, flag: str, words: str, known: dict) -> list[str]:
