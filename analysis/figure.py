@@ -24,7 +24,7 @@ from caco import errors
 from caco.config import folders
 from caco.config.refusals import nearest
 from caco.errors import UserError
-from caco.installed import command_to_install
+from caco.installed import to_install
 from caco.runs.files import read_json
 from caco.runs.paths import expanded
 from experiments.tables import load_scale, load_table
@@ -77,9 +77,7 @@ def make(arguments: argparse.Namespace) -> tuple[list[Path], list[tuple[str, str
     if name not in FIGURES:
         raise UserError(f"{name}: no such figure{nearest(name, FIGURES) or '.'} There are: {', '.join(FIGURES)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(
-            f"figures need matplotlib, which is not installed; to have it: {command_to_install('analysis')}"
-        )
+        raise UserError(f"figures need matplotlib, which is not installed{to_install('analysis')}")
     if name in OF_A_RUN:
         return of_a_run(arguments)
     if arguments.scale is None:

@@ -23,8 +23,9 @@ import numpy as np
 from caco import errors, metrics
 from caco.config import composition, folders, refusals
 from caco.errors import UserError
-from caco.installed import command_to_install
+from caco.installed import to_install
 from caco.runs.paths import expanded
+from caco.saying import amount
 from caco.tracking import recorded
 
 if TYPE_CHECKING:
@@ -94,9 +95,7 @@ def make(arguments: argparse.Namespace) -> Path:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
-        raise UserError(
-            f"the picture needs matplotlib, which is not installed; to have it: {command_to_install('analysis')}"
-        ) from error
+        raise UserError(f"the picture needs matplotlib, which is not installed{to_install('analysis')}") from error
     kinds = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in kinds or path.is_dir():
         raise UserError(f"--to: expected a file of one of the kinds {', '.join(sorted(kinds))}, got {path}")
@@ -232,7 +231,7 @@ def draw_curve(axes: "Axes", curve: Curve, pixels: float | None, *, start: str) 
     if curve.steps_before:
         axes.axvspan(first, 0, color=SHADE, linewidth=0, zorder=0)
         above = {"xy": (0, 1), "xycoords": "axes fraction", "xytext": (0, 3), "textcoords": "offset points"}
-        axes.annotate(f"warm start: {curve.steps_before:,} steps", fontsize=8, color=FAINT, **above)
+        axes.annotate(f"warm start: {amount(curve.steps_before, 'step')}", fontsize=8, color=FAINT, **above)
     axes.set_xlabel("epochs", fontsize=9, color=INK)
     axes.xaxis.set_label_coords((last / 2 - first) / (last - first), -0.24 / _inches(axes))
     ticks = MaxNLocator(nbins=5, integer=True, steps=[1, 2, 4, 5, 10]).tick_values(0, last)

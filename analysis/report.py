@@ -24,6 +24,7 @@ from caco import errors, metrics
 from caco.config import folders
 from caco.errors import UserError
 from caco.runs.paths import expanded
+from caco.saying import amount
 from experiments import record
 from experiments.tables import load_scale, load_table, tables
 
@@ -71,8 +72,8 @@ def of_scale(arguments: argparse.Namespace) -> str:
     scale = load_scale(arguments.scale)
     runs, messages = read_results(arguments, scale.id, curves=True)
     needed = (
-        f"scale {scale.id}: no results for its tables among {len(runs)} runs; this command makes some: python -m"
-        f" experiments.run table7 scale={scale.id}"
+        f"scale {scale.id}: no results for its tables among {amount(len(runs), 'run')}; this command makes some:"
+        f" python -m experiments.run table7 scale={scale.id}"
     )
     if not runs:
         raise UserError(needed)
@@ -101,8 +102,8 @@ def of_scale(arguments: argparse.Namespace) -> str:
     title = f"Scale {scale.id}: {scale.title}"
     sources = sorted({result.source for result in runs})
     about = (
-        f"{len(used)} runs, read from {', '.join(sources)}. Published results are those of the paper (arXiv 2203.14370)"
-        " unless the column's heading says otherwise."
+        f"{amount(len(used), 'run')}, read from {', '.join(sources)}. Published results are those of the paper"
+        " (arXiv 2203.14370) unless the column's heading says otherwise."
     )
     return render(title, about, sheets, figures, without, list(used.values()))
 
@@ -125,7 +126,7 @@ def of_sweep(arguments: argparse.Namespace) -> str:
         figures: list[dict[str, Any]] = []
         without: list[str] = []
         _of_runs(figures, without, arguments, Path(folder))
-    about = f"{len(runs)} finished runs in {arguments.sweep}."
+    about = f"{amount(len(runs), 'finished run')} in {arguments.sweep}."
     unfinished = sorted(
         path.parent.name for path in arguments.sweep.glob("*/config.yaml") if path.parent not in finished
     )

@@ -19,6 +19,7 @@ from caco import errors, metrics
 from caco.config import folders
 from caco.errors import UserError
 from caco.runs.paths import expanded
+from caco.saying import amount
 from caco.sheets import Sheet, Spread, as_markdown, as_text, number, spread
 from experiments.tables import Scale, Table, load_scale, load_table, scales
 
@@ -340,8 +341,8 @@ def found_for(
         raise UserError(
             "\n  ".join(
                 [
-                    f"{source}: no run of {table.id} at scale {scale.id} among its {len(runs)} runs; this command makes"
-                    " them:",
+                    f"{source}: no run of {table.id} at scale {scale.id} among its {amount(len(runs), 'run')}; this"
+                    " command makes them:",
                     f"python -m experiments.run {table.id} scale={scale.id}{tracking}",
                     *refused,
                 ]

@@ -277,21 +277,41 @@ def curve(report: Report, shapes: list[tuple[int, int, int]], how: How) -> list[
 
 
 def main() -> None:
-    counted = "turns that count: 3 (step: after two that warm up)"
-    options = parser(__doc__, runs=counted, full="15 turns, and the curve up to a million rows")
-    options.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}; default: all")
-    options.add_argument("--queries", type=int, default=1024, help="number of queries of the part speed")
-    options.add_argument("--rows", type=int, default=65_536)
-    options.add_argument("--memory-queries", type=int, default=4096)
+    counted = "This many turns are measured. The default is 3. The part step has two turns before them, to warm up."
+    options = parser(__doc__, runs=counted, full="Measure 15 turns, and the curve up to a million rows.")
     options.add_argument(
-        "--precision", choices=("bf16", "fp32"), help="precision of the part step; default: bf16 if supported"
+        "parts", nargs="*", metavar="PART", help=f"Measure these parts of {', '.join(PARTS)}. The default is all."
     )
     options.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="use cpu with --threads 1 on a machine that others use, too"
+        "--queries", type=int, default=1024, help="The part speed has this many queries. The default is %(default)s."
     )
-    options.add_argument("--threads", type=int, help="number of PyTorch threads; default: PyTorch's choice")
+    options.add_argument(
+        "--rows", type=int, default=65_536, help="The bank has this many rows. The default is %(default)s."
+    )
+    options.add_argument(
+        "--memory-queries",
+        type=int,
+        default=4096,
+        help="The part memory has this many queries. The default is %(default)s.",
+    )
+    options.add_argument(
+        "--precision",
+        choices=("bf16", "fp32"),
+        help="The part step computes in this precision. The default is bf16 if it is supported.",
+    )
+    options.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="Time is read from this clock. Use cpu, with --threads 1, on a machine that others use too.",
+    )
+    options.add_argument(
+        "--threads", type=int, help="PyTorch uses this many threads. The default is PyTorch's own choice."
+    )
     options.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
-    options.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda; step always uses the CPU")
+    options.add_argument(
+        "--device", type=torch.device, default="cpu", help="Measure on cpu or cuda. The part step always uses the CPU."
+    )
     arguments = options.parse_args()
     device = arguments.device
     if arguments.child:

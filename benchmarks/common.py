@@ -45,7 +45,7 @@ def parser(description: str, *, runs: str | None = None, full: str | None = None
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if runs:
         made.add_argument("--runs", type=int, help=runs)
-    made.add_argument("--json", type=Path, help="also write the figures to this file")
+    made.add_argument("--json", type=Path, help="The figures are also written to this file, as JSON.")
     made.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # for tests; its figures mean nothing
     if full:
         made.add_argument("--full", action="store_true", help=full)

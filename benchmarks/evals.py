@@ -154,10 +154,22 @@ def cached(runs: int) -> dict:
 
 
 def main() -> None:
-    options = parser(__doc__, runs="turns: 3")
-    options.add_argument("--images", type=int, default=4000, help="number of features for the regression")
-    options.add_argument("--width", type=int, default=256)
-    options.add_argument("--classes", type=int, default=20)
+    options = parser(__doc__, runs="This many turns are measured. The default is 3.")
+    options.add_argument(
+        "--images",
+        type=int,
+        default=4000,
+        help="The regression has this many features to learn from. The default is %(default)s.",
+    )
+    options.add_argument(
+        "--width", type=int, default=256, help="A feature has this many numbers. The default is %(default)s."
+    )
+    options.add_argument(
+        "--classes",
+        type=int,
+        default=20,
+        help="The regression tells this many classes apart. The default is %(default)s.",
+    )
     arguments = options.parse_args()
     images, width, classes, runs = arguments.images, arguments.width, arguments.classes, arguments.runs or 3
     if arguments.tiny:

@@ -395,15 +395,22 @@ def _environment() -> dict[str, str]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument(
-        "what", nargs="*", help="A, B or both; or pack FOLDER; or a stage: kernels, waits, learn METHOD"
+        "what",
+        nargs="*",
+        metavar="WHAT",
+        help="A and B are the two sets of stages, and the default is both. `pack FOLDER` packs images for set B. A"
+        " single stage is kernels, waits or `learn METHOD`.",
     )
     options.add_argument(
         "--to",
         type=Path,
-        help="the folder of the results (default: gpu-check); for pack the file (gpu-data/images.zip)",
+        help="The results are written into this folder (default: gpu-check). For pack, the images are written to this"
+        " file (default: gpu-data/images.zip).",
     )
     options.add_argument(
-        "--data", type=Path, help="the file that pack made, for set B (default: gpu-data/images.zip if it exists)"
+        "--data",
+        type=Path,
+        help="Set B trains on the images in this file, which pack made (default: gpu-data/images.zip, if it exists).",
     )
     options.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     options.add_argument("--json", type=Path, help=argparse.SUPPRESS)

@@ -96,8 +96,12 @@ def lacks_triton() -> str | None:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--arch", type=int, nargs="+", help="compute capabilities; default: 80 89 90")
-    options.add_argument("--widths", type=int, nargs="+", help="values of D; default: 64 128 256")
+    options.add_argument(
+        "--arch", type=int, nargs="+", help="Compile for GPUs of these compute capabilities. The default is 80 89 90."
+    )
+    options.add_argument(
+        "--widths", type=int, nargs="+", help="Compile for embeddings of these widths D. The default is 64 128 256."
+    )
     arguments = options.parse_args()
     archs = arguments.arch or ([90] if arguments.tiny else [80, 89, 90])
     widths = arguments.widths or ([32] if arguments.tiny else [64, 128, 256])

@@ -52,6 +52,7 @@ from caco.data.sets.beton import beton
 from caco.data.sets.sources import ImagesInMemory, Source, Splits
 from caco.data.views import native
 from caco.data.views.augmentation import Views
+from caco.saying import per_second
 from caco.write import write_splits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,7 +259,7 @@ class Comparison:
                     f"{what}: {a} / {b}",
                     key,
                     formatted(ratio),
-                    f"{medians[a]:,.0f} and {medians[b]:,.0f} images per second",
+                    f"{per_second(medians[a])} and {per_second(medians[b])} images per second",
                 )
         for contender in contenders.values():
             contender.close()
@@ -335,11 +336,24 @@ def photos_in(given: Path | None, top: Path, sizes: Sizes) -> Source:
 
 def main() -> None:
     options = parser(
-        __doc__, runs="turns that count, after one that warms up: 3", full="all photographs, longer epochs, 5 turns"
+        __doc__,
+        runs="This many turns are measured, after one that warms up. The default is 3.",
+        full="Measure with all photographs and longer epochs, for 5 turns.",
     )
-    options.add_argument("--photos", type=Path, help="a zip or a folder of JPEG photographs; default: synthetic ones")
-    options.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    options.add_argument("--only", default=",".join(PARTS), help="measure only these parts; default: %(default)s")
+    options.add_argument(
+        "--photos",
+        type=Path,
+        help="Read the JPEG photographs in this zip file or folder. The default is synthetic ones.",
+    )
+    options.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="This many processes read the images. The default is one for each core.",
+    )
+    options.add_argument(
+        "--only", default=",".join(PARTS), help="Measure only these parts. The default is %(default)s."
+    )
     arguments = options.parse_args()
     only = arguments.only.split(",")
     if unknown := set(only) - set(PARTS):

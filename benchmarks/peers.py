@@ -54,6 +54,7 @@ from caco.data.sets.folders import folder
 from caco.data.sets.sources import Source
 from caco.errors import UserError
 from caco.evals.knn import KNN
+from caco.saying import per_second
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / "build" / "peers"
@@ -288,11 +289,11 @@ def compare(
     }  # fmt: skip
     shown = {name: formatted(spread(found), " %", digits=1) if found else "-" for name, found in accuracies.items()}
     for name in [name for name in rates if name != "caco"]:
-        beside = f"{medians['caco']:.0f} to {medians[name]:.0f} images a second"
+        beside = f"{per_second(medians['caco'])} to {per_second(medians[name])} images a second"
         nearest = f"{shown['caco']} to {shown[name]}" if accuracies[name] else "-"
         report.row(f"{title}: caco / {name}", formatted(ratios(rates["caco"], rates[name])), beside, nearest)
     if len(rates) == 1:
-        report.row(f"{title}: caco alone", "-", f"{medians['caco']:.0f} images a second", shown["caco"])
+        report.row(f"{title}: caco alone", "-", f"{per_second(medians['caco'])} images a second", shown["caco"])
 
 
 def chosen(options: argparse.ArgumentParser, flag: str, words: str, known: dict) -> list[str]:
@@ -304,18 +305,51 @@ def chosen(options: argparse.ArgumentParser, flag: str, words: str, known: dict)
 
 def main() -> None:
     options = parser(
-        __doc__, runs="turns: 1, with --full 3",
-        full="for both networks all images of --images, or 2,000 made ones, in batches of 256; 3 turns",
-    )  # fmt: skip
-    options.add_argument("--make-environments", action="store_true", help="make those of the peers, and nothing else")
-    options.add_argument("--images", type=Path, help="a folder with train/ of class folders, and test/ for k-NN")
-    options.add_argument("--count", type=int, help="images of each epoch, at most; of the test images too")
-    options.add_argument("--batch", type=int, help="of both networks")
-    options.add_argument("--epochs", type=int, default=2, help="the first is not counted: 2")
-    options.add_argument("--workers", type=int, default=2, help="processes or threads that make views: 2")
-    options.add_argument("--methods", default=",".join(METHODS), help="some of %(default)s")
-    options.add_argument("--networks", default=",".join(NETWORKS), help="some of %(default)s")
-    options.add_argument("--peers", default=",".join(PEERS), help="some of %(default)s")
+        __doc__,
+        runs="This many turns are measured. The default is 1 turn, and 3 turns with --full.",
+        full="Both networks train on all images of --images, or on 2,000 made ones, in batches of 256, for 3 turns.",
+    )
+    options.add_argument(
+        "--make-environments",
+        action="store_true",
+        help="Only make the virtual environments of lightly and stable-pretraining; measure nothing.",
+    )
+    options.add_argument(
+        "--images",
+        type=Path,
+        help="Read the images in this folder, in which train/, and for k-NN test/ too, has one folder for each class.",
+    )
+    options.add_argument(
+        "--count",
+        type=int,
+        help="An epoch has at most this many images. At most as many test images are used for k-NN.",
+    )
+    options.add_argument(
+        "--batch",
+        type=int,
+        help="A batch has this many images, for both networks. By default each network has a batch of its own.",
+    )
+    options.add_argument(
+        "--epochs",
+        type=int,
+        default=2,
+        help="A turn trains for this many epochs, of which the first is not measured. The default is %(default)s.",
+    )
+    options.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        help="This many processes or threads make the views of the images. The default is %(default)s.",
+    )
+    options.add_argument(
+        "--methods", default=",".join(METHODS), help="These methods are measured. The default is %(default)s."
+    )
+    options.add_argument(
+        "--networks", default=",".join(NETWORKS), help="These networks are trained. The default is %(default)s."
+    )
+    options.add_argument(
+        "--peers", default=",".join(PEERS), help="Compare caco with these libraries. The default is %(default)s."
+    )
     arguments = options.parse_args()
     if arguments.make_environments:
         make_environments()

@@ -153,11 +153,20 @@ def check(train: ImageFiles, test: ImageFiles) -> None:
 def main() -> None:
     options = parser(
         __doc__,
-        runs="turns that count: 3",
-        full="20 files of each photograph and 100,000 small files, as for the published figures",
+        runs="This many turns are measured. The default is 3.",
+        full="Read 20 files of each photograph and 100,000 small files, as for the published figures.",
     )
-    options.add_argument("--photos", type=Path, help="a zip or a folder of JPEG photographs; default: synthetic ones")
-    options.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: one per core")
+    options.add_argument(
+        "--photos",
+        type=Path,
+        help="Read the JPEG photographs in this zip file or folder. The default is synthetic ones.",
+    )
+    options.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="This many processes read the images. The default is one for each core.",
+    )
     arguments = options.parse_args()
     sizes = TINY if arguments.tiny else FULL if arguments.full else DEFAULT
     runs, workers = arguments.runs or sizes.runs, arguments.workers

@@ -31,6 +31,7 @@ from caco.engine.assembly import build_method, pick_device
 from caco.engine.losses import Losses
 from caco.methods.base import TRAINING, Now
 from caco.methods.contrastive import Contrastive
+from caco.saying import per_second
 
 DEFAULT = ["backbone=small_resnet", "augmentation=cifar", "projector.hidden_dim=256", "batch=256", "bank=8M"]
 TINY = [*DEFAULT, "backbone.width=8", "projector.hidden_dim=16", "batch=8", "bank.size=64"]
@@ -131,7 +132,9 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
     }
     taken, model = figures["step_seconds"], figures["model_seconds"]
     figures["images_per_second"] = cfg.batch / taken
-    report.row("images per second", f"{cfg.batch / taken:.0f}", f"{cfg.batch} images per step; loading is not included")
+    report.row(
+        "images per second", per_second(cfg.batch / taken), f"{cfg.batch} images per step; loading is not included"
+    )
     report.row(
         f"share of a step in {cfg.precision} outside the model", formatted(overhead, " %", scale=100, digits=0),
         f"step {taken:.3f} s, pure model {model:.3f} s",
@@ -148,8 +151,12 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
 
 
 def main() -> None:
-    options = parser(__doc__, runs="turns that count, after two that warm up: 7")
-    options.add_argument("overrides", nargs="*", help=f"overrides of caco.train; default: {' '.join(DEFAULT)}")
+    options = parser(__doc__, runs="This many turns are measured, after two that warm up. The default is 7.")
+    options.add_argument(
+        "overrides",
+        nargs="*",
+        help=f"Measure the step of this configuration, given as for caco.train. The default is {' '.join(DEFAULT)}.",
+    )
     arguments = options.parse_args()
     overrides = arguments.overrides or (TINY if arguments.tiny else DEFAULT)
     report = Report(["what", "figure", "details"], arguments.json)

@@ -2,6 +2,7 @@
 
 from caco import installed, instructions
 
+installed.require_the_basics()
 instructions.apply()  # must come before anything imports torch
 __version__ = installed.version()
 

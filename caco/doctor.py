@@ -35,6 +35,7 @@ from caco.installed import command_to_install, version
 from caco.redaction import redacted
 from caco.runs.environment import environment
 from caco.runs.paths import expanded
+from caco.saying import amount
 from caco.tracking.store import resolve_uri
 
 ROOT = Path(__file__).parents[1]
@@ -250,7 +251,9 @@ def mlflow() -> Iterator[Finding]:
         do = f"move {store} away; python -m caco.tracking.sync runs/ fills a new one from the ledgers"
         yield Finding("mlflow", "broken", f"{version}; {store}: {_line(error)}", do)
         return
-    yield Finding("mlflow", "works", f"{version}; {runs} runs in {store}; python -m caco.tracking.dashboard shows them")
+    yield Finding(
+        "mlflow", "works", f"{version}; {amount(runs, 'run')} in {store}; python -m caco.tracking.dashboard shows them"
+    )
 
 
 def _health(uri: str) -> urllib.request.Request:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, TextIO, cast
 
+from caco.installed import REQUIRED, not_installed
 from caco.redaction import redacted
 
 
@@ -68,7 +69,17 @@ def is_for_user(error: BaseException) -> bool:
     """Whether only the error's message is shown. CACO_TRACEBACK=1 in the environment asks for every traceback."""
     if os.environ.get("CACO_TRACEBACK") == "1":
         return False
-    return isinstance(error, UserError) or of_the_machine(error) is not None or _is_out_of_memory(error)
+    return (
+        isinstance(error, UserError)
+        or of_the_machine(error) is not None
+        or _is_out_of_memory(error)
+        or _lacks(error) is not None
+    )
+
+
+def _lacks(error: BaseException) -> str | None:
+    """The module that this Python lacks although caco requires it: the environment is another or an incomplete one."""
+    return error.name if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED else None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -90,6 +101,8 @@ def message(error: BaseException) -> str:
             f"there is not so much memory as this asks for ({got}); what was written before is untouched. A smaller"
             " batch, bank or model needs less, and python -m caco.plan says how much"
         )
+    if lacking := _lacks(error):
+        return not_installed([lacking])
     found = of_the_machine(error)
     if found is None or found.errno is None:  # such as SweepFailed
         return str(error)

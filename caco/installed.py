@@ -8,9 +8,15 @@ import shlex
 import sys
 import tomllib
 import urllib.parse
+from collections.abc import Sequence
 from pathlib import Path
 
 DISTRIBUTION = "caco-ssl"  # the name for pip; the package that is imported is called caco
+BASICS = ("hydra", "numpy", "omegaconf")  # every command needs them, before it can show an error itself
+# What pyproject.toml requires, by the names under which it is imported.
+REQUIRED = (*BASICS, "PIL", "psutil", "safetensors", "scipy", "sklearn", "threadpoolctl", "timm", "torch",
+            "torchvision", "tqdm")  # fmt: skip
+PROGRAMS = ("analysis", "benchmarks", "caco", "experiments")
 
 
 def version() -> str:
@@ -35,6 +41,39 @@ def is_installed(module: str) -> bool:
     return found is not None and found.origin is not None
 
 
+def require_the_basics() -> None:
+    """End one of our commands (`python -m caco.train`) with a sentence and exit code 2 if this Python lacks a package
+    that every command needs, as Debian's own Python does. Programs that import caco get Python's own error.
+    """
+    words = sys.orig_argv[1:]
+    module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
+    missing = [name for name in BASICS if not is_installed(name)]
+    if missing and module.partition(".")[0] in PROGRAMS:
+        print(f"caco: {not_installed(missing)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def not_installed(modules: Sequence[str]) -> str:
+    """Says that this Python lacks modules that caco requires, and what to do about it."""
+    folder = checkout()
+    venv = None if folder is None else folder / ".venv"
+    if venv is not None and venv.resolve() != Path(sys.prefix).resolve() and (venv / "bin" / "python").exists():
+        shown = venv if folder != Path.cwd() else ".venv"
+        how = (
+            f"activate caco's environment (source {shlex.quote(f'{shown}/bin/activate')}), then give the command again"
+        )
+    elif folder is not None:
+        where = "" if folder == Path.cwd() else f" -C {shlex.quote(str(folder))}"
+        how = (
+            f"run make{where} setup, which makes an environment for caco, and activate that (source"
+            f" {shlex.quote(f'{venv}/bin/activate' if where else '.venv/bin/activate')}), or use another environment"
+            " that has caco"
+        )
+    else:
+        how = f"use the environment that has caco, or install what is missing: {command_to_install()}"
+    return f"this Python ({sys.executable}) has no {', '.join(modules)}, which caco needs; {how}"
+
+
 def command_to_install(extra: str = "") -> str:
     """The command that installs an optional part of caco, suited to how caco was installed: from a checkout or a wheel.
 
@@ -53,6 +92,16 @@ def command_to_install(extra: str = "") -> str:
     options = ["-B"] if not extra or (venv / ".done").exists() else []
     options += [] if is_here else ["-C", str(folder)]
     return shlex.join(["make", *options, "setup"])
+
+
+def to_install(extra: str = "", *, package: str = "") -> str:
+    """The end of a message that says that something is not installed: "; to install it: COMMAND".
+
+    Args:
+        extra: an optional part of caco, as for `command_to_install`.
+        package: the name for pip of a package that no part of caco has; it takes precedence.
+    """
+    return f"; to install it: {f'pip install {shlex.quote(package)}' if package else command_to_install(extra)}"
 
 
 def checkout() -> Path | None:

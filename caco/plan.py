@@ -28,6 +28,7 @@ from caco.engine.assembly import pick_device
 from caco.engine.channels import backbone_of
 from caco.errors import UserError
 from caco.nn.norm import groups_of_a_rank
+from caco.saying import amount, per_second
 from caco.schedules import RunShape
 
 # Assumptions, not measurements: tflops=, gbytes_per_s= and measure=true replace them.
@@ -184,9 +185,9 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
     gib = {key: one[key] / 2**30 for key in one if key.endswith("_bytes")}
     lines = [
         (
-            f"{one['steps']:,.0f} steps of {cfg.batch} images on {world} device{'s' * (world > 1)}"
+            f"{amount(round(one['steps']), 'step')} of {amount(cfg.batch, 'image')} on {amount(world, 'device')}"
             f" ({one['warm_start_steps']:,.0f} of them, {100 * one['warm_start_steps'] / one['steps']:.2g} %, warm"
-            f" start), {cfg.batch // world} images each"
+            f" start), {amount(cfg.batch // world, 'image')} each"
         ),
         (
             f"memory of a device   {gib['device_bytes']:.2f} GiB: weights, twin, optimiser"
@@ -199,8 +200,8 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
             f"{100 * one['bank_flops_per_step'] / one['flops_per_step']:.0f} % of it the bank"
         ),
         (
-            f"time                 {one['step_seconds']:.4g} s a step, {one['images_per_second']:,.0f} images a second,"
-            f" {one['run_hours']:.3g} hours, without loading, evaluation and saving"
+            f"time                 {one['step_seconds']:.4g} s a step, {per_second(one['images_per_second'])} images a"
+            f" second, {one['run_hours']:.3g} hours, without loading, evaluation and saving"
         ),
         f"a checkpoint         {gib['checkpoint_bytes']:.2f} GiB",
         "at " + ", ".join(f"{name}={value:.4g}" for name, value in (_DEFAULTS | speeds).items()),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from caco.errors import UserError, shown
 from caco.runs.paths import expanded
+from caco.saying import amount
 from caco.tracking import comparison
 from caco.tracking.recorded import directories, outline
 
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         runs = comparison.chosen(runs, given.where)
         if not runs:
             raise UserError(f"none of these {total} runs meets the conditions {' and '.join(given.where)}")
-        title = f"{len(runs)} runs" if len(runs) == total else f"{len(runs)} of {total} runs"
+        title = amount(total, "run") if len(runs) == total else f"{len(runs)} of {total} runs"
         columns = None if given.columns is None else [name.strip() for name in given.columns.split(",") if name.strip()]
         if columns == []:
             raise UserError(f"--columns: expected names of settings and metrics, got {given.columns!r}")

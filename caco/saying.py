@@ -24,6 +24,18 @@ def clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
+def amount(number: float, noun: str) -> str:
+    """A number with its noun, in the singular or the plural: 1 epoch, 0 images, 12,000 rows, 2 processes."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    shown = f"{number:,.0f}" if number == int(number) else f"{number:,g}"
+    return f"{shown} {noun if number == 1 else plural}"
+
+
+def per_second(number: float) -> str:
+    """A number of things a second, with at least three digits: 0.83, 1.20, 14.2, 256, 1,234."""
+    return f"{number:,.{0 if number >= 99.95 else 1 if number >= 9.995 else 2}f}"
+
+
 class Count(Protocol):
     """The function that `counting` returns."""
 

@@ -29,12 +29,12 @@ from caco.config import composition, continued, folders, refusals, signatures, v
 from caco.engine import fitting
 from caco.engine.preemption import Stop, Stopped, leave
 from caco.errors import SweepFailed, UserError
-from caco.installed import command_to_install, is_installed, version
+from caco.installed import command_to_install, is_installed, to_install, version
 from caco.launch import labels
 from caco.runs import directory
 from caco.runs.identity import flat, key_of
 from caco.runs.paths import require_writable, with_home
-from caco.saying import doing
+from caco.saying import amount, doing
 from caco.tracking import comparison, recorded
 
 # run directory -> flat configuration, of the runs that this process has trained, such as the jobs of a sweep.
@@ -53,6 +53,8 @@ def run(cfg: DictConfig, run_dir: Path) -> float | None:
 
             summary = run_training(cfg, run_dir, stop=stop, label=labels.label(HydraConfig.get()))
     except Stopped as stopped:
+        if directory.is_first_rank():
+            directory.record_stop(run_dir, str(stopped))
         leave(stopped, is_first_rank=directory.is_first_rank())
     # In a sweep the other runs must go on, so the process may not exit here.
     if metrics.missing_at_the_end(summary) and HydraConfig.get().mode != RunMode.MULTIRUN:
@@ -165,9 +167,7 @@ def offer_launcher() -> None:
         UserError: submitit is not installed.
     """
     if not is_installed("submitit"):
-        raise UserError(
-            f"launcher: needs submitit, which is not installed; to install it: {command_to_install('slurm')}"
-        )
+        raise UserError(f"launcher: needs submitit, which is not installed{to_install('slurm')}")
     from hydra_plugins.caco_launcher import SubmititLauncher
 
     Plugins.instance().register(SubmititLauncher)
@@ -323,8 +323,8 @@ def show_sweep(folders: list[Path]) -> None:
             comparison.table(
                 runs,
                 title=(
-                    f"The {len(runs)} runs of this sweep; for this table with more options: python -m caco.results"
-                    f" {_shown(runs[0].run_dir.parent)}"
+                    f"The {amount(len(runs), 'run')} of this sweep; for this table with more options: python -m"
+                    f" caco.results {_shown(runs[0].run_dir.parent)}"
                 ),
             )
         )

@@ -31,6 +31,7 @@ from caco.data.sets.sources import Source, Splits, UnreadableImage
 from caco.errors import UserError
 from caco.runs.files import alone_in
 from caco.runs.paths import expanded, make_folder
+from caco.saying import amount
 
 DEFAULT_QUALITY = 90
 _JPEGS_SIDE = 65_500  # pixels, of the library that writes them
@@ -205,7 +206,10 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(explain(error, overrides)) from error
         for file in write_splits(instantiate(cfg.data), expanded(out), **options):
             facts = beton._sidecar(file)
-            print(f"caco: wrote {file}: {facts['images']} images, {facts['bytes'] / 1e6:.1f} MB", file=sys.stderr)
+            print(
+                f"caco: wrote {file}: {amount(facts['images'], 'image')}, {facts['bytes'] / 1e6:.1f} MB",
+                file=sys.stderr,
+            )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from caco.errors import SweepFailed, UserError
 from caco.launch.jobs import Job
 from caco.runs.files import last_line, read_json, write_json
 from caco.runs.paths import expanded
-from caco.saying import clock
+from caco.saying import amount, clock
 from experiments import record
 from experiments.tables import HERE, Experiment, experiments, load_scale, load_table, scales, tables
 
@@ -120,7 +120,7 @@ def estimate(experiment: Experiment, *, world: int) -> str:
     except UserError as error:
         return f"no estimate: {error}"
     return (
-        f"estimate: {cost['steps']:,.0f} steps, {cost['flops_per_step'] * cost['steps']:.2g} operations, "
+        f"estimate: {amount(round(cost['steps']), 'step')}, {cost['flops_per_step'] * cost['steps']:.2g} operations, "
         f"{cost['device_bytes'] / 2**30:.2g} GiB a device, {cost['run_hours']:.2g} h on {world} of an assumed "
         f"{inspect.signature(plan).parameters['tflops'].default:g} TFLOP/s"
     )
@@ -331,8 +331,8 @@ def _main(arguments: argparse.Namespace) -> int:
     left = [run for run in runs if run not in done and run not in failed]
     recorded = sum(run.state == "recorded" for run in done)
     say(
-        f"{table.id} at scale {scale.id}: {len(runs)} runs, {len(done) - recorded} done already, {len(left)} to do"
-        + f", {recorded} in the records of experiments/records (--here trains them here, too)" * (recorded > 0)
+        f"{table.id} at scale {scale.id}: {amount(len(runs), 'run')}, {len(done) - recorded} done already, {len(left)}"
+        " to do" + f", {recorded} in the records of experiments/records (--here trains them here, too)" * (recorded > 0)
     )
     if left:
         if scale.toy_sets is not None and any(

@@ -61,8 +61,12 @@ def outputs_of(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--to", type=Path, help="the file to write; default: overwrite the notebook")
+    parser.add_argument("file", type=Path, help="Run the cells of this notebook.")
+    parser.add_argument(
+        "--to",
+        type=Path,
+        help="The notebook with its outputs is written to this file. By default it overwrites the notebook.",
+    )
     chosen = parser.parse_args()
     os.environ.setdefault("MPLBACKEND", "agg")
     notebook = json.loads(chosen.file.read_text(encoding="utf-8"))

@@ -99,7 +99,7 @@ do_caco() {
 }
 
 about_mlflow() { echo "MLflow, which shows runs in a browser (100 MB; 180 MB without the other steps)"; }
-do_mlflow() { pip_install 100 @mlflow; }
+do_mlflow() { pip_install 100 @mlflow hydra-core omegaconf; }
 
 about_docs() { echo "mkdocs-material and mkdocstrings, which make the documentation site (30 MB; 95 MB without the other steps)"; }
 do_docs() { pip_install 30 @docs hydra-core omegaconf numpy pillow scipy; }

@@ -2,6 +2,7 @@
 lacks the hardware.
 """
 
+import ast
 import json
 import os
 import re
@@ -29,7 +30,18 @@ from benchmarks import common
 from caco import instructions
 from caco.train import check_command
 
+ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["bank", "evals", "kernels", "loader", "peers", "reading", "step"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "gpu_check"])
+def test_every_option_is_described_in_whole_sentences(name):
+    for call in ast.walk(ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text())):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith((".add_argument", "parser")):
+            words = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            assert "help" in words or ast.unparse(call.func) == "parser", ast.unparse(call)
+            for text in {words.get(key, "argparse.SUPPRESS") for key in ("help", "runs", "full")}:
+                assert re.fullmatch(r"""f?["'][A-Z`].*\.["']|argparse.SUPPRESS|counted""", text), text
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ any folder.
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import caco
-from caco import installed
+from caco import errors, installed
 from caco.installed import command_to_install, is_installed
 
 ROOT = Path(installed.__file__).parents[1]
@@ -127,9 +128,44 @@ def test_every_part_that_a_message_names_is_one_of_the_distribution():
         ROOT / "README.md",
     ]
     text = "\n".join(source.read_text() for source in sources)
-    named = {part.split("'")[0].split('"')[0] for part in text.replace('"', "'").split("command_to_install('")[1:]}
-    assert named == {"slurm", "ffcv", "mlflow", "analysis"} <= set(project["optional-dependencies"])
+    named = set(re.findall(r"""to_install\(["'](\w+)["']\)""", text))
+    assert named == {"slurm", "ffcv", "mlflow", "analysis", "dense"} <= set(project["optional-dependencies"])
     assert "caco[" not in text, "the distribution is caco-ssl; caco[...] would be another project's"
+
+
+@pytest.mark.parametrize(
+    "module", ["caco.train", "caco.doctor", "caco.tracking.sync", "experiments.run", "analysis.table"]
+)
+def test_a_python_that_lacks_what_every_command_needs_says_in_a_sentence_what_to_do(tmp_path, module):
+    """As Debian's own Python: without site-packages (-S), and with nothing but this checkout."""
+    command = [sys.executable, "-S", "-m", module]
+    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(
+        f"caco: this Python ({sys.executable}) has no hydra, numpy, omegaconf, which caco needs; "
+    )
+
+
+def test_outside_the_environment_its_activation_is_named_or_else_how_it_is_made(as_if_in, monkeypatch):
+    folder = as_if_in("clone", pyproject=True)
+    assert f"; run make -C {folder} setup, " in installed.not_installed(["hydra"])
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert f" activate caco's environment (source {folder}/.venv/bin/activate), " in installed.not_installed(["hydra"])
+    monkeypatch.chdir(folder)
+    assert " (source .venv/bin/activate), " in installed.not_installed(["hydra"])
+    as_if_in("site-packages")
+    recorded(monkeypatch, None)
+    assert installed.not_installed(["hydra"]).endswith(": pip install caco-ssl")
+
+
+def test_a_missing_requirement_is_said_in_a_sentence_and_another_missing_module_is_a_bug(capsys):
+    with pytest.raises(SystemExit) as end, errors.shown():
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    assert end.value.code == 2 and " has no torch, which caco needs; " in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError), errors.shown():
+        raise ModuleNotFoundError("No module named 'mine'", name="mine")
 
 
 def test_a_folder_of_a_modules_name_does_not_install_it(monkeypatch, tmp_path):

@@ -119,7 +119,7 @@ def test_a_job_that_is_refused_beside_the_results_of_another_has_failed(tmp_path
         (job.run_dir / "failure.txt").write_text("other images\n")
 
     (tmp_path / "run").mkdir()
-    with pytest.raises(SweepFailed, match="1 of 1 jobs have failed:\n.*\n    other images\n"):
+    with pytest.raises(SweepFailed, match="1 of 1 job has failed:\n.*\n    other images\n"):
         follow(AtOnce(ends), [Job((), tmp_path / "run")], tmp_path)
 
 

@@ -13,6 +13,7 @@ import pytest
 from tiny import TINY
 
 from caco import results
+from caco.runs.directory import record_stop
 from caco.tracking import comparison, recorded
 
 SCORES = {(64, 0): 50.0, (64, 1): 54.0, (128, 0): 60.0, (128, 1): 70.0}
@@ -140,14 +141,19 @@ def test_runs_that_have_not_finished_stand_with_their_state_and_its_reason(runs,
         (runs / "d" / name).write_text("{}")
     write(runs / "e", seed=8)
     (runs / "e" / "summary.json").write_text("{")
+    write(runs / "f", status="KILLED", seed=9)
+    record_stop(runs / "f", "stopped by SIGTERM after step 3 of 12, which is saved")
     rows = {row[-1]: row[-2] for row in shown(capsys, "--columns", "seed") if row[-1].startswith("runs/")}
-    assert {name: rows[f"runs/{name}"] for name in "abcde"} == {
+    assert {name: rows[f"runs/{name}"] for name in "abcdef"} == {
         "a": "failed", "b": "killed", "c": "incomplete", "d": "begun", "e": "damaged",
+        "f": "stopped",
     }  # fmt: skip
     assert rows["runs/64-0"] == "finished"
     results.main(["runs"])
     out = capsys.readouterr().out
     assert "runs/a: the loss is nan at step 3" in out and "runs/c: eval.knn failed: no room" in out
+    told = "stopped by SIGTERM after step 3 of 12, which is saved; the same command goes on from there"
+    assert f"runs/f: {told}" in out
 
 
 def test_a_setting_that_follows_from_one_that_is_shown_is_left_out_and_paths_always_are(tmp_path):

@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from caco.installed import BASICS
+
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 TORCH, NEEDS, CACO, MLFLOW, REST = (
     "torch torchvision",
     "@ @analysis",
     "--no-deps -e .",
-    "@mlflow",
+    "@mlflow hydra-core omegaconf",
     "@slurm @dense @test",
 )
 
@@ -76,6 +78,9 @@ def test_the_demo_gets_what_it_needs_and_everything_else_comes_later_and_nothing
 
 def test_the_dashboard_alone_needs_no_torch(made):
     assert made("dashboard")[0] == [MLFLOW]
+    assert set(BASICS) == {"hydra", "numpy", "omegaconf"}, (
+        "MLflow brings NumPy, and make dashboard has to bring the rest"
+    )
 
 
 def test_all_is_done_again_by_make_b_and_when_what_it_is_made_from_changes(made):

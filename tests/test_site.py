@@ -64,6 +64,16 @@ def names(settings, prefix: str) -> list[str]:
     return found
 
 
+def test_the_pictures_of_the_site_are_those_that_the_script_takes_and_are_small():
+    script = (ROOT / "scripts" / "site" / "pictures.sh").read_text()
+    pages = re.search(r"pages=\(\n(.*?)\n\)", script, re.DOTALL)[1].split()
+    pictures = {f"{page.replace('/', '_')}.png" for page in pages}
+    assert len(pictures) == 10 and pictures == {path.name for path in (ROOT / "docs" / "site").iterdir()}
+    shown = re.findall(r"\]\(site/(\w+\.png)\)", (ROOT / "docs" / "looks.md").read_text())
+    assert sorted(shown) == sorted(pictures)
+    assert sum((ROOT / "docs" / "site" / name).stat().st_size for name in pictures) < 2_000_000
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_every_option_stands_there_with_all_its_settings(site):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from caco import distributed
 from caco.errors import UserError
+from caco.saying import amount
 
 
 class UnusableError(UserError):
@@ -68,9 +69,10 @@ def refuse(q_GD: Tensor, w_RD: Tensor, first_row: int) -> None:
     found = distributed.all_objects([(first_row + int(row), float(norm_R[row])) for row in rows[:1]] + [len(rows)])
     first = next((report[0] for report in found if len(report) > 1), None)
     if first is not None:
+        num_rows = sum(report[-1] for report in found)
         raise UnusableError(
-            f"{sum(report[-1] for report in found)} rows of the bank have no direction; the first is row {first[0]}, "
-            f"whose norm is {first[1]}: expected finite norms above zero; try a lower bank_learning.lr"
+            f"{amount(num_rows, 'row')} of the bank {'has' if num_rows == 1 else 'have'} no direction; the first is row"
+            f" {first[0]}, whose norm is {first[1]}: expected finite norms above zero; try a lower bank_learning.lr"
         )
     norm_G = q_GD.norm(dim=1)
     _refuse_queries(norm_G)

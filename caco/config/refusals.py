@@ -19,7 +19,7 @@ from caco.config.schema import ROOTS
 from caco.config.signatures import find
 from caco.config.validation import SUPPLIED
 from caco.errors import UserError
-from caco.installed import command_to_install, is_installed
+from caco.installed import is_installed, to_install
 from caco.redaction import OF_SECRETS, holds_secret, redacted, shortened
 from caco.runs import renamed
 
@@ -193,10 +193,7 @@ def _explain_key(key: str, overrides: Sequence[str], root: str, *, in_defaults_l
                 return f"{inner} is not set by the chosen {parent}; to add it, write +{key}={value}"
             return f"{key} is not set by the chosen {parent}, which does accept it: write +{key}={value}"
         if key in _OF_MLFLOW and not is_installed("mlflow"):
-            return (
-                f"{key}: applies to tracking=mlflow, and MLflow is not installed; to install it:"
-                f" {command_to_install('mlflow')}"
-            )
+            return f"{key}: applies to tracking=mlflow, and MLflow is not installed{to_install('mlflow')}"
         near = nearest(name, [str(item) for item in node])
         return f"{key}: no such key{near or nearest(key, known)} {parent} has: {', '.join(map(str, node))}"
     if parent and cfg is not None and parent in ROOTS[root].__dataclass_fields__:
@@ -216,13 +213,29 @@ def _explain_type(error: ValidationError) -> str:
 
 
 def _compose_without(key: str, overrides: Sequence[str], root: str) -> DictConfig | None:
-    """The configuration made by all overrides but those of `key`, to look up names that the user may have meant; None
-    if these cannot be composed either."""
+    """The configuration made by the overrides but those of `key`, to look up names that the user may have meant.
+
+    If another override is wrong too, only the existing options that the command line chooses count; and if these do not
+    go together, nothing of the command line. None if conf/ itself cannot be composed.
+    """
     others = [item for item in overrides if item.lstrip("+~").partition("=")[0] != key]
-    try:
-        return compose(others, root)
-    except (*COMPOSITION_ERRORS, ValueError):
-        return None
+    for kept in (others, _existing_options(others), []):
+        try:
+            return compose(kept, root)
+        except (*COMPOSITION_ERRORS, ValueError):
+            continue
+    return None
+
+
+def _existing_options(overrides: Sequence[str]) -> list[str]:
+    """The overrides that choose existing options of groups; of several for one group, the last."""
+    kept = {}
+    for item in overrides:
+        group, _, chosen = item.partition("=")
+        options = [name.strip() for name in chosen.strip("[]").split(",")]
+        if group in groups() and set(options) <= {*groups()[group], ""}:
+            kept[group] = item
+    return list(kept.values())
 
 
 def _selected(cfg: DictConfig, key: str) -> Any:

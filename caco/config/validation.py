@@ -18,10 +18,11 @@ from caco.config import channels_needed, folders, no_effect, signatures, views_n
 from caco.config.annotations import argument_mismatches
 from caco.config.schema import COMPONENTS, AnyRoot, Root
 from caco.errors import UserError
-from caco.installed import command_to_install, is_installed
+from caco.installed import is_installed, to_install
 from caco.redaction import OF_SECRETS, holds_secret, names_secret, shortened
 from caco.runs import renamed
 from caco.runs.identity import file_digest, flat, plain
+from caco.saying import amount
 
 FORMATS = (  # of weights files, read by caco/nn/formats.py
     "caco", "adco", "moco", "torchvision", "timm", "transformers", "vissl", "dino", "dinov2", "lightly",
@@ -264,11 +265,11 @@ def _continued(tree: dict[str, Any], problems: list[str], demand: Callable[[str,
         "continued_schedule", schedule in ("restart", "planned"),
         "restart (a new schedule over the added epochs) or planned (the schedule of all epochs, from where RUN ended)",
     )  # fmt: skip
-    demand("epochs", epochs > before, f"more than the {before:g} epochs of {run}, which are counted too")
+    demand("epochs", epochs > before, f"more than the {amount(before, 'epoch')} of {run}, which count too")
     if schedule == "restart" and before != int(before):
         problems.append(
-            f"continued_schedule: {run} ended within an epoch, after {before:g} epochs, and a new schedule can start"
-            " only with a whole epoch; expected planned"
+            f"continued_schedule: {run} ended within an epoch, after {amount(before, 'epoch')}, and a new schedule can"
+            " start only with a whole epoch; expected planned"
         )
 
 
@@ -300,7 +301,8 @@ def _root_of_the_pretrained(tree: dict[str, Any]) -> list[str]:
         )
         if (tree["to"] or "").endswith(".parquet") and not is_installed("pyarrow"):
             problems.append(
-                "to: a .parquet file needs pyarrow, which is not installed: pip install pyarrow, or use to=FILE.npz"
+                f"to: a .parquet file needs pyarrow, which is not installed{to_install(package='pyarrow')}; or use"
+                " to=FILE.npz"
             )
         unreadable = tree["loader"].get("corrupt", "fail") if isinstance(tree["loader"], dict) else "fail"
         if unreadable != "fail":
@@ -385,8 +387,8 @@ def _not_installed(tree: dict[str, Any]) -> list[str]:
     package = missing_package(tree.get("tracking", {}))
     if package is None:
         return []
-    name, how = ("MLflow", command_to_install("mlflow")) if package == "mlflow" else (package, f"pip install {package}")
+    name, how = ("MLflow", to_install("mlflow")) if package == "mlflow" else (package, to_install(package=package))
     return [
-        f"tracking={package}: {name} is not installed; to install it: {how}; or leave tracking out: "
+        f"tracking={package}: {name} is not installed{how}; or leave tracking out: "
         "the ledger keeps everything, and python -m caco.tracking.sync can send it later"
     ]

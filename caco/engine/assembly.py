@@ -378,7 +378,7 @@ def run_training(
             num_test=len(splits.test or ()) if cfg.eval else 0,
             choices=label.choices, bank_rows=rows, batch=cfg.batch, epochs=cfg.epochs,
             warm_start_steps=trainer.training_starts, steps_per_epoch=run.steps_per_epoch,
-            processes=distributed.world(), device=device.type, run_dir=run_dir,
+            processes=distributed.world(), device=device.type, run_dir=run_dir, total_steps=trainer.total_steps,
         )  # fmt: skip
         print(message, file=sys.stderr)
         start.say(always=cfg.profile)

@@ -26,7 +26,7 @@ from caco.engine.evaluating import load_pretrained
 from caco.errors import FileError, UserError
 from caco.evals.features import FeatureStore
 from caco.runs.paths import expanded
-from caco.saying import Sometimes, clock, doing
+from caco.saying import Sometimes, amount, clock, doing
 
 ROWS = 8192  # feature rows written at a time
 
@@ -80,7 +80,7 @@ def run_embedding(cfg: DictConfig, location: Location | None, to: Path, aside: P
             shutil.rmtree(aside, ignore_errors=True)
             number = sum(len(source) for source in sources)
             done = f"finished in {clock(time.monotonic() - began)}" if there is None else f"finished already on {there}"
-            print(f"caco: {done}: {to} (features of {number:,} images)", file=sys.stderr)
+            print(f"caco: {done}: {to} (features of {amount(number, 'image')})", file=sys.stderr)
     finally:
         distributed.stop()
 

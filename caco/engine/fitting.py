@@ -21,6 +21,7 @@ from caco.data.sets.sources import Splits
 from caco.errors import UserError
 from caco.runs.directory import is_first_rank
 from caco.runs.identity import plain
+from caco.saying import amount
 
 FOLDERS = "caco.data.sets.folders"  # sets in this module can be counted without opening their files
 IN_WHEELS = ("digits", "photo_tiles")  # sets in that module which come with scikit-learn and are small
@@ -115,7 +116,7 @@ def fit(
             f"batch: expected at most {num_train:,}, the number of training images of {splits.pretrain.name}, got"
             f" {batch:,}"
             + (
-                f"; batch={largest} leaves {num_train // largest} steps an epoch"
+                f"; batch={largest} leaves {amount(num_train // largest, 'step')} an epoch"
                 if largest >= 2
                 else "; give more images"
             )
@@ -133,11 +134,13 @@ def _warmup(tree: Mapping[str, Any], given: Given, found: Fit) -> None:
         return
     if given(key):
         found.problems.append(
-            f"{key}: expected less than the {epochs:g} epochs of the schedule, got {length:g}; 0 means no warm-up"
+            f"{key}: expected less than the {amount(epochs, 'epoch')} of the schedule, got {length:g}; 0 means no"
+            " warm-up"
         )
     else:
         found.derived[f"{key}={WARMUP_SHARE * epochs:g}"] = (
-            f"{length:g} epochs of warm-up do not fit into {epochs:g} epochs; this is a tenth of them"
+            f"a warm-up of {amount(length, 'epoch')} does not fit into {amount(epochs, 'epoch')}; this is a tenth of"
+            " that"
         )
 
 

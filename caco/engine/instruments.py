@@ -12,6 +12,7 @@ import torch
 
 from caco import distributed
 from caco.runs.files import write_json
+from caco.saying import amount
 
 WAIT, WARM_UP, TRACED = 2, 2, 6  # numbers of steps for torch's profiler; the steps after these are timed part by part
 
@@ -166,7 +167,9 @@ class Profile:
             return ["the shares of a step need more than 10 steps: give max_steps=40"]
         found = self._shares.as_dict()
         write_json(self._folder / "shares.json", found)
-        head = f"where the time of a step goes, {found['ms_per_step']:.1f} ms, mean of {found['steps']} steps:"
+        head = (
+            f"where the time of a step goes, {found['ms_per_step']:.1f} ms, mean of {amount(found['steps'], 'step')}:"
+        )
         return [head, *(f"  {share:5.1f} %  {label}" for label, share in found["percent"].items())]
 
 

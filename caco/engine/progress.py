@@ -15,29 +15,43 @@ from typing import Any
 from tqdm import tqdm
 
 from caco import metrics
-from caco.saying import clock, doing, is_under_way
+from caco.saying import amount, clock, doing, is_under_way, per_second
+
+_SHOWS_ONLY = ". Less than an epoch only shows that everything runs: its accuracies may fall and say little"
 
 
 def beginning(
     *, data: str, num_train: int, num_test: int, choices: Mapping[str, str], bank_rows: int, batch: int,
     warm_start_steps: int,
     epochs: int, steps_per_epoch: int, processes: int, device: str, run_dir: Path,
+    total_steps: int | None = None,
 ) -> str:  # fmt: skip
-    """Lines that say what is about to run, for how long, and where its results will be."""
+    """Lines that say what is about to run, for how long, and where its results will be.
+
+    Args:
+        total_steps: the number of steps after which the run stops; None: after its last epoch.
+    """
     shown = [
         group
         for group in ("method", "pn", "negatives", "backbone", "augmentation")
         if choices.get(group) not in (None, "", "plain")
     ]
     parts = [f"{group} {choices[group]}" for group in shown]
-    bank = f", a bank of {bank_rows:,} rows" if bank_rows else ""
-    warm_start = f"{warm_start_steps:,} steps of warm start, then " if warm_start_steps else ""
-    tested = f", {num_test:,} images to evaluate with" if num_test else ""
+    bank = f", a bank of {amount(bank_rows, 'row')}" if bank_rows else ""
+    warm_start = f"{amount(warm_start_steps, 'step')} of warm start, then " if warm_start_steps else ""
+    tested = f", {amount(num_test, 'image')} to evaluate with" if num_test else ""
     where = device if processes == 1 else f"{processes} processes, {device}"
+    planned = warm_start_steps + epochs * steps_per_epoch
+    stops = ""
+    if total_steps is not None and total_steps < planned:
+        stops = f"caco: stops:   after {total_steps:,} of these {amount(planned, 'step')}, because of max_steps"
+        stops += _SHOWS_ONLY if total_steps < warm_start_steps + steps_per_epoch else ""
+        stops += "\n"
     return (
-        f"caco: data:    {data}, {num_train:,} images to learn from without their labels{tested}\ncaco: method: "
-        f" {', '.join(parts)}{bank}\ncaco: length:  {warm_start}{epochs:,} epochs of {steps_per_epoch:,} steps,"
-        f" {batch:,} images a step, on {where}\ncaco: results: {run_dir}"
+        f"caco: data:    {data}, {amount(num_train, 'image')} to learn from without their labels{tested}\n"
+        f"caco: method:  {', '.join(parts)}{bank}\n"
+        f"caco: length:  {warm_start}{amount(epochs, 'epoch')} of {amount(steps_per_epoch, 'step')},"
+        f" {amount(batch, 'image')} a step, on {where}\n{stops}caco: results: {run_dir}"
     )
 
 
@@ -58,6 +72,8 @@ def ending(
         settings: settings of these evaluators, as overrides, where they differ from those of the evaluators' options.
     """
     lines = [f"caco: finished in {clock(seconds)}: {run_dir}{_results(summary)}"]
+    if summary.get("epochs", epochs) < min(epochs, 1):
+        lines += [f"caco: stopped after {amount(summary['steps'], 'step')}, because of max_steps{_SHOWS_ONLY}"]
     if failed := summary.get("failed_evaluations"):
         lines += [f"caco: {len(failed)} evaluation{'s' * (len(failed) > 1)} failed:"]
         lines += [f"caco:   {one['message'].splitlines()[0]}" for one in failed]
@@ -224,12 +240,14 @@ class Progress:
             self.bar.update(1)
             if loss is not None:
                 self.bar.set_postfix_str(
-                    f"{where}, loss {loss:.3f}, {self.images_per_second(step):.0f} images/s", refresh=False
+                    f"{where}, loss {loss:.3f}, {per_second(self.images_per_second(step))} images/s", refresh=False
                 )
         elif self.enabled and loss is not None and time.monotonic() >= self.next_line:
             rate = self.images_per_second(step)
             left = (self.total - step) * self.batch / rate
-            self.say(f"step {step}/{self.total} ({where}): loss {loss:.4f}, {rate:.0f} images/s, {clock(left)} left")
+            self.say(
+                f"step {step}/{self.total} ({where}): loss {loss:.4f}, {per_second(rate)} images/s, {clock(left)} left"
+            )
             self.next_line = time.monotonic() + self._pause_s()
 
     def say(self, text: str) -> None:

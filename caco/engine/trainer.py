@@ -28,7 +28,7 @@ from caco.evals.evaluation import Evaluation
 from caco.methods.base import Method, Now, Outputs, Phase
 from caco.methods.diagnostics import Signs
 from caco.runs.checkpoint import Checkpoints
-from caco.saying import clock, doing
+from caco.saying import amount, clock, doing
 from caco.schedules import RunShape
 from caco.tracking.base import Row, Tracker
 
@@ -239,8 +239,8 @@ class Trainer:
                     self._log_epoch(ended, progress)
                 if phase_over:
                     progress.say(
-                        f"{now.phase.capitalize()} finished: {now.step_in_phase + 1} steps. Training starts with"
-                        " epoch 1."
+                        f"{now.phase.capitalize()} finished: {amount(now.step_in_phase + 1, 'step')}. Training starts"
+                        " with epoch 1."
                     )
                     self.epoch_sums.clear()
                 if last or phase_over or (ended is not None and (ended + 1) % self.eval_every_epochs == 0):
@@ -345,7 +345,9 @@ class Trainer:
         ended = next(
             (p for p, first in zip(self.phases, self.first_step[1:], strict=False) if first == self.step), None
         )
-        after = f"the {ended.name}" if ended else f"{round(self.epochs_done(), 2):g} of {self.run.epochs} epochs"
+        after = (
+            f"the {ended.name}" if ended else f"{round(self.epochs_done(), 2):g} of {amount(self.run.epochs, 'epoch')}"
+        )
 
         def failed(name: str, error: Exception) -> None:
             if distributed.is_main() and not is_for_user(error):

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.conf import HydraConf
 
 from caco.config import continued
-from caco.runs.identity import is_neutral, key_of
+from caco.runs.identity import as_typed, is_neutral, key_of
 
 SWEEP = "CACO_SWEEP"  # the environment variable that tells a job, wherever it runs, to which sweep it belongs
 
@@ -48,7 +48,7 @@ def label(hydra_cfg: HydraConf) -> Label:
 
 def title(overrides: Iterable[str], *, limit: int = 200) -> str:
     """The overrides of a command line as typed, without those that cannot change a number."""
-    return " ".join(item for item in overrides if not is_neutral(key_of(item)))[:limit] or "default"
+    return " ".join(item for item in as_typed(overrides) if not is_neutral(key_of(item)))[:limit] or "default"
 
 
 def sweep_label(overrides: Iterable[str], keys: Iterable[str], num_jobs: int) -> str:

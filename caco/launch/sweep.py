@@ -23,6 +23,7 @@ from caco.launch.local import Local
 from caco.launch.slurm import ENDED, Slurm
 from caco.launch.snapshot import snapshot
 from caco.runs.files import last_line, read_json, write_json
+from caco.saying import amount
 from caco.tracking import recorded
 
 
@@ -164,7 +165,7 @@ def _say(job: Job, what: str) -> None:
 
 
 def _report(jobs: list[Job], failed: list[Job], states: dict[str, str]) -> str:
-    lines = [f"{len(failed)} of {len(jobs)} jobs have failed:"]
+    lines = [f"{len(failed)} of {amount(len(jobs), 'job')} {'has' if len(failed) == 1 else 'have'} failed:"]
     for job in failed:
         submitted = read_json(job.run_dir / "job.json")
         failure = job.run_dir / "failure.txt"

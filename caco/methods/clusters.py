@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from caco import distributed
 from caco.errors import UserError
-from caco.installed import is_installed
+from caco.installed import is_installed, to_install
 
 Library = Literal["sklearn", "faiss"]
 
@@ -162,5 +162,6 @@ def check(num_images: int, numbers: list[int], library: str) -> None:
         )
     if library == "faiss" and not is_installed("faiss"):
         raise UserError(
-            "method.library=faiss: faiss is not installed; run pip install faiss-cpu, or choose method.library=sklearn"
+            f"method.library=faiss: faiss is not installed{to_install(package='faiss-cpu')}; or choose"
+            " method.library=sklearn"
         )

@@ -61,7 +61,8 @@ def open_run(run_dir: Path | str, cfg: DictConfig | Mapping[str, Any], code: Map
     else:
         _name_what_is_left_behind(run_dir, cfg)
         write_config(run_dir, cfg)
-    (run_dir / "failure.txt").unlink(missing_ok=True)
+    for name in ("failure.txt", "stopped.txt"):
+        (run_dir / name).unlink(missing_ok=True)
     if not (run_dir / "summary.json").exists():  # a finished run keeps the record of where it ran
         write_environment(run_dir, code)
 
@@ -81,8 +82,8 @@ def _version(run_dir: Path) -> str:
 
 
 def _name_what_is_left_behind(run_dir: Path, cfg: DictConfig | Mapping[str, Any]) -> None:
-    """Report if an earlier version has begun the same run in a directory beside this one, with another hash in its
-    name.
+    """Report if the same run was begun in a directory beside this one: by an earlier version with another hash in its
+    name, or with other words and the same hash.
     """
     words, _, _ = run_dir.name.rpartition("-")
     for other in sorted(run_dir.parent.glob(f"{glob.escape(words)}-*")) if words else ():
@@ -90,6 +91,15 @@ def _name_what_is_left_behind(run_dir: Path, cfg: DictConfig | Mapping[str, Any]
             print(
                 f"caco: {other} is the same run made by {_version(other)}, which cannot be continued: it starts anew in"
                 f" {run_dir}",
+                file=sys.stderr,
+            )
+    digits = run_hash(cfg)
+    for other in sorted(run_dir.parent.glob(f"*-{digits}")) if run_dir.name.endswith(f"-{digits}") else ():
+        if other != run_dir and (other / "config.yaml").is_file() and not renamed.is_old(other):
+            print(
+                f"caco: {other} is the same run, begun with other words or by an earlier version; here it starts anew"
+                f" in {run_dir.name}. To go on with the other one instead, stop this run and add"
+                f" {shlex.quote(f'hydra.run.dir={other}')}",
                 file=sys.stderr,
             )
 
@@ -114,6 +124,12 @@ def record_failure(run_dir: Path, text: str) -> None:
     """Write failure.txt unless another rank has: the first failure is the cause, later ones follow from it."""
     with contextlib.suppress(OSError), open(run_dir / "failure.txt", "x", encoding="utf-8") as file:
         file.write(redacted(text.rstrip()) + "\n")
+
+
+def record_stop(run_dir: Path, text: str) -> None:
+    """Write stopped.txt, which says that the run obeyed a signal to stop and has saved itself."""
+    with contextlib.suppress(OSError):
+        write_text(run_dir / "stopped.txt", f"{text}; the same command goes on from there\n")
 
 
 def discard(run_dir: Path) -> bool:

@@ -212,6 +212,15 @@ def _digest(file: Path, size: int, changed_ns: int) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()[:16]
 
 
+def as_typed(overrides: Iterable[str]) -> list[str]:
+    """The overrides without those that were derived (caco/engine/fitting.py), which an override `derived=[...]` among
+    them names.
+    """
+    overrides = list(overrides)
+    named = {name for item in overrides if key_of(item) == "derived" for name in re.findall(r"[\w.]+", item)}
+    return [item for item in overrides if key_of(item) not in named]
+
+
 def short_name(overrides: Iterable[str], *, limit: int = 160) -> str:
     """The overrides of a command line as one readable word that is safe in a path, a shell and a Hydra override.
 
@@ -227,8 +236,10 @@ def short_name(overrides: Iterable[str], *, limit: int = 160) -> str:
 
 
 def run_name(cfg: DictConfig) -> str:
-    """The last part of a run's directory: its overrides and the identity's hash. cfg includes Hydra's own settings."""
-    return f"{short_name(cfg.hydra.overrides.task)}-{run_hash(cfg)}"
+    """The last part of a run's directory: its overrides as typed and the identity's hash, to which derived settings
+    belong too. cfg includes Hydra's own settings.
+    """
+    return f"{short_name(as_typed(cfg.hydra.overrides.task))}-{run_hash(cfg)}"
 
 
 def key_of(override: str) -> str:

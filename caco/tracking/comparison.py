@@ -17,6 +17,7 @@ from typing import Any
 from caco import metrics
 from caco.errors import UserError
 from caco.runs.identity import is_neutral
+from caco.saying import amount
 from caco.sheets import Sheet, Spread, as_markdown, as_text, number, spread
 from caco.tracking.recorded import Outline, typed
 
@@ -228,7 +229,7 @@ def table(
     if format == "text":  # left-align the paths and their heading
         width = max(len(line[-1]) for line in (heads, *lines))
         heads, lines = [*heads[:-1], heads[-1].ljust(width)], [[*line[:-1], line[-1].ljust(width)] for line in lines]
-    sheet = Sheet(title or f"{len(runs)} runs", [("", len(heads))], heads, lines, notes)
+    sheet = Sheet(title or amount(len(runs), "run"), [("", len(heads))], heads, lines, notes)
     if format == "markdown":
         return as_markdown(sheet)
     return re.sub(r"\n{2,}", "\n\n", as_text(sheet).rstrip(), count=1)

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 from caco.errors import UserError, shown
-from caco.installed import is_installed
+from caco.installed import is_installed, to_install
 from caco.runs.files import write_text
 from caco.runs.paths import expanded
+from caco.saying import amount
 from caco.tracking import recorded
 from caco.tracking.fed import Feed
 from caco.tracking.store import first_line
@@ -57,7 +58,7 @@ def send(feed: Feed, run_dir: Path) -> str:
         status, summary = last_status(run_dir)
         if status != "RUNNING":
             feed.end(status, summary)
-        return f"{count} points ({status})"
+        return f"{amount(count, 'point')} ({status})"
     except BlockingIOError:
         return "skipped: a running process is sending it"
     finally:
@@ -78,11 +79,13 @@ def main(arguments: list[str] | None = None) -> int:
     with shown():
         run_dirs = find_runs(options.run_dirs)
         if options.csv:
-            print(f"{options.csv}: {write_csv(run_dirs, options.csv):,} numbers of {len(run_dirs)} runs")
+            print(
+                f"{options.csv}: {amount(write_csv(run_dirs, options.csv), 'number')} of {amount(len(run_dirs), 'run')}"
+            )
             return 0
         package = "tensorboard" if options.tensorboard else "wandb"
         if not is_installed(package):
-            raise UserError(f"{package} is not installed; to install it: pip install {package}")
+            raise UserError(f"{package} is not installed{to_install(package=package)}")
         from caco.tracking.tensorboard import TensorBoardFeed
         from caco.tracking.wandb import WandbFeed, require_login
 

@@ -40,10 +40,10 @@ def read(run_dir: Path) -> Recorded:
 class Outline:
     """A run as one of many: what is known without reading its ledger.
 
-    run_dir: its directory. state: finished, running, killed, failed, incomplete (an evaluation at its end is missing),
-    begun (it has not reached its first step), damaged. note: why it failed or what it lacks, or "". options: group ->
-    option with which it was started, as far as recorded. settings: the leaves of its configuration by today's dotted
-    names. summary: {} before its end.
+    run_dir: its directory. state: finished, running, stopped (by a signal, after saving), killed, failed, incomplete
+    (an evaluation at its end is missing), begun (it has not reached its first step), damaged. note: why it stopped or
+    failed, or what it lacks, or "". options: group -> option with which it was started, as far as recorded. settings:
+    the leaves of its configuration by today's dotted names. summary: {} before its end.
     """
 
     run_dir: Path
@@ -112,8 +112,7 @@ def _outline(run_dir: Path) -> Outline:
     if names.is_old:  # only the ledger tells which of its numbers were measured while training
         run = read(run_dir)
         names, summary = Names.of(run_dir), run.summary
-    failure = run_dir / "failure.txt"
-    note = failure.read_text(encoding="utf-8", errors="replace").strip().splitlines() if failure.is_file() else []
+    note = _lines(run_dir / "failure.txt")
     missing = metrics.missing_at_the_end(summary) if summary else []
     if summary:
         state = "incomplete" if missing else "finished"
@@ -121,10 +120,21 @@ def _outline(run_dir: Path) -> Outline:
         state = "failed"
     else:
         state = last_status(run_dir)[0].lower() if about else "begun"
+        if state == "killed" and (note := _lines(run_dir / "stopped.txt")):
+            state = "stopped"
     why = (missing or note)[-1] if missing or note else ""
     return Outline(
-        run_dir, state, why if state in ("failed", "incomplete") else "", options, flat(names.config), summary
+        run_dir,
+        state,
+        why if state in ("failed", "incomplete", "stopped") else "",
+        options,
+        flat(names.config),
+        summary,
     )
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8", errors="replace").strip().splitlines() if file.is_file() else []
 
 
 def typed(text: Any) -> Any:

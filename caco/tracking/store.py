@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from caco.errors import FileError, UserError
-from caco.installed import command_to_install, is_installed
+from caco.installed import is_installed, to_install
 from caco.redaction import completed, redacted
 from caco.runs.files import locked, read_json
 from caco.runs.identity import flat, read_recorded
@@ -30,7 +30,7 @@ _ENVIRONMENT = {
 def require_mlflow() -> None:
     """Raise UserError, with the command to install it, if MLflow is not installed. Does not import it."""
     if not is_installed("mlflow"):
-        raise UserError(f"MLflow is not installed; to install it: {command_to_install('mlflow')}")
+        raise UserError(f"MLflow is not installed{to_install('mlflow')}")
 
 
 def resolve_uri(uri: str | None) -> str:

@@ -20,6 +20,7 @@ from caco.redaction import redacted
 from caco.runs import renamed
 from caco.runs.files import process_start, read_json
 from caco.runs.paths import expanded
+from caco.saying import amount
 from caco.tracking.feed import Feed, has_new_model, new_files, refresh_sweep
 from caco.tracking.ledger import Ledger
 from caco.tracking.store import connect, first_line, import_mlflow, own_uri, require_mlflow, resolve_uri
@@ -101,7 +102,7 @@ def sync_run(run_dir: Path, *, uri: str | None = None, experiment: str | None = 
     is_complete = is_complete and not new_files(run_dir, mark) and not has_new_model(run_dir, mark)
     is_complete = is_complete and (mark.has_todays_names or not renamed.is_old(run_dir))
     is_complete = is_complete and mark.closed == status and mark.uri == redacted(uri)
-    complete = f"complete ({status}, {num_rows} rows in {redacted(uri)})"
+    complete = f"complete ({status}, {amount(num_rows, 'row')} in {redacted(uri)})"
     if is_complete and not check:
         return complete
     about = read_json(run_dir / "tracking.json")
@@ -123,7 +124,7 @@ def sync_run(run_dir: Path, *, uri: str | None = None, experiment: str | None = 
             )
     finally:
         feed.release()
-    return f"sent {num_sent} rows of {feed.mark.sent} to {redacted(uri)} ({status}, run {feed.mark.run_id})"
+    return f"sent {amount(num_sent, 'row')} of {feed.mark.sent} to {redacted(uri)} ({status}, run {feed.mark.run_id})"
 
 
 def sync(

@@ -55,9 +55,14 @@ def _published(method: str) -> list[str]:
         note = f" ({row.note})" if row.note else ""
         if numbers or note:
             lines.append(
-                f"| {of.table} | {prose(row.label)} | {', '.join(sizes)} | {prose(', '.join(numbers) + note)} |"
+                f"| {_name(of)} | {prose(row.label)} | {', '.join(sizes)} | {prose('; '.join(numbers) + note)} |"
             )
     return lines
+
+
+def _name(of: Table) -> str:
+    """A table of the paper by its number, any other by the name under which experiments.run takes it."""
+    return of.table if of.id.startswith("table") else f"`{of.id}`"
 
 
 def _sizes(row: Row) -> list[tuple[str, int | None]]:
@@ -76,7 +81,7 @@ def _ours(method: str) -> list[str]:
                 if values := one.values(metric):
                     shown = spread(Spread.of_some(values.values()), percent=metrics.is_percent(metric))
                     numbers.append(f"{heading(metric)} {shown}")
-            label = f"{one.experiment.row.label}, Table {of.table}"
+            label = f"{one.experiment.row.label}, table {_name(of)}"
             lines.setdefault(key, f"| {scale.id} | {label} | {len(one.by_seed)} | {', '.join(numbers)} |")
     return list(lines.values())
 

@@ -219,7 +219,7 @@ def test_threads_do_not_change_what_is_chosen_and_nothing_by_more_than_rounding(
             lambda q, w: w.index_fill_(0, torch.tensor([17, 200]), 0.0),
             "2 rows of the bank have no direction; the first is row 17, whose norm is 0.0",
         ),
-        (lambda q, w: w[5].fill_(float("inf")), "1 rows of the bank.* row 5, whose norm is inf"),
+        (lambda q, w: w[5].fill_(float("inf")), "1 row of the bank has no direction; .* row 5, whose norm is inf"),
         (
             lambda q, w: q[3].fill_(float("nan")),
             "1 of 20 queries are not finite unit vectors.* query 3, whose norm is nan",

@@ -14,6 +14,8 @@ from caco.config import composition
 from caco.data.sets import walking
 from caco.engine import fitting
 from caco.errors import UserError
+from caco.launch import labels
+from caco.runs import directory
 from caco.runs.identity import identity, plain, run_hash
 
 LABELLED = "{kind}: expected labelled training and test images"
@@ -92,6 +94,27 @@ def test_what_is_derived_makes_a_run_that_can_be_composed_again_and_is_marked_in
     assert run_hash(cfg) == run_hash(said), "derived and given settings make the same run"
 
 
+def test_the_name_of_a_run_has_what_was_typed_and_its_hash_what_was_derived(images):
+    words = ["data=folder", f"data.root={images / 'flat'}", "tracking=ledger", "batch=16", "epochs=5"]
+    checked = train.check_command(words, multirun=False, look=True)
+    cfg = composition.compose([*words, *checked.derived])
+    (folder,) = checked.folders
+    assert checked.derived and folder.name == f"batch-16_data-folder_epochs-5-{run_hash(cfg)}"
+    assert labels.title([*words, *checked.derived]) == "data=folder batch=16 epochs=5"
+    assert run_hash(cfg) != run_hash(composition.compose(words)), "the derived settings still distinguish runs"
+
+
+def test_the_same_run_under_another_name_is_pointed_out(images, tmp_path, capsys):
+    """As a run that an earlier version began, whose name contained the derived settings too."""
+    words = ["data=folder", f"data.root={images / 'flat'}", "tracking=ledger", "batch=16", "epochs=5"]
+    cfg = composition.compose([*words, *train.check_command(words, multirun=False, look=True).derived])
+    former, today = tmp_path / f"batch-16_eval-geometry-{run_hash(cfg)}", tmp_path / f"batch-16-{run_hash(cfg)}"
+    directory.write_config(former, composition.job_config(cfg))
+    directory.open_run(today, composition.job_config(cfg))
+    told = capsys.readouterr().err
+    assert f"caco: {former} is the same run, " in told and f"add hydra.run.dir={former}" in told
+
+
 @pytest.mark.parametrize(
     ("folder", "given", "expected"),
     [
@@ -115,7 +138,7 @@ def test_what_is_derived_makes_a_run_that_can_be_composed_again_and_is_marked_in
         (
             "flat",
             ["eval=[]"],
-            ["batch: expected at most 30, the number of training images of folder, got 1,024; batch=16 leaves 1 steps"],
+            ["batch: expected at most 30, the number of training images of folder, got 1,024; batch=16 leaves 1 step"],
         ),
         ("empty", ["eval=[]"], ["{root}: expected images"]),
         ("flat", ["preset=demo", "data=folder", "batch=16"], ["eval=[knn,probe]: expected labelled"]),

@@ -13,6 +13,7 @@ from tiny import BANK, TINY, compose, train
 
 from caco.engine import assembly
 from caco.engine.preemption import SIGNALS, Stop, Stopped
+from caco.tracking import recorded
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +89,11 @@ def test_a_killed_command_says_how_to_go_on_and_does(tmp_path, whole):
     assert code == 128 + signal.SIGTERM, errors
     told = r"caco: stopped by SIGTERM after step \d+ of 12, which is saved; the same command goes on from there\n"
     assert re.fullmatch(told, errors.splitlines(keepends=True)[-1]), errors
+    listed = recorded.outline(tmp_path)
+    assert listed.state == "stopped" and re.fullmatch(told, f"caco: {listed.note}\n")
     code, _, errors = Process(caco_train, *command).end()
     assert code == 0 and "caco: going on from" in errors
+    assert recorded.outline(tmp_path).state == "finished" and not (tmp_path / "stopped.txt").exists()
     assert_same(final(whole)["method"], final(tmp_path)["method"])
     assert record(whole) == record(tmp_path)
 

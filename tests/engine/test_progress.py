@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 from processes import Process, caco_train
@@ -15,7 +16,7 @@ from tiny import TINY, compose
 from caco import results, saying
 from caco.config import composition, continued, pretrained, validation
 from caco.engine.assembly import _set_otherwise
-from caco.engine.progress import Progress, ended_before, ending
+from caco.engine.progress import Progress, beginning, ended_before, ending
 from caco.runs.files import read_json
 
 
@@ -80,6 +81,50 @@ def test_a_step_that_takes_long_says_what_it_is_about(monkeypatch, terminal):
     lines = [line for line in stream.getvalue().splitlines() if "so far" in line]
     expected = [f"step 5/9: {what}, 0:00:00 so far" for what in ("waiting for its images", "computing")]
     assert sorted(set(lines)) == ([] if terminal else sorted(expected)), "on a terminal only the clock of the bar moves"
+
+
+def test_numbers_have_their_nouns_in_the_singular_or_the_plural():
+    numbers = [
+        saying.amount(number, noun) for number, noun in ((1, "epoch"), (0, "image"), (2.0, "process"), (0.5, "epoch"))
+    ]
+    assert (
+        numbers == ["1 epoch", "0 images", "2 processes", "0.5 epochs"]
+        and saying.amount(12_000, "row") == "12,000 rows"
+    )
+
+
+def test_slow_steps_are_said_with_decimals_and_fast_ones_without(monkeypatch):
+    assert [saying.per_second(rate) for rate in (0.834, 1, 9.996, 14.24, 99.96, 1234.4)] == [
+        "0.83", "1.00", "10.0", "14.2", "100", "1,234",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    with contextlib.closing(Progress(total=9, done=3, batch=4, enabled=True)) as progress:
+        progress.next_line = 0.0
+        monkeypatch.setattr(progress, "images_per_second", lambda step: 1.26)
+        progress.step(4, "epoch 1 of 2", 0.5)
+    assert "loss 0.5000, 1.26 images/s, " in stream.getvalue()
+
+
+BEGINNING = {
+    "data": "digits/train", "num_train": 1, "num_test": 0, "choices": {"method": "byol"}, "bank_rows": 0, "batch": 64,
+    "warm_start_steps": 16, "epochs": 1, "processes": 1, "device": "cpu", "run_dir": Path("runs/x"),
+}  # fmt: skip
+
+
+def test_a_run_that_max_steps_cuts_within_its_first_epoch_says_that_it_only_shows_that_all_runs(tmp_path):
+    """As preset=smoke does."""
+    told = beginning(**BEGINNING, steps_per_epoch=21, total_steps=20)
+    assert "length:  16 steps of warm start, then 1 epoch of 21 steps, 64 images a step, on cpu\n" in told
+    assert "data:    digits/train, 1 image to learn" in told
+    assert "\ncaco: stops:   after 20 of these 37 steps, because of max_steps. Less than an epoch only shows" in told
+    told = beginning(**{**BEGINNING, "epochs": 2}, steps_per_epoch=2, total_steps=18)
+    assert "after 18 of these 20 steps, because of max_steps\n" in told, "here an epoch is trained"
+    assert "stops" not in beginning(**BEGINNING, steps_per_epoch=21, total_steps=37)
+    ended = {"summary": {"steps": 20, "epochs": 4 / 21}, "seconds": 1, "run_dir": tmp_path, "evaluators": []}
+    assert "\ncaco: stopped after 20 steps, because of max_steps. Less than an epoch only shows" in ending(
+        **ended, epochs=1
+    )
+    assert "stopped" not in ending(**{**ended, "summary": {"steps": 37, "epochs": 1.0}}, epochs=1)
 
 
 def test_a_failure_inside_is_that_failure():

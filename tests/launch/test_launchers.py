@@ -55,7 +55,7 @@ def test_a_local_sweep_goes_on_after_a_failure_names_it_and_is_not_done_twice(tm
     ]
     first = caco(*sweep, cwd=tmp_path)
     assert first.returncode == 1, first.stderr
-    assert "caco: 1 of 2 jobs have failed:\n" in first.stderr
+    assert "caco: 1 of 2 jobs has failed:\n" in first.stderr
     assert "got 2048. Lower batch or give more images." in first.stderr
     run = tmp_path / "runs" / "caco" / "b64"
     assert json.loads((run / "summary.json").read_text())["steps"] == 12

@@ -299,7 +299,7 @@ def test_settings_without_a_meaning_are_refused(settings, message):
 
 def test_faiss_where_it_is_missing_is_refused_with_how_to_have_it(monkeypatch):
     monkeypatch.setattr(clusters, "is_installed", lambda module: False)
-    with pytest.raises(ValueError, match="pip install faiss-cpu"):
+    with pytest.raises(ValueError, match="faiss is not installed; to install it: pip install faiss-cpu; or choose"):
         pcl(library="faiss")
 
 

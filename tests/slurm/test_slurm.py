@@ -135,7 +135,7 @@ def test_a_job_that_raises_is_failed_named_and_does_not_stop_the_others(preempte
     sweep, (code, errors), states = preempted
     assert states["batch-2048"] == "FAILED"
     assert code == 1
-    report = errors.partition("caco: 1 of 2 jobs have failed:\n")[2]
+    report = errors.partition("caco: 1 of 2 jobs has failed:\n")[2]
     assert str(sweep.run_dir("batch-2048")) in report
     assert "batch: expected at most the 1400 images of digits/train, got 2048" in report
     assert (sweep.run_dir("batch-2048") / "failure.txt").read_text().startswith("batch: expected at most the 1400")
@@ -260,7 +260,7 @@ def test_a_cancelled_job_stays_cancelled_and_the_same_command_submits_it_again(s
         and "the process ended without a result (CANCELLED)" in report
     )
     code, errors = swept(tmp_path, *wrong)
-    assert code == 1 and "caco: 1 of 2 jobs have failed:" in errors
+    assert code == 1 and "caco: 1 of 2 jobs has failed:" in errors
     assert (sweep.run_dir("batch-16") / "summary.json").exists()
     assert "going on from" in log_of(sweep.run_dir("batch-16")), (
         "the job must resume from what the cancelled one had saved"

@@ -114,7 +114,7 @@ def test_opening_it_sends_what_mlflow_lacks_and_saves_the_view_in_each_experimen
         tracker.log(1, {"knn20_top1": 50.0 + seed}, kind="eval")
         tracker.finish("FINISHED", {})
     first = dashboard.update(tmp_path / "runs", uri, named=True)
-    assert len(first) == 2 and all("sent 1 rows" in line for line in first)
+    assert len(first) == 2 and all("sent 1 row of 1" in line for line in first)
     assert dashboard.update(tmp_path / "runs", uri, named=True) == []
     from mlflow import MlflowClient
 

@@ -10,7 +10,7 @@ from caco.data.sets.folders import existing_root, in_memory, reduced, require_st
 from caco.data.sets.labels import whole_labels
 from caco.data.sets.sources import Splits
 from caco.errors import FileError, UserError, of_the_machine
-from caco.installed import is_installed
+from caco.installed import is_installed, to_install
 from caco.ranges import AboveZero, Count, Finite, Natural, NumChannels, ProperShare, Seed
 from caco.saying import doing
 
@@ -46,7 +46,7 @@ def huggingface(
     require_statistics_of(channels, mean, std)
     top = existing_root(root, example="data=huggingface")
     if not is_installed("datasets"):
-        raise UserError("data=huggingface: Hugging Face's datasets is not installed; to have it: pip install datasets")
+        raise UserError(f"data=huggingface: Hugging Face's datasets is not installed{to_install(package='datasets')}")
     with doing("loading Hugging Face's datasets"):
         import datasets
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from caco.data.sets.reading import MAX_BYTES, Refused, UnreadableImage, check_work, file_content, opened
 from caco.errors import UserError
-from caco.installed import is_installed
+from caco.installed import is_installed, to_install
 
 EXTENSIONS = (".npy",)  # files of these endings are images besides those of photographs
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -101,8 +101,8 @@ def _npy(content: bytes) -> np.ndarray:
 def _tiff(content: bytes, where: str, channels: int) -> np.ndarray:
     if not is_installed("tifffile"):
         raise UserError(
-            f"{where}: TIFFs are read as they are stored by tifffile, which is not installed; to have it: pip install"
-            " tifffile"
+            f"{where}: TIFFs are read as they are stored by tifffile, which is not"
+            f" installed{to_install(package='tifffile')}"
         )
     import tifffile
 
@@ -121,7 +121,8 @@ def _tiff(content: bytes, where: str, channels: int) -> np.ndarray:
             if "imagecodecs" not in str(error):
                 raise
             raise UserError(
-                f"{where}: this TIFF's compression needs imagecodecs; to have it: pip install imagecodecs"
+                f"{where}: this TIFF's compression needs imagecodecs, which is not"
+                f" installed{to_install(package='imagecodecs')}"
             ) from error
     order = [axes.index("Y"), axes.index("X"), *(i for i, axis in enumerate(axes) if axis not in "YX")]
     return pixels.transpose(order)
@@ -133,8 +134,8 @@ def _by_pillow(content: bytes, where: str, channels: int) -> np.ndarray:
     ):  # byte 24 is the bit depth, byte 25 the colour type
         if not is_installed("imagecodecs"):
             raise UserError(
-                f"{where}: PNGs of 16 bits and several channels are read by imagecodecs, which is not installed; to"
-                " have it: pip install imagecodecs"
+                f"{where}: PNGs of 16 bits and several channels are read by imagecodecs, which is not"
+                f" installed{to_install(package='imagecodecs')}"
             )
         import imagecodecs
 

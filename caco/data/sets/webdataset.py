@@ -16,7 +16,7 @@ from caco.data.sets.labels import whole_labels
 from caco.data.sets.sources import EXTENSIONS, Splits
 from caco.data.sets.stored import EXTENSIONS as STORED
 from caco.errors import FileError, UserError
-from caco.installed import is_installed
+from caco.installed import is_installed, to_install
 from caco.ranges import AboveZero, Count, Finite, Natural, NumChannels, ProperShare, Seed
 from caco.runs.directory import is_first_rank
 from caco.saying import Sometimes, counting, doing
@@ -54,7 +54,7 @@ def webdataset(
     require_statistics_of(channels, mean, std)
     top = existing_root(root, example="data=webdataset")
     if not is_installed("webdataset"):
-        raise UserError("data=webdataset: WebDataset is not installed; to have it: pip install webdataset")
+        raise UserError(f"data=webdataset: WebDataset is not installed{to_install(package='webdataset')}")
     train_shards, test_shards, test_name = _shards(top)
     extensions = EXTENSIONS if channels is None else EXTENSIONS + STORED
     with doing(f"listing the contents of the shards below {top}"):

@@ -24,6 +24,7 @@ from caco.evals.dense.maps import require_resnet
 from caco.evals.dense.training import Recipe, Task, batches, one_by_one, train
 from caco.evals.features import FeatureStore, Precision
 from caco.evals.pixels import RawPixels
+from caco.installed import to_install
 from caco.nn.norm import BATCH_NORMS
 from caco.ranges import Count, Length, Natural, NonNegative, Pixels, Share, ShareBelowOne, held
 
@@ -408,5 +409,5 @@ def require_pycocotools() -> None:
         import pycocotools.mask  # noqa: F401
     except ImportError as error:
         raise UserError(
-            'COCO\'s masks and scores need pycocotools: pip install "caco-ssl[dense]", or pip install pycocotools'
+            f"COCO's masks and scores need pycocotools, which is not installed{to_install('dense')}"
         ) from error

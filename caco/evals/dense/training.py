@@ -50,7 +50,7 @@ from caco.data.sets.sources import Source, UnreadableImage
 from caco.errors import UserError
 from caco.evals.features import FeatureStore, Precision
 from caco.nn.norm import BATCH_NORMS, over_all_ranks
-from caco.saying import counting
+from caco.saying import amount, counting
 from caco.schedules import Table
 
 LOOK_EVERY_STEPS = 20  # how often the loss is read; a GPU has to finish its work first
@@ -164,7 +164,7 @@ class Recipe:
 
     def shown(self) -> str:
         """Steps, images and rate after scaling, for messages."""
-        return f"{self.num_steps:,} steps of {self.images} images, rate {self.highest_rate:g}"
+        return f"{amount(self.num_steps, 'step')} of {amount(self.images, 'image')}, rate {self.highest_rate:g}"
 
 
 class Task(Protocol):
@@ -249,7 +249,7 @@ def train(
                 f" {checkpoints.directory}"
             )
     if first < len(rates):
-        store.say(f"{name}: training on {len(task.files):,} images, {recipe.shown()}")
+        store.say(f"{name}: training on {amount(len(task.files), 'image')}, {recipe.shown()}")
     count = counting(store.say, f"{name}: step", len(rates), first)
     total = torch.zeros((), dtype=torch.float64, device=device)
     since = 0
@@ -286,7 +286,7 @@ def train(
                     {"step": done, "network": network.state_dict(), "optimizer": optimizer.state_dict()}, done
                 )
         if first < len(rates):
-            store.say(f"{name}: trained for {len(rates):,} steps, loss {mean:.4f}")
+            store.say(f"{name}: trained for {amount(len(rates), 'step')}, loss {mean:.4f}")
     return network.eval()
 
 

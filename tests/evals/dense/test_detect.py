@@ -3,6 +3,7 @@ and refuses mistakes early.
 """
 
 import json
+import re
 from pathlib import Path
 
 import detecting
@@ -18,6 +19,7 @@ from caco.evals.dense import detect
 from caco.evals.dense.detect import Detect, Training, coco_row, rows_of, take_statistics
 from caco.evals.dense.detector import Detection
 from caco.evals.features import network_digest
+from caco.installed import command_to_install
 from caco.nn.backbones import small_resnet, timm_backbone
 from experiments.toy_sets.detection import write_coco, write_voc
 
@@ -225,7 +227,8 @@ def test_a_missing_root_a_set_that_is_not_whole_a_vit_and_shared_images_are_refu
 def test_masks_without_pycocotools_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pycocotools", None)
     monkeypatch.setitem(__import__("sys").modules, "pycocotools.mask", None)
-    with pytest.raises(UserError, match=r"pip install \"caco-ssl\[dense\]\""):
+    told = f"need pycocotools, which is not installed; to install it: {command_to_install('dense')}"
+    with pytest.raises(UserError, match=re.escape(told)):
         Detect(root=str(tmp_path), dataset="coco", **FEW).build(store_of(), seed=0)
 
 
