@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -36,6 +37,34 @@ int chosen(int asked) {
   return asked < 0 ? best : std::min(asked, best);
 }
 
+// The smallest box that has all pixels of an image that its views use.
+Box needed(const Job& job, int64_t n, int width, int height) {
+  int left = width, top = height, right = 0, bottom = 0;
+  for (int v = 0; v < job.num_views; v++) {
+    Box box;
+    if (job.plain) {
+      const View& view = job.views[v];
+      const int size = view.size;
+      const Plain plain = plain_window(job.plain, size, width, height);
+      // A pixel of the resized image depends on the pixels around its place, as far as one pixel of either image reaches, or two.
+      const auto reach = [&](int begin, double scale, int limit, int& first, int& count) {
+        const double margin = (view.bicubic ? 2 : 1) * std::max(scale, 1.0) + 1;
+        first = std::max(0, int(begin * scale - margin));
+        count = std::min(limit, int((begin + size) * scale + margin) + 1) - first;
+      };
+      reach(plain.left, double(width) / plain.width, width, box.left, box.width);
+      reach(plain.top, double(height) / plain.height, height, box.top, box.height);
+    } else {
+      double u[kNumUniforms];
+      draw_uniforms(job.stream, job.samples[n], v, u);
+      box = crop_box(job.views[v], width, height, u);
+    }
+    left = std::min(left, box.left), right = std::max(right, box.left + box.width);
+    top = std::min(top, box.top), bottom = std::max(bottom, box.top + box.height);
+  }
+  return {left, top, right - left, bottom - top};
+}
+
 void work(const Job& job, std::atomic<int64_t>& next) {
   MakeView* make_view = make_view_plain;
 #ifdef HAS_CHOICE
@@ -47,21 +76,15 @@ void work(const Job& job, std::atomic<int64_t>& next) {
   for (int64_t n; (n = next++) < job.num_images;) {
     const Image& image = job.images[n];
     const uint8_t* pixels = image.data;
+    int width = image.width, height = image.height;
     if (image.bytes) {
-      int first = job.plain ? 0 : image.height, last = job.plain ? image.height : 0;
-      for (int v = 0; v < job.num_views && !job.plain; v++) {
-        double u[kNumUniforms];
-        draw_uniforms(job.stream, job.samples[n], v, u);
-        const Box box = crop_box(job.views[v], image.width, image.height, u);
-        first = std::min(first, box.top), last = std::max(last, box.top + box.height);
-      }
-      pixels = decoder->decode(image.data, image.bytes, image.width, image.height, first, last);
+      pixels = decoder->open(image, &width, &height) ? decoder->decode(needed(job, n, width, height)) : nullptr;
       if (!pixels) {
         job.unreadable[n] = 1;
         continue;
       }
     }
-    for (int v = 0; v < job.num_views; v++) make_view(job, n, v, pixels, image.width, image.height, scratch);
+    for (int v = 0; v < job.num_views; v++) make_view(job, n, v, pixels, width, height, scratch);
   }
 }
 
