@@ -12,15 +12,18 @@ import torch
 from PIL import Image
 from test_reading import many_scans
 
-from caco.data.loaders import plain, rows, torch_loader
+from caco.data.loaders import rows
+from caco.data.loaders.ffcv_loader import AutoLoader
 from caco.data.loaders.plain import plain_batches
 from caco.data.loaders.torch_loader import TorchLoader
+from caco.data.sets.beton import beton
 from caco.data.sets.encoded import EncodedImages
 from caco.data.sets.reading import UnreadableImage, rgb
-from caco.data.sets.sources import ImageFiles, Source
+from caco.data.sets.sources import ImageFiles, Source, Splits
 from caco.data.views import native
 from caco.data.views.augmentation import Patches, View, Views
 from caco.data.views.operations import Grayscale
+from caco.write import write_splits
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -245,6 +248,21 @@ def test_damaged_images_have_the_same_messages_and_stand_ins(tmp_path, without, 
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+@pytest.mark.parametrize("kind", [TorchLoader, AutoLoader])
+def test_a_beton_gives_what_the_files_give_whoever_decodes(tmp_path, kind):
+    # Those that are written as they are; all others are encoded anew.
+    names = [name for name in KINDS if name not in (*DAMAGED, "CMYK", "several images", "PNG", "WebP")]
+    source = files_of(tmp_path, [KINDS[name] for name in names])
+    write_splits(Splits(source, None, None), tmp_path, num_workers=1)
+    packed = beton(root=str(tmp_path)).pretrain
+    made = []
+    for loader, images in ((TorchLoader(num_workers=1), source), (kind(num_workers=2), packed)):
+        bound = loader.bind(images, views_of("two sizes"), batch=len(names), seed=3)
+        made.append([view.clone() for batch in bound.epoch(1) for view in batch.views])
+        bound.close()
+    assert len(made[0]) == len(made[1]) == 2 and all(map(torch.equal, *made))
+
+
 def test_what_is_too_large_is_not_decoded(monkeypatch):
     """Neither by the compiled code nor, for lack of a limit, afterwards."""
     for name in ("announced too large", "announced too long", "many scans"):
@@ -272,4 +290,3 @@ def test_sets_of_other_formats_and_channels_are_read_by_processes(tmp_path):
     assert rows.rows_of(pngs, 1) is None
     assert rows.rows_of(pngs.part(np.arange(3, 8), "some"), 1) is not None
     assert rows.rows_of(ImageFiles(tmp_path, ["005.jpg"], name="one", channels=3), 1) is None
-    assert {plain.rows_of, torch_loader.rows_of} == {rows.rows_of}
