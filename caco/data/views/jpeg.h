@@ -2,7 +2,7 @@
 // to Pillow, which decodes or refuses it: other formats, rare kinds of JPEG, whatever Pillow might fail at, and every JPEG of which
 // libjpeg-turbo gives an error or a warning.
 //
-// libturbojpeg decodes whole images. Of a JPEG with one scan, libjpeg-turbo's own interface decodes only the part that is needed,
+// libturbojpeg decodes whole images. Of a JPEG with one scan, libjpeg-turbo's own interface decodes only the rows that are needed,
 // provided that its header was found at compile time and its library is found at run time.
 
 #pragma once
@@ -23,19 +23,22 @@
 
 #include "headers.h"
 #include "job.h"
-#include "random.h"
 
 namespace views {
 namespace {
+
+struct Rows {  // from `first` to the one before `last`
+  int first, last;
+};
 
 #ifdef LIBJPEG_TURBO_VERSION
 
 #define NAME_OF(x) #x
 #define NAME(x) NAME_OF(x)
 
-class PartDecoder {
+class RowDecoder {
  public:
-  PartDecoder() {
+  RowDecoder() {
     void* const library = dlopen("libjpeg.so." NAME(JPEG_LIB_VERSION), RTLD_NOW | RTLD_LOCAL);
     const auto find = [&](auto& function, const char* name) {
       function = library ? reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name)) : nullptr;
@@ -45,7 +48,7 @@ class PartDecoder {
     decltype(&jpeg_CreateDecompress) create;
     usable_ = find(std_error, "jpeg_std_error") && find(create, "jpeg_CreateDecompress") && find(destroy_, "jpeg_destroy_decompress") &&
               find(abort_, "jpeg_abort_decompress") && find(source_, "jpeg_mem_src") && find(header_, "jpeg_read_header") &&
-              find(start_, "jpeg_start_decompress") && find(crop_, "jpeg_crop_scanline") && find(skip_, "jpeg_skip_scanlines") && find(read_, "jpeg_read_scanlines");
+              find(start_, "jpeg_start_decompress") && find(skip_, "jpeg_skip_scanlines") && find(read_, "jpeg_read_scanlines");
     if (!usable_) return;
     info_.err = std_error(&errors_);
     errors_.error_exit = [](j_common_ptr info) { std::longjmp(*static_cast<std::jmp_buf*>(info->client_data), 1); };
@@ -56,13 +59,14 @@ class PartDecoder {
     create(&info_, JPEG_LIB_VERSION, sizeof info_);
     created_ = usable_ = true;
   }
-  ~PartDecoder() {
+  ~RowDecoder() {
     if (created_) destroy_(&info_);
   }
-  PartDecoder(const PartDecoder&) = delete;
+  RowDecoder(const RowDecoder&) = delete;
 
-  // Decodes at least this box of the image into its place in `pixels`. False if this is not possible, whatever was written by then.
-  bool decode(const uint8_t* data, size_t bytes, int width, int height, Box box, uint8_t* pixels) {
+  // Decodes at least these rows of the image into their place in `pixels`. False if this is not possible, whatever was written by
+  // then.
+  bool decode(const uint8_t* data, size_t bytes, int width, int height, Rows rows, uint8_t* pixels) {
     if (!usable_) return false;
     errors_.num_warnings = 0;
     if (setjmp(failed_)) return abort_(&info_), false;
@@ -73,17 +77,11 @@ class PartDecoder {
     if (!plain || info_.progressive_mode || info_.comps_in_scan != info_.num_components) return abort_(&info_), false;
     info_.out_color_space = JCS_RGB;
     start_(&info_);
-    // Decode one block more at each side: libjpeg interpolates colours across a block's edge.
-    const int block_width = 8 * info_.max_h_samp_factor, block_height = 8 * info_.max_v_samp_factor;
-    const int left = std::max(0, box.left / block_width * block_width - block_width);
-    const int top = std::max(0, box.top / block_height * block_height - block_height);
-    const int right = std::min(width, box.left + box.width + block_width);
-    const int bottom = std::min(height, box.top + box.height + block_height);
-    JDIMENSION first = left, count = right - left;
-    if (left > 0 || right < width) crop_(&info_, &first, &count);
-    if (top > 0) skip_(&info_, top);
-    while (int(info_.output_scanline) < bottom) {
-      uint8_t* row = pixels + (size_t(info_.output_scanline) * width + first) * 3;
+    const int block = 8 * info_.max_v_samp_factor;  // decode one block more at both ends: libjpeg interpolates colours across a block's edge
+    const int first = rows.first / block * block - block, last = std::min(height, rows.last + block);
+    if (first > 0) skip_(&info_, first);
+    while (int(info_.output_scanline) < last) {
+      uint8_t* row = pixels + size_t(info_.output_scanline) * width * 3;
       read_(&info_, &row, 1);
     }
     abort_(&info_);
@@ -100,15 +98,14 @@ class PartDecoder {
   decltype(&jpeg_mem_src) source_;
   decltype(&jpeg_read_header) header_;
   decltype(&jpeg_start_decompress) start_;
-  decltype(&jpeg_crop_scanline) crop_;
   decltype(&jpeg_skip_scanlines) skip_;
   decltype(&jpeg_read_scanlines) read_;
 };
 
 #else
 
-struct PartDecoder {
-  bool decode(const uint8_t*, size_t, int, int, Box, uint8_t*) { return false; }
+struct RowDecoder {
+  bool decode(const uint8_t*, size_t, int, int, Rows, uint8_t*) { return false; }
 };
 
 #endif
@@ -136,19 +133,19 @@ class Decoder {
     return true;
   }
 
-  // Pixels of the image that was opened, uint8 [height, width, 3], of which at least those in the box are correct. Null if the image
-  // is not decoded here.
-  const uint8_t* decode(Box box) {
+  // Pixels of the image that was opened, uint8 [height, width, 3], of which at least these rows are correct. Null if the image is not
+  // decoded here.
+  const uint8_t* decode(Rows rows) {
     const int width = headers_.width, height = headers_.height;
     uint8_t* const pixels = pixels_.data();
-    if (headers_.is_one_scan && part_.decode(data_, bytes_, width, height, box, pixels)) return pixels;
+    if (headers_.is_one_scan && rows_.decode(data_, bytes_, width, height, rows, pixels)) return pixels;
     return library_.decompress(handle_, data_, bytes_, pixels, width, 0, height, 0, 0) == 0 ? pixels : nullptr;
   }
 
  private:
   const TurboJpeg& library_;
   void* const handle_;
-  PartDecoder part_;
+  RowDecoder rows_;
   FileContent file_;
   Headers headers_;
   const uint8_t* data_;

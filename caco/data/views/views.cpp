@@ -37,32 +37,25 @@ int chosen(int asked) {
   return asked < 0 ? best : std::min(asked, best);
 }
 
-// The smallest box that has all pixels of an image that its views use.
-Box needed(const Job& job, int64_t n, int width, int height) {
-  int left = width, top = height, right = 0, bottom = 0;
+// The rows of an image that its views use.
+Rows needed(const Job& job, int64_t n, int width, int height) {
+  Rows rows{height, 0};
   for (int v = 0; v < job.num_views; v++) {
-    Box box;
+    const View& view = job.views[v];
     if (job.plain) {
-      const View& view = job.views[v];
-      const int size = view.size;
-      const Plain plain = plain_window(job.plain, size, width, height);
-      // A pixel of the resized image depends on the pixels around its place, as far as one pixel of either image reaches, or two.
-      const auto reach = [&](int begin, double scale, int limit, int& first, int& count) {
-        const double margin = (view.bicubic ? 2 : 1) * std::max(scale, 1.0) + 1;
-        first = std::max(0, int(begin * scale - margin));
-        count = std::min(limit, int((begin + size) * scale + margin) + 1) - first;
-      };
-      reach(plain.left, double(width) / plain.width, width, box.left, box.width);
-      reach(plain.top, double(height) / plain.height, height, box.top, box.height);
+      // A row of the resized image depends on the rows around its place, as far as one row of either image reaches, or two.
+      const Plain plain = plain_window(job.plain, view.size, width, height);
+      const double scale = double(height) / plain.height, margin = (view.bicubic ? 2 : 1) * std::max(scale, 1.0) + 1;
+      rows.first = std::min(rows.first, std::max(0, int(plain.top * scale - margin)));
+      rows.last = std::max(rows.last, std::min(height, int((plain.top + view.size) * scale + margin) + 1));
     } else {
       double u[kNumUniforms];
       draw_uniforms(job.stream, job.samples[n], v, u);
-      box = crop_box(job.views[v], width, height, u);
+      const Box box = crop_box(view, width, height, u);
+      rows.first = std::min(rows.first, box.top), rows.last = std::max(rows.last, box.top + box.height);
     }
-    left = std::min(left, box.left), right = std::max(right, box.left + box.width);
-    top = std::min(top, box.top), bottom = std::max(bottom, box.top + box.height);
   }
-  return {left, top, right - left, bottom - top};
+  return rows;
 }
 
 void work(const Job& job, std::atomic<int64_t>& next) {
