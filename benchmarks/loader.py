@@ -16,8 +16,9 @@ pil         the baseline: torchvision's v1 transforms on Pillow images, DataLoad
 ffcv_crop   FFCV's own decoder, random resized crop and flip, compiled by numba, one pipeline per view; left out
             without FFCV
 decode      only decoding each JPEG once with libturbojpeg, with the same number of threads; left out without it
-caco        loader=ffcv with all augmentations of the paper (augmentation=caco, caco_multicrop, cifar); loader=torch if
-            loader=ffcv cannot run
+caco        loader=ffcv with all augmentations of the paper (augmentation=caco, caco_multicrop, cifar) from a .beton;
+            loader=torch if loader=ffcv cannot run
+files       the same with loader=torch from the JPEG files themselves
 """
 
 import ctypes
@@ -234,10 +235,10 @@ class Comparison:
         write_splits(Splits(files, None, None), top / "jpeg")
         self.source = beton(root=str(top / "jpeg")).pretrain
 
-    def caco(self, source: Source, files: Source, views: Views) -> Contender:
+    def caco(self, source: Source, views: Views) -> Contender:
         lacking = what_ffcv_lacks(source)
         if self.report.leave_out("loader=ffcv (caco is loader=torch then)", lacking):
-            return ours(TorchLoader, files, views, self.sizes.batch, self.workers)
+            return ours(TorchLoader, source, views, self.sizes.batch, self.workers)
         return ours(FFCVLoader, source, views, self.sizes.batch, self.workers)
 
     def ffcv(self, source: Any, views: Views) -> dict[str, Contender]:
@@ -268,19 +269,25 @@ class Comparison:
         views = views_of("caco")
         contenders = {
             "pil": pillow(self.files, views, self.sizes.batch, self.workers),
-            "caco": self.caco(self.source, self.files, views),
+            "caco": self.caco(self.source, views),
+            "files": ours(TorchLoader, self.files, views, self.sizes.batch, self.workers),
             **self.ffcv(self.source, views),
         }
         missing = "libturbojpeg is not installed" if native.turbojpeg() is None else None
         if not self.report.leave_out("decoding alone", missing):
             contenders["decode"] = decode(self.source, self.workers)
-        keys = {"vs_pil": ("caco", "pil"), "vs_ffcv": ("caco", "ffcv_crop"), "vs_decode": ("caco", "decode")}
+        keys = {
+            "vs_pil": ("caco", "pil"),
+            "vs_ffcv": ("caco", "ffcv_crop"),
+            "vs_decode": ("caco", "decode"),
+            "files_vs_beton": ("files", "caco"),
+        }
         self.compare("large", "two views at 224 from JPEGs", contenders, keys)
 
     def raw(self) -> None:
         write_splits(Splits(self.files, None, None), self.top / "raw", mode="raw", max_resolution=256)
         raw, views = beton(root=str(self.top / "raw")).pretrain, views_of("caco")
-        contenders = {"caco": self.caco(raw, raw, views), **self.ffcv(raw, views)}
+        contenders = {"caco": self.caco(raw, views), **self.ffcv(raw, views)}
         self.compare("raw", "two views at 224 from raw 256 px", contenders, {"raw_vs_ffcv": ("caco", "ffcv_crop")})
 
     def small(self) -> None:
@@ -301,7 +308,7 @@ class Comparison:
         views = views_of("caco_multicrop")
         contenders = {
             "pil": pillow(self.files, views, self.sizes.batch, self.workers),
-            "caco": self.caco(self.source, self.files, views),
+            "caco": self.caco(self.source, views),
         }
         self.compare(
             "multicrop", "two views at 224 and six at 96 from JPEGs", contenders, {"multicrop_vs_pil": ("caco", "pil")}

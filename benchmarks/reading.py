@@ -6,7 +6,8 @@
 
 1. Features: the time that caco takes from files to features (caco/evals/features.py: reading, decoding, resizing,
    normalising; the network is a mean over the pixels and takes almost no time), with one worker per core. It is
-   compared with the same number of processes that only open and decode the same files with Pillow. Each photograph is
+   compared with the same number of processes that only open and decode the same files with Pillow. They decode whole
+   photographs, whereas caco decodes only the rows that the view shows, so the ratio can be above 1. Each photograph is
    there many times under different names.
 2. Digests and overlap: reading and hashing each of many small files (caco/data/sets/content.py), and the whole overlap
    check of two sets of such files (caco/data/sets/overlap.py). They are compared with reading each of the same files

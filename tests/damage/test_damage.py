@@ -4,7 +4,7 @@ import damaging
 import pytest
 
 
-@pytest.mark.parametrize(("kind", "count"), [("jpegs", 150), ("betons", 100), ("checkpoints", 40), ("weights", 40)])
+@pytest.mark.parametrize(("kind", "count"), [("jpegs", 300), ("betons", 100), ("checkpoints", 40), ("weights", 40)])
 def test_damaged_files_are_read_or_refused(kind, count):
     found, bad = damaging.outcomes(kind, count)
     assert not bad, "\n".join(bad)
@@ -15,7 +15,7 @@ def test_damaged_files_are_read_or_refused(kind, count):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("kind", "first", "count"),
-    [("jpegs", 150, 1000), ("betons", 100, 1000), ("checkpoints", 40, 200), ("weights", 40, 160), ("disks", 0, 12)],
+    [("jpegs", 300, 1000), ("betons", 100, 1000), ("checkpoints", 40, 200), ("weights", 40, 160), ("disks", 0, 12)],
 )
 def test_many_more_are_too(kind, first, count):
     _, bad = damaging.outcomes(kind, count, first=first)

@@ -118,6 +118,12 @@ def test_auto_takes_ffcv_for_a_beton_and_says_so(noise_source, beton_source, two
         batches(source, two_views, kind=AutoLoader, rank=1, world=2), batches(source, two_views, rank=1, world=2)
     )
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr("caco.data.loaders.ffcv_loader.is_installed", lambda name: False)
+    assert_same(batches(file, two_views, kind=AutoLoader), made)
+    assert (
+        "threads of compiled C++ code decode images and augment them; FFCV is not used: needs FFCV"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(native, "turbojpeg", lambda: None)
     assert_same(batches(file, two_views, kind=AutoLoader), made)
     assert (

@@ -20,7 +20,7 @@ from tiny import compose
 from caco.data.loaders.plain import plain_batches
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.folders import folder
-from caco.data.sets.reading import FORMATS, MODES, UnreadableImage, read_image, rgb
+from caco.data.sets.reading import FORMATS, MODES, UnreadableImage, _scans, read_image, rgb
 from caco.engine.assembly import run_training
 from caco.evals.features import FeatureStore
 from caco.runs.files import read_json
@@ -166,6 +166,14 @@ def test_what_would_unpack_to_more_than_is_meant_is_refused_before_it_is():
             rgb(content, "bomb")
     assert time.process_time() - begun < 5
     assert rgb(many_scans(64, 20), "many").size == (64, 64)
+
+
+def test_scans_are_counted_wherever_they_are():
+    content = bytearray(2**20 * 2 + 5)
+    for at in (0, 1, 2**20 - 1, 2**20 + 1, 2**21 - 1, 2**21 + 3):
+        content[at : at + 2] = b"\xff\xda"
+    for held in (bytes(content), memoryview(content), b"\xff", b"\xff\xda"):
+        assert _scans(held) == bytes(held).count(b"\xff\xda")
 
 
 # loader.corrupt=skip, also for images in memory and in evaluations.

@@ -27,9 +27,9 @@ class CountingViews(Views):
         self.made += 1
         return super().plain_pixels(image)
 
-    def plain_batch(self, images, **settings):
+    def plain_batch(self, images, out, **settings):
         self.made += len(images)
-        return super().plain_batch(images, **settings)
+        return super().plain_batch(images, out, **settings)
 
 
 def coloured(count, name, *, labelled=True, seed=0):

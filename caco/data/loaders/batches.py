@@ -170,6 +170,21 @@ def first_readable(index: int, source: Source, *, same_class: bool = False) -> t
     raise AssertionError("unreachable: those_after has raised")
 
 
+def readable(index: int, source: Source, corrupt: str, *, same_class: bool = False) -> tuple[int, np.ndarray]:
+    """Position and pixels of an image; if it cannot be read and `corrupt` is skip, those of the image that stands in
+    for it.
+
+    Raises:
+        UnreadableImage: the image cannot be read, and `corrupt` is fail or no other image can stand in for it.
+    """
+    try:
+        return index, source.pixels(index)
+    except UnreadableImage:
+        if corrupt == "fail":
+            raise
+    return first_readable(index, source, same_class=same_class)
+
+
 def say_stand_ins(source: Source, pairs: Iterable[tuple[int, int]], known: dict[int, int]) -> None:
     """Print a message for each new image that another image stands in for.
 
@@ -220,7 +235,7 @@ class Compiled:
         # Bytes are a quarter of the data to send to a GPU, which normalises them there. On a CPU, the compiled call
         # normalises at little extra cost.
         self._dtype = torch.float32 if device.type == "cpu" and views.compiled_alone else torch.uint8
-        self._memory = _Memory(device)
+        self._memory = Memory(device)
 
     def __call__(self, rows: np.ndarray, samples: np.ndarray, stream: int) -> tuple[list[torch.Tensor], np.ndarray]:
         """Make the views: a tensor [B, H, W, 3] for each view, patches last; and bool [B], which images could not be
@@ -237,7 +252,7 @@ class Compiled:
         return made if patches is None else [*made, patches], unreadable
 
 
-class _Memory:
+class Memory:
     """Tensors whose memory is reused once nobody holds them, because fresh memory pages cost more time than making the
     views.
     """
@@ -251,7 +266,10 @@ class _Memory:
             return torch.empty(shape, dtype=dtype, pin_memory=True)  # torch keeps it until its copy to the GPU is done
         size = math.prod(shape) * dtype.itemsize
         free = self._free.setdefault(size, [])
-        memory = free.pop() if free else _aligned(size)
+        try:
+            memory = free.pop()
+        except IndexError:  # tried instead of asked, because several threads may take memory at the same time
+            memory = _aligned(size)
         handed_out = memory.view()  # freed when the last tensor that shares it is freed
         weakref.finalize(handed_out, free.append, memory).atexit = False
         return torch.from_numpy(handed_out).view(dtype).view(shape)

@@ -4,13 +4,14 @@ view) and on nothing else.
 
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
 from caco import devices
-from caco.data.loaders.batches import Batch, Order, Pixels, say_stand_ins
+from caco.data.loaders.batches import Batch, Memory, Order, Pixels, say_stand_ins
 from caco.data.loaders.workers import Workers
 from caco.data.sets.sources import Source, UnreadableImage
 from caco.data.views.augmentation import Views
@@ -140,11 +141,12 @@ class BoundLoader:
 def device_batches(
     made: Iterator[Made], source: Source, views: Views, device: torch.device, stand_ins: dict[int, int]
 ) -> Generator[Batch, None, None]:
+    take = partial(Memory(device).take, dtype=torch.float32)
     for one in made:
         if isinstance(one, UnreadableImage):
             raise UnreadableImage(str(one))
         say_stand_ins(source, one.stand_ins, stand_ins)
         # `sent` copies pixels that are not pinned: the GPU may still read when a worker reuses their memory.
-        normalised = [views.normalise(devices.sent(view, device)) for view in one.views]
+        normalised = [views.normalise(devices.sent(view, device), take) for view in one.views]
         patches = normalised.pop() if normalised[-1].ndim == 5 else None
         yield Batch(normalised, devices.sent(one.index, device), devices.sent(one.label, device), patches)

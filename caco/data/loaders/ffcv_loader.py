@@ -9,6 +9,7 @@ import torch
 from caco import instructions
 from caco.data.loaders.batches import Order
 from caco.data.loaders.bound import BoundLoader, Loader, Made
+from caco.data.loaders.rows import rows_of
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.sources import Source
 from caco.data.views import native
@@ -101,9 +102,12 @@ def _chosen(source: Source, missing: str | None) -> str:
     how = f"Pillow (the compiled views {native.why_not()})" if native.library() is None else "compiled C++ code"
     if source.arrays is not None:
         return f"decoded images kept in memory, augmented by {how}"
-    return f"worker processes read files, augmented by {how}" + (
-        f"; FFCV is not used: {missing}" if source.packed is not None else ""
+    reading = (
+        f"worker processes read files, augmented by {how}"
+        if rows_of(source, 1) is None
+        else "threads of compiled C++ code decode images and augment them"
     )
+    return reading + (f"; FFCV is not used: {missing}" if source.packed is not None else "")
 
 
 def what_ffcv_lacks(source: Source) -> str | None:

@@ -5,11 +5,13 @@ relies on undocumented behaviour of FFCV is in ffcv_internals.py.
 """
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
-from caco.data.loaders.batches import Compiled, Order, Pixels, mixed_seed, pixels, those_after
+from caco.data.loaders.batches import Compiled, Order, Pixels, mixed_seed, pixels
 from caco.data.loaders.ffcv_internals import (
     Loader,
     Operation,
@@ -19,6 +21,7 @@ from caco.data.loaders.ffcv_internals import (
     next_item,
     uncompiled,
 )
+from caco.data.loaders.rows import RowReader
 from caco.data.sets.beton import RAW
 from caco.data.sets.sources import Packed, Source, UnreadableImage
 from caco.data.views import native
@@ -129,23 +132,15 @@ class DecodeIntoViews(Operation):
 
         return decode
 
-    def _decode(self, positions: np.ndarray, records: np.ndarray, storage: tuple) -> Pixels | UnreadableImage:
+    def _decode(self, positions: np.ndarray, records: np.ndarray, storage: tuple) -> Pixels:
         epoch, indices = next(self._keys)
         assert np.array_equal(positions, self.packed.at[indices])
-        stream = mixed_seed(self.seed, epoch)
-        made, unreadable = self.make_views(_rows(positions, records, storage), indices, stream)
-        taken = indices.copy()
-        for row in np.flatnonzero(unreadable):
-            if self.corrupt == "fail":
-                return self.packed.unreadable(indices[row])
-            for candidate in those_after(int(indices[row]), self.source):
-                rows = _rows(self.packed.at[[candidate]], records, storage)
-                instead, bad = self.make_views(rows, indices[[row]], stream)
-                if not bad[0]:
-                    for views, view in zip(made, instead, strict=True):
-                        views[row] = view[0]
-                    taken[row] = candidate
-                    break
+
+        def rows(indices: np.ndarray) -> tuple[np.ndarray, Any]:
+            return _rows(self.packed.at[indices], records, storage), storage
+
+        reader = RowReader(self.source, rows, self.corrupt, same_class=False, num_threads=self.make_views.num_threads)
+        made, taken = reader.views(indices, partial(self.make_views, stream=mixed_seed(self.seed, epoch)))
         return pixels(made, self.source, indices, taken)
 
 

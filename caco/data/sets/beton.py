@@ -90,13 +90,10 @@ class BetonImages(Source):
         try:
             return rgb(content.data, str(self.file), size=(int(record["width"]), int(record["height"])))
         except UnreadableImage:
-            raise self.unreadable(index) from None
-
-    def unreadable(self, index: int) -> UnreadableImage:
-        return UnreadableImage(
-            f"{self.file}: expected images that can be decoded, got a corrupt JPEG as number {self.at[index]}. "
-            "Write the file again, or let another image stand in for it: loader.corrupt=skip."
-        )
+            raise UnreadableImage(
+                f"{self.file}: expected images that can be decoded, got a corrupt JPEG as number {self.at[index]}. "
+                "Write the file again, or let another image stand in for it: loader.corrupt=skip."
+            ) from None
 
     def part(self, indices: np.ndarray, name: str) -> "BetonImages":
         made = object.__new__(BetonImages)

@@ -46,6 +46,9 @@ class EncodedImages(Source):
     def __len__(self) -> int:
         return len(self._at)
 
+    def encoded(self, index: int) -> Any:
+        return self._content_of(index) if self.channels is None else None
+
     def image(self, index: int) -> Image.Image:
         made = decoded_image(self, index, self._decoded, self._read)
         return shown(made) if isinstance(made, np.ndarray) else made
@@ -54,7 +57,7 @@ class EncodedImages(Source):
         return np.asarray(decoded_image(self, index, self._decoded, self._read))
 
     def _read(self, index: int) -> Image.Image | np.ndarray:
-        content, name = self._encoded(index), self._called(index)
+        content, name = self._content_of(index), self._called(index)
         return rgb(content, name) if self.channels is None else stored(bytes(content), name, self.channels)
 
     def part(self, indices: np.ndarray, name: str) -> "EncodedImages":
@@ -94,14 +97,14 @@ class EncodedImages(Source):
     def _look_at_all(self, say: Say) -> None:
         if self._looks is None:
             looks = in_threads(
-                lambda i: look_at(self._encoded(i)),
+                lambda i: look_at(self._content_of(i)),
                 len(self),
                 say=say,
                 what=f"images of {self.name} looked at",
             )
             self._looks = np.frombuffer(b"".join(looks), np.uint8).reshape(-1, LOOK_BYTES)
 
-    def _encoded(self, index: int) -> Any:
+    def _content_of(self, index: int) -> Any:
         try:
             return self._content(int(self._at[index]))
         except OSError as error:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, Protocol
+from typing import Any, ParamSpec, Protocol
 
 import numpy as np
 from PIL import Image
@@ -38,16 +38,14 @@ class Packed(Protocol):
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Addresses and sizes in memory of the images at these positions of the set: `native.IMAGE` [n]."""
 
-    def unreadable(self, index: int) -> UnreadableImage:
-        """An error that names an image of the set; for images that the compiled code failed to decode."""
-
 
 class Source(Protocol):
     """A map-style set of images: the contract of every set that is trained on, evaluated on or written to a file.
 
     To bring a set of your own, derive it from this class; it then has no arrays, paths or file unless you define them.
-    Loaders fork worker processes that share the set, so it must not change; workers call `image` or `pixels` only. The
-    rest of the code asks a set what it can do, never of which class it is.
+    Loaders fork worker processes that share the set, so it must not change; workers call `image` or `pixels` only. Of
+    a set that gives `encoded` images, threads call these too. The rest of the code asks a set what it can do, never of
+    which class it is.
 
     Attributes:
         name: a name for messages and for the record of results.
@@ -127,6 +125,16 @@ class Source(Protocol):
     def path(self, index: int) -> Path | None:
         """The file that contains this image and nothing else; None, for all images of the set, if there are no such
         files.
+        """
+        return None
+
+    def encoded(self, index: int) -> Any:
+        """The encoded image from which `caco.data.sets.reading.rgb` makes the image at a position: the path of its
+        file, or its bytes. Loaders may then decode it without calling `image`. None, for all images of the set, if
+        there are no such images.
+
+        Raises:
+            UnreadableImage: as in `image`.
         """
         return None
 
@@ -285,6 +293,9 @@ class ImageFiles(Source):
 
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self._files[index])
+
+    def encoded(self, index: int) -> Path | None:
+        return self.path(index) if self.channels is None else None
 
     def image(self, index: int) -> Image.Image:
         made = decoded_image(self, index, self._decoded, self._read)

@@ -9,7 +9,7 @@ keep their values.
 Shapes: [H, W, C] of an image, [B, H, W, C] of a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,9 @@ class ChannelViews(Views):
             pixels, lambda c: resize(c, width, height, self.plain_interpolation).crop((left, top, right, bottom))
         )
 
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+    def normalise(
+        self, pixels: torch.Tensor, take: Callable[[tuple[int, ...]], torch.Tensor] = torch.empty
+    ) -> torch.Tensor:
         """Normalise float32 [..., H, W, C] to float32 [..., C, H, W] with channels_last strides, on the same device."""
         mean, std = (torch.from_numpy(values).to(pixels.device) for values in (self._mean, self._std))
         return ((pixels - mean) / std).movedim(-1, -3)

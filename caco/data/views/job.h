@@ -8,10 +8,7 @@ namespace views {
 
 struct TurboJpeg {  // the functions of libturbojpeg; Python passes them in, so that nothing is linked
   void* (*start)();
-  int (*read_header)(void*, const uint8_t*, unsigned long, int* width, int* height, int* subsampling, int* colours);
   int (*decompress)(void*, const uint8_t*, unsigned long, uint8_t* out, int width, int pitch, int height, int format, int flags);
-  const char* (*error)(void*);
-  int (*is_fatal)(void*);  // tjGetErrorCode
   int (*stop)(void*);
 };
 
@@ -20,10 +17,10 @@ struct View {  // caco.data.views.augmentation.View
   double scale[2], ratio[2], rotate, shift, jitter[4], jitter_p, gray_p, blur[2], blur_p, solarize_p, flip_p;
 };
 
-struct Image {  // pixels, uint8 [height, width, 3], or the bytes of a JPEG
-  const uint8_t* data;
-  int64_t bytes;  // length of the JPEG; 0 for pixels
-  int32_t height, width;
+struct Image {  // pixels, uint8 [height, width, 3], or a JPEG in memory or in a file
+  const uint8_t* data;  // of a file: its path, which ends with a zero
+  int64_t bytes;  // length of a JPEG in memory; 0 for pixels, -1 for a file
+  int32_t height, width;  // 0 for a JPEG whose size is only known from its own header
 };
 
 struct Job {
@@ -40,7 +37,7 @@ struct Job {
   int32_t num_threads;
   int32_t set;  // the Set that the caller asks for, -1 for the best one; the call writes the Set that it used
   const TurboJpeg* turbojpeg;
-  uint8_t* unreadable;  // set to 1 for each JPEG that cannot be decoded; the views of that image are not written
+  uint8_t* unreadable;  // set to 1 for each image that was not decoded here (jpeg.h); the views of that image are not written
 };
 
 }  // namespace views

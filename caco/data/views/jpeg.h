@@ -1,6 +1,9 @@
-// Decodes JPEGs. libturbojpeg decodes whole images. Where many rows of an image are not needed, libjpeg-turbo's own interface
-// skips these rows, provided that its header was found at compile time and its library is found at run time. Both give the same
-// pixels.
+// Decodes the usual kinds of JPEG, to the pixels that Pillow decodes them to (caco/data/sets/reading.py). Everything else is left
+// to Pillow, which decodes or refuses it: other formats, rare kinds of JPEG, whatever Pillow might fail at, and every JPEG of which
+// libjpeg-turbo gives an error or a warning.
+//
+// libturbojpeg decodes whole images. Of a JPEG with one scan, libjpeg-turbo's own interface decodes only the rows that are needed,
+// provided that its header was found at compile time and its library is found at run time.
 
 #pragma once
 
@@ -8,7 +11,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
-#include <cstring>
 #include <new>
 #include <type_traits>
 #include <vector>
@@ -19,10 +21,15 @@
 #include <jpeglib.h>
 #endif
 
+#include "headers.h"
 #include "job.h"
 
 namespace views {
 namespace {
+
+struct Rows {  // from `first` to the one before `last`
+  int first, last;
+};
 
 #ifdef LIBJPEG_TURBO_VERSION
 
@@ -57,11 +64,10 @@ class RowDecoder {
   }
   RowDecoder(const RowDecoder&) = delete;
 
-  // Decodes at least rows first..last of the image into their place in `pixels`. False if this is not possible, whatever was
-  // written by then; the caller then decodes the whole image, which also decides whether it is unreadable. It is false for every
-  // image that is truncated, gives a warning, or has several scans.
-  bool decode(const uint8_t* data, size_t bytes, int width, int height, int first, int last, uint8_t* pixels) {
-    if (!usable_ || bytes < 4 || data[bytes - 2] != 0xFF || data[bytes - 1] != 0xD9) return false;
+  // Decodes at least these rows of the image into their place in `pixels`. False if this is not possible, whatever was written by
+  // then.
+  bool decode(const uint8_t* data, size_t bytes, int width, int height, Rows rows, uint8_t* pixels) {
+    if (!usable_) return false;
     errors_.num_warnings = 0;
     if (setjmp(failed_)) return abort_(&info_), false;
     source_(&info_, const_cast<uint8_t*>(data), bytes);
@@ -72,9 +78,9 @@ class RowDecoder {
     info_.out_color_space = JCS_RGB;
     start_(&info_);
     const int block = 8 * info_.max_v_samp_factor;  // decode one block more at both ends: libjpeg interpolates colours across a block's edge
-    first = first / block * block - block, last += block;
+    const int first = rows.first / block * block - block, last = std::min(height, rows.last + block);
     if (first > 0) skip_(&info_, first);
-    while (int(info_.output_scanline) < (last < height ? last : height)) {
+    while (int(info_.output_scanline) < last) {
       uint8_t* row = pixels + size_t(info_.output_scanline) * width * 3;
       read_(&info_, &row, 1);
     }
@@ -99,51 +105,51 @@ class RowDecoder {
 #else
 
 struct RowDecoder {
-  bool decode(const uint8_t*, size_t, int, int, int, int, uint8_t*) { return false; }
+  bool decode(const uint8_t*, size_t, int, int, Rows, uint8_t*) { return false; }
 };
 
 #endif
 
-// Whether decoding would take too long, by the rule of caco/data/sets/reading.py: every scan passes over all pixels.
-bool takes_too_long(const uint8_t* data, size_t bytes, int width, int height) {
-  int64_t scans = 0;
-  const uint8_t* const end = data + bytes;
-  for (const uint8_t* at = data; (at = static_cast<const uint8_t*>(std::memchr(at, 0xFF, end - at))); at++)
-    scans += at + 1 < end && at[1] == 0xDA;
-  return scans > 500 || int64_t(width) * height * scans > 1000000000;
-}
-
-// The decoder of one thread.
+// The decoder of one thread. It has one image at a time.
 class Decoder {
  public:
   explicit Decoder(const TurboJpeg& library) : library_(library), handle_(library.start()) {}
   ~Decoder() { library_.stop(handle_); }
   Decoder(const Decoder&) = delete;
 
-  // Pixels, uint8 [height, width, 3], of which at least rows first..last are correct. Null if Pillow refuses the image too; an
-  // image that libjpeg merely warns of is decoded.
-  const uint8_t* decode(const uint8_t* data, size_t bytes, int width, int height, int first, int last) {
-    int w, h, subsampling, colours;
-    if (library_.read_header(handle_, data, bytes, &w, &h, &subsampling, &colours) != 0) return nullptr;
-    if (w != width || h != height || takes_too_long(data, bytes, width, height)) return nullptr;
+  // Reads an image's bytes and headers. False if it is not decoded here. Otherwise `width` and `height`, where they are 0, become
+  // those of the image.
+  bool open(const Image& image, int* width, int* height) {
     try {
-      pixels_.resize(size_t(width) * height * 3);
+      if (image.bytes < 0 && !file_.read(reinterpret_cast<const char*>(image.data))) return false;
+      data_ = image.bytes < 0 ? file_.data() : image.data, bytes_ = image.bytes < 0 ? file_.bytes() : size_t(image.bytes);
+      if (!read_headers(data_, bytes_, headers_) || takes_too_long(headers_)) return false;
+      if (!*width && !*height) *width = headers_.width, *height = headers_.height;
+      if (headers_.width != *width || headers_.height != *height) return false;
+      pixels_.resize(size_t(*width) * *height * 3);
     } catch (const std::bad_alloc&) {
-      return nullptr;  // an exception that leaves a thread would end the process
+      return false;  // an exception that leaves a thread would end the process
     }
-    if (height - (last - first) >= 32 && rows_.decode(data, bytes, width, height, first, last, pixels_.data())) return pixels_.data();
-    if (library_.decompress(handle_, data, bytes, pixels_.data(), w, 0, h, 0, 0) == 0) return pixels_.data();
-    // libturbojpeg keeps only its last message; for a truncated file with several scans that may be about something else.
-    const uint8_t *const end = data + bytes, end_marker[] = {0xFF, 0xD9};
-    const bool truncated = std::strstr(library_.error(handle_), "Premature end") ||
-                           std::search(data + bytes / 2, end, end_marker, end_marker + 2) == end;
-    return library_.is_fatal(handle_) || truncated ? nullptr : pixels_.data();
+    return true;
+  }
+
+  // Pixels of the image that was opened, uint8 [height, width, 3], of which at least these rows are correct. Null if the image is not
+  // decoded here.
+  const uint8_t* decode(Rows rows) {
+    const int width = headers_.width, height = headers_.height;
+    uint8_t* const pixels = pixels_.data();
+    if (headers_.is_one_scan && rows_.decode(data_, bytes_, width, height, rows, pixels)) return pixels;
+    return library_.decompress(handle_, data_, bytes_, pixels, width, 0, height, 0, 0) == 0 ? pixels : nullptr;
   }
 
  private:
   const TurboJpeg& library_;
   void* const handle_;
   RowDecoder rows_;
+  FileContent file_;
+  Headers headers_;
+  const uint8_t* data_;
+  size_t bytes_;
   std::vector<uint8_t> pixels_;
 };
 

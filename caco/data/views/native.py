@@ -1,9 +1,11 @@
 """Calls the compiled views (views.cpp), which may be missing: whole batches at once, with the same bits as Pillow's."""
 
 import ctypes
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,7 @@ class _Job(ctypes.Structure):
     ]
 
 
+# One image: pixels; or a JPEG of this many bytes, or a path with bytes = -1. The size of a JPEG may be left 0.
 IMAGE = np.dtype([("data", "<u8"), ("bytes", "<i8"), ("height", "<i4"), ("width", "<i4")])
 
 
@@ -74,7 +77,7 @@ def turbojpeg() -> ctypes.Array | None:
         loaded = ctypes.CDLL("libturbojpeg.so.0")
     except OSError:
         return None
-    names = ("InitDecompress", "DecompressHeader3", "Decompress2", "GetErrorStr2", "GetErrorCode", "Destroy")
+    names = ("InitDecompress", "Decompress2", "Destroy")
     made = (ctypes.c_void_p * len(names))(
         *(ctypes.cast(getattr(loaded, f"tj{name}"), ctypes.c_void_p) for name in names)
     )
@@ -126,6 +129,24 @@ def table(images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
     return made
 
 
+def encoded_table(images: Sequence[Any]) -> tuple[np.ndarray, object]:
+    """Encoded images as `IMAGE` records whose sizes are only known from their headers; and what the caller has to keep
+    alive while the records are in use.
+
+    Args:
+        images: for each image the path of its file, or its bytes.
+    """
+    made = np.zeros(len(images), IMAGE)
+    are_files = [isinstance(image, Path) for image in images]
+    held = [
+        np.frombuffer(os.fsencode(image) + b"\0" if is_file else image or b"\0", np.uint8)  # no bytes mean pixels
+        for image, is_file in zip(images, are_files, strict=True)
+    ]
+    made["data"] = [content.ctypes.data for content in held]
+    made["bytes"] = [-1 if is_file else len(content) for content, is_file in zip(held, are_files, strict=True)]
+    return made, held
+
+
 def make_views(
     settings: Settings,
     images: np.ndarray,
@@ -139,13 +160,15 @@ def make_views(
     """Make all views of a batch and write them into `out`.
 
     Args:
-        images: rows of `table`, [B].
+        images: rows of `table` or `encoded_table`, [B].
         samples, stream: the random numbers follow from these two, see caco.data.views.draws.uniforms.
         out: for each view an array [B, H, W, 3]: float32 is filled with normalised values, uint8 with pixels.
         plain: 0 makes random views; another number makes the plain view instead: the shorter side is resized to this
             many pixels, and the middle is cropped.
     Returns:
-        bool [B]: which images are JPEGs that could not be decoded; their rows of `out` are unchanged.
+        bool [B]: which encoded images were not decoded; their rows of `out` are unchanged. Only JPEGs of the usual
+        kinds are decoded, to the bits of caco.data.sets.reading.rgb, and only within its limits; about all others
+        `rgb` decides.
     """
     images, samples = np.ascontiguousarray(images), np.ascontiguousarray(samples, np.int64)
     normalise = out[0].dtype == np.float32

@@ -1,4 +1,4 @@
-// A view's random numbers, and the crop box that they choose. A number depends on seed, epoch, image, view and its position alone,
+// A view's random numbers, the crop box that they choose, and the window of the plain view. A number depends on seed, epoch, image, view and its position alone,
 // so turning one step on or off leaves all other numbers unchanged (caco/data/views/augmentation.py has the same positions).
 
 #pragma once
@@ -46,6 +46,17 @@ Box crop_box(const View& view, int width, int height, const double* u) {
   const int w = std::min(width, std::max(1, int(std::nearbyint(height * view.ratio[1]))));
   const int h = std::min(height, std::max(1, int(std::nearbyint(width / view.ratio[0]))));
   return {(width - w) / 2, (height - h) / 2, w, h};
+}
+
+// The plain view: the image is resized to width x height, and the view's square begins at (left, top).
+struct Plain {
+  int width, height, left, top;
+};
+
+Plain plain_window(int shorter, int size, int image_width, int image_height) {
+  const int least = std::min(image_width, image_height);
+  const int width = int(int64_t(shorter) * image_width / least), height = int(int64_t(shorter) * image_height / least);
+  return {width, height, int(std::nearbyint((width - size) / 2.0)), int(std::nearbyint((height - size) / 2.0))};
 }
 
 }  // namespace

@@ -33,10 +33,9 @@ void make_view(const Job& job, int64_t n, int v, const uint8_t* pixels, int widt
   const View& view = job.views[v];
   const int size = view.size;
   if (job.plain) {
-    const int shorter = std::min(width, height);
-    const int w = int(int64_t(job.plain) * width / shorter), h = int(int64_t(job.plain) * height / shorter);
-    resize(pixels, width, {0, 0, width, height}, w, h, int(std::nearbyint((w - size) / 2.0)),
-           int(std::nearbyint((h - size) / 2.0)), size, false, false, s);
+    const Plain plain = plain_window(job.plain, size, width, height);
+    resize(pixels, width, {0, 0, width, height}, plain.width, plain.height, plain.left, plain.top, size, view.bicubic,
+           false, s);
     write_out(job, v, n, s.image.data());
     return;
   }

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -36,6 +37,27 @@ int chosen(int asked) {
   return asked < 0 ? best : std::min(asked, best);
 }
 
+// The rows of an image that its views use.
+Rows needed(const Job& job, int64_t n, int width, int height) {
+  Rows rows{height, 0};
+  for (int v = 0; v < job.num_views; v++) {
+    const View& view = job.views[v];
+    if (job.plain) {
+      // A row of the resized image depends on the rows around its place, as far as one row of either image reaches, or two.
+      const Plain plain = plain_window(job.plain, view.size, width, height);
+      const double scale = double(height) / plain.height, margin = (view.bicubic ? 2 : 1) * std::max(scale, 1.0) + 1;
+      rows.first = std::min(rows.first, std::max(0, int(plain.top * scale - margin)));
+      rows.last = std::max(rows.last, std::min(height, int((plain.top + view.size) * scale + margin) + 1));
+    } else {
+      double u[kNumUniforms];
+      draw_uniforms(job.stream, job.samples[n], v, u);
+      const Box box = crop_box(view, width, height, u);
+      rows.first = std::min(rows.first, box.top), rows.last = std::max(rows.last, box.top + box.height);
+    }
+  }
+  return rows;
+}
+
 void work(const Job& job, std::atomic<int64_t>& next) {
   MakeView* make_view = make_view_plain;
 #ifdef HAS_CHOICE
@@ -47,21 +69,15 @@ void work(const Job& job, std::atomic<int64_t>& next) {
   for (int64_t n; (n = next++) < job.num_images;) {
     const Image& image = job.images[n];
     const uint8_t* pixels = image.data;
+    int width = image.width, height = image.height;
     if (image.bytes) {
-      int first = job.plain ? 0 : image.height, last = job.plain ? image.height : 0;
-      for (int v = 0; v < job.num_views && !job.plain; v++) {
-        double u[kNumUniforms];
-        draw_uniforms(job.stream, job.samples[n], v, u);
-        const Box box = crop_box(job.views[v], image.width, image.height, u);
-        first = std::min(first, box.top), last = std::max(last, box.top + box.height);
-      }
-      pixels = decoder->decode(image.data, image.bytes, image.width, image.height, first, last);
+      pixels = decoder->open(image, &width, &height) ? decoder->decode(needed(job, n, width, height)) : nullptr;
       if (!pixels) {
         job.unreadable[n] = 1;
         continue;
       }
     }
-    for (int v = 0; v < job.num_views; v++) make_view(job, n, v, pixels, image.width, image.height, scratch);
+    for (int v = 0; v < job.num_views; v++) make_view(job, n, v, pixels, width, height, scratch);
   }
 }
 
