@@ -127,7 +127,7 @@ def test_a_job_that_could_not_say_why_it_failed_is_reported_all_the_same(tmp_pat
     """A full disk leaves failure.txt empty."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    with pytest.raises(SweepFailed, match=r"have failed:\n.*\n    why is not known: .*failure\.txt is empty"):
+    with pytest.raises(SweepFailed, match=r"has failed:\n.*\n    why is not known: .*failure\.txt is empty"):
         follow(AtOnce(lambda job: (run_dir / "failure.txt").touch()), [Job((), run_dir)], tmp_path)
 
 

@@ -39,7 +39,8 @@ struct Choose {
         const float* at = scores + piece * PIECE * GROUP;
 #pragma GCC unroll 4
         for (int row = 0; row < PIECE; row++)
-            for (int half = 0; half < 2; half++) peak[half] = _mm512_max_ps(peak[half], _mm512_load_ps(at + row * GROUP + half * 16));
+            for (int half = 0; half < 2; half++)  // the peak comes second: where a score is not a number, the result is the second operand
+                peak[half] = _mm512_max_ps(_mm512_load_ps(at + row * GROUP + half * 16), peak[half]);
     }
     // The number that a score must exceed to be kept.
     MEMBER __m512 bar(int half) const {
