@@ -1,9 +1,9 @@
 """`python -m analysis.report --scale mini`: write one self-contained HTML page with all results of a scale or a sweep.
 
-python -m analysis.report --scale mini                          all tables and figures with results, the records,
-                                                                and the configurations
-python -m analysis.report --scale mini --run runs/mini/NAME     the same with figures 3 and 5 of that run
-python -m analysis.report --sweep runs/NAME                     the runs of a sweep made by python -m caco.train -m
+    python -m analysis.report --scale mini                          all tables and figures with results, the records,
+                                                                    and the configurations
+    python -m analysis.report --scale mini --run runs/mini/NAME     the same with figures 3 and 5 of that run
+    python -m analysis.report --sweep runs/NAME                     the runs of a sweep made by python -m caco.train -m
 """
 
 import argparse

@@ -32,14 +32,19 @@ def measured() -> list[tuple[Table, Scale, Sequence[Found]]]:
         if not (RECORDS / f"{name}.json").is_file():
             continue
         runs, _ = results.from_records([RECORDS / f"{name}.json"])
-        for known in sorted({run.label["table"] for run in runs if run.label.get("scale") == name} & set(tables())):
+        recorded = {run.label["table"] for run in runs if run.label.get("scale") == name}
+        for known in sorted(recorded & set(tables()), key=_papers_first):
             of, scale = load_table(known), load_scale(name)
             found.append((of, scale, results.find(of, scale, runs)))
     return found
 
 
+def _papers_first(table: str) -> tuple[bool, str]:
+    return not table.startswith("table"), table
+
+
 def rows_of(method: str) -> Iterator[tuple[Table, Row]]:
-    for name in sorted(tables(), key=lambda name: (not name.startswith("table"), name)):  # the paper's own first
+    for name in sorted(tables(), key=_papers_first):
         of = load_table(name)
         for row in of.rows.values():
             if f"method={method}" in (row.run or ()):

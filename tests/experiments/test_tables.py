@@ -162,6 +162,10 @@ CHANGED_BY = {  # row -> the settings in which it differs from CaCo
     "blended": {f"method.positives.{key}" for key in ("_target_", "first_share", "last_share")},
     "half_blended": {f"method.positives.{key}" for key in ("_target_", "first_share", "last_share")},
     "balanced": {"bank.balance"}, "renewed": {"bank.renewed_after_steps"},
+    **{
+        f"correct_{share}": {f"method.positives.{key}" for key in ("_target_", "classes", "correct", "seed")}
+        for share in ("tenth", "fifth", "two_fifths", "seven_tenths", "all")
+    },
 }  # fmt: skip
 
 
