@@ -4,6 +4,8 @@
                                                                     and the configurations
     python -m analysis.report --scale mini --run runs/mini/NAME     the same with figures 3 and 5 of that run
     python -m analysis.report --sweep runs/NAME                     the runs of a sweep made by python -m caco.train -m
+
+The page holds its pictures itself, so it can be sent to others as one file.
 """
 
 import argparse
