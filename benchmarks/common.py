@@ -36,11 +36,14 @@ def say(line: str) -> None:
     print(f"[{time.perf_counter() - _started:4.0f} s] {line}", flush=True)
 
 
-def parser(description: str, *, runs: str | None = None, full: str | None = None) -> argparse.ArgumentParser:
-    """An argument parser with the options that all benchmarks share.
+def parser(
+    description: str, *, runs: str | None = None, full: str | None = None, photos: bool = False
+) -> argparse.ArgumentParser:
+    """An argument parser with the options that benchmarks share.
 
     Args:
         runs, full: the help texts of --runs and --full; None for a benchmark without that option.
+        photos: whether the benchmark reads photographs: then it has --photos and --workers.
     """
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if runs:
@@ -49,6 +52,18 @@ def parser(description: str, *, runs: str | None = None, full: str | None = None
     made.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # for tests; its figures mean nothing
     if full:
         made.add_argument("--full", action="store_true", help=full)
+    if photos:
+        made.add_argument(
+            "--photos",
+            type=Path,
+            help="Read the JPEG photographs in this zip file or folder. The default is synthetic ones.",
+        )
+        made.add_argument(
+            "--workers",
+            type=int,
+            default=len(os.sched_getaffinity(0)),
+            help="This many processes or threads read the images. The default is one for each core.",
+        )
     return made
 
 

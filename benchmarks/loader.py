@@ -23,7 +23,6 @@ files       the same with loader=torch from the JPEG files themselves
 
 import ctypes
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
@@ -346,17 +345,7 @@ def main() -> None:
         __doc__,
         runs="This many turns are measured, after one that warms up. The default is 3.",
         full="Measure with all photographs and longer epochs, for 5 turns.",
-    )
-    options.add_argument(
-        "--photos",
-        type=Path,
-        help="Read the JPEG photographs in this zip file or folder. The default is synthetic ones.",
-    )
-    options.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="This many processes read the images. The default is one for each core.",
+        photos=True,
     )
     options.add_argument(
         "--only", default=",".join(PARTS), help="Measure only these parts. The default is %(default)s."

@@ -156,17 +156,7 @@ def main() -> None:
         __doc__,
         runs="This many turns are measured. The default is 3.",
         full="Read 20 files of each photograph and 100,000 small files, as for the published figures.",
-    )
-    options.add_argument(
-        "--photos",
-        type=Path,
-        help="Read the JPEG photographs in this zip file or folder. The default is synthetic ones.",
-    )
-    options.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="This many processes read the images. The default is one for each core.",
+        photos=True,
     )
     arguments = options.parse_args()
     sizes = TINY if arguments.tiny else FULL if arguments.full else DEFAULT

@@ -192,6 +192,9 @@ class RowOfClass(Positives):
     So `correct` is the purity of the choice: 1 is a bank that is never wrong, and 1 / classes is one that knows nothing
     of classes. Compared with `pn=none` at equal steps, it shows which purity a bank needs to be of use.
 
+    Every rank fetches the whole bank and compares it with its keys in one product, [B, K]: this is meant for the small
+    banks of a study. `caco.plan` counts it as one search, so with several ranks it counts too few messages.
+
     Args:
         classes: number of classes of the labels.
         correct: probability of the image's own class.

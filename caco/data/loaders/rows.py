@@ -116,7 +116,7 @@ class RowReader:
         """
         rows, _alive = self.rows(indices)
         views, not_made = make(rows, indices)
-        if self.source.damaged:  # their rows are placeholders
+        if self.source.damaged:  # `arrays` holds meaningless images in their places
             not_made = not_made | np.isin(indices, list(self.source.damaged))
         made, taken = list(views), indices.copy()
 
