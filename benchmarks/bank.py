@@ -2,8 +2,8 @@
 
 One direction of one step is timed: choosing the key's row, loss and gradient of the queries, gradient of the rows,
 update of velocity and rows. The published implementation is rewritten in benchmarks/published.py. Ours is caco/banks in
-three ways: the compiled kernel in bf16, the same in fp32, and "streamed", which is PyTorch code in blocks and is used
-where no kernel was built. benchmarks/contenders.py adds functions of PyTorch that compute parts of such a step. All
+four ways: the compiled kernel in bf16, the same in fp32, "streamed", which is PyTorch code in blocks and is used where
+no kernel was built, and "kept", which is fp32 with bank.keep_probabilities=true. benchmarks/contenders.py adds functions of PyTorch that compute parts of such a step. All
 take turns in one process, so that changes in the machine's speed affect all of them. Ways that this machine has no
 hardware for are left out; without AMX tiles the bf16 kernel is the fp32 one.
 
@@ -57,6 +57,7 @@ from benchmarks.published import LR, MOMENTUM, TAU, Published
 from caco import instructions
 from caco.banks.kernels import fused
 from caco.banks.learnable import LearnableBank
+from caco.banks.scoring import Room
 
 PYPI = "memory-efficient InfoNCE from PyPI"
 PARTS = ("speed", "memory", "step", "curve")
@@ -67,13 +68,23 @@ FULL_CURVE = [(256, K, 128) for K in (8192, 32768, 131072, 524288, 1 << 20)] + [
 
 
 @contextlib.contextmanager
-def streamed() -> Iterator[None]:
+def streamed(bank: LearnableBank) -> Iterator[None]:
     """Use the PyTorch code of the bank, not its compiled kernel."""
     supports, fused.supports = fused.supports, lambda *tensors: False
     try:
         yield
     finally:
         fused.supports = supports
+
+
+@contextlib.contextmanager
+def kept(bank: LearnableBank) -> Iterator[None]:
+    """Keep the probabilities for the rows' update; every step uses the same memory, as in a run."""
+    bank.room = ROOM
+    try:
+        yield
+    finally:
+        bank.room = None
 
 
 class How(NamedTuple):
@@ -86,18 +97,20 @@ class How(NamedTuple):
         return seconds(work, clock=self.clock, device=self.device)
 
 
-Way = tuple[torch.dtype, Callable[[], contextlib.AbstractContextManager[None]]]
-WAYS: dict[str, Way] = {  # name -> (precision, context manager to run the step in)
+ROOM = Room()
+Way = tuple[torch.dtype, Callable[[LearnableBank], contextlib.AbstractContextManager[object]]]
+WAYS: dict[str, Way] = {  # name -> (precision, context manager to run the step in); the fastest default first
     "bf16": (torch.bfloat16, contextlib.nullcontext),
     "fp32": (torch.float32, contextlib.nullcontext),
     "streamed": (torch.float32, streamed),
+    "kept": (torch.float32, kept),
 }
 
 
 def ours(way: str, bank: LearnableBank, q_ND: torch.Tensor, k_ND: torch.Tensor) -> None:
     """One step of the bank. On a GPU all ways, the published one too, run under autocast."""
     precision, serving = WAYS[way]
-    with serving():
+    with serving(bank):
         with torch.autocast(q_ND.device.type, torch.bfloat16, enabled=precision == torch.bfloat16 or q_ND.is_cuda):
             loss = bank.score(q_ND, bank.rows.most_probable(k_ND), temperature=TAU).loss_B.mean()
         loss.backward()
@@ -105,10 +118,14 @@ def ours(way: str, bank: LearnableBank, q_ND: torch.Tensor, k_ND: torch.Tensor) 
 
 
 def ways_that_serve(report: Report, device: torch.device) -> list[str]:
-    """The ways that this machine can run, the fastest first."""
-    if device.type == "cuda":
-        return list(WAYS)
-    lacking = {"bf16": lacks_tiles(), "fp32": lacks_kernel(), "streamed": None}
+    """The ways that this machine can run: first the fastest of those that a run uses by default."""
+    keeps = fused.numbers_kept(1, torch.empty(1, 1, device=device)) > 0
+    lacking = {
+        "bf16": None if device.type == "cuda" else lacks_tiles(),
+        "fp32": None if device.type == "cuda" else lacks_kernel(),
+        "streamed": None,
+        "kept": None if keeps else "probabilities are kept only by the compiled kernel without AMX tiles",
+    }
     return [way for way in WAYS if not report.leave_out(f"the bank in {way}", lacking[way])]
 
 

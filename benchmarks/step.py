@@ -2,7 +2,9 @@
 
 The whole step is what caco/engine/trainer.py does between two batches, without data loading, logging, evaluation and
 saving. The pure model is the forward and backward pass of the same encoder and twin on the same views, with a loss that
-costs nothing. For CaCo with two views, the same step with the published bank (benchmarks/published.py) is timed, too.
+costs nothing. For CaCo with two views, the bank alone and the same step with the published bank
+(benchmarks/published.py) are timed, too; the bank alone chooses positives, scores both views' queries and moves the
+rows, as in the step, for random queries.
 All take turns in one process, so that changes in the machine's speed affect all of them.
 
     python benchmarks/step.py --json step.json                             the default configuration (DEFAULT below)
@@ -110,6 +112,17 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         optimizer.zero_grad()
         published.update(gradient + also)
 
+    some = torch.nn.functional.normalize(torch.randn(4, cfg.batch, cfg.projector.dim, generator=generator), dim=-1)
+    *queries, one_key, other_key = some.to(device).unbind()
+
+    def bank_alone(bank: LearnableBank) -> None:
+        for q, k in zip(queries, (other_key, one_key), strict=True):
+            q = q.clone().requires_grad_()
+            with autocast():
+                loss = bank.score(q, bank.rows.most_probable(k), temperature=cfg.method.temperature).loss_B.mean()
+            loss.backward()
+        bank.update(lr=0.01)
+
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()
@@ -118,7 +131,9 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         report.figures["step_peak_gib"] = peak
         report.row("peak memory of a step", f"{peak:.1f} GiB", "parameters, optimiser and bank included")
     works: dict[str, Callable[[], None]] = {"step": step, "model": pure_model}
-    works |= {"published": partial(published_step, published)} if published else {}
+    if published:
+        bank = cast(LearnableBank, method.bank)
+        works |= {"bank": partial(bank_alone, bank), "published": partial(published_step, published)}
     times = turns({name: partial(seconds, work, device=device) for name, work in works.items()}, runs, warm=2)
     overhead = spread([1 - model / whole for model, whole in zip(times["model"], times["step"], strict=True)])
     figures = {
@@ -140,6 +155,14 @@ def measure(report: Report, overrides: list[str], runs: int) -> dict:
         f"step {taken:.3f} s, pure model {model:.3f} s",
     )  # fmt: skip
     if published:
+        parts = zip(times["model"], times["bank"], times["step"], strict=True)
+        beside = spread([1 - (model + bank) / whole for model, bank, whole in parts])
+        figures |= named(beside, "outside")
+        report.row(
+            "share of a step outside the model and the bank",
+            formatted(beside, " %", scale=100, digits=0),
+            f"the bank alone {figures['bank_seconds']:.3f} s",
+        )
         against = ratios(times["published"], times["step"])
         figures |= named(against, "vs_published")
         report.row(

@@ -93,7 +93,8 @@ def plan(
     columns = one["in_batch_columns"] * cfg.batch + one["columns"]
     unit = 2 * cfg.batch * dim  # one product of the queries with one row
     # Products of the queries with all rows.
-    products = max(1, one["sums"]) * (4 if one["learnable"] else 2) + (one["candidates"] > 0)
+    kept = cfg.bank is not None and cfg.bank.get("keep_probabilities", False)
+    products = max(1, one["sums"]) * (4 - kept if one["learnable"] else 2) + (one["candidates"] > 0)
     bank_flops = unit * (
         size * (products * one["bank_terms"] + one["scans"]) + 2 * one["drawn_terms"] * one["drawn_rows"]
     )
@@ -110,6 +111,7 @@ def plan(
     workspace += -(-count // world) * one["pass_bytes"]
     # Sources of further negatives: candidates, found and sorted, with their places; and rows, at most all of them.
     queries, found = cfg.batch * one["bank_terms"], min(one["candidates"], -(-size // world))
+    workspace += kept * 4 * queries * -(-size // world)
     workspace += 2 * (queries * found * (4 + 8) + 4 * dim * min(size, queries * one["drawn"]))
     # Logits of an image; they, their softmax and its gradient are held at once.
     logits = (columns + one["synthetic"]) * one["terms"] + one["scores"]
@@ -213,6 +215,12 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
             5,
             "the bank's passes    in PyTorch, block by block: each query's positive is left out of its sums, which no"
             " kernel does",
+        )
+    if cfg.bank is not None and cfg.bank.get("keep_probabilities", False):
+        lines.insert(
+            5,
+            "probabilities        are kept by the compiled kernel on a CPU without AMX tiles; on any other device they need"
+            " no memory, and the bank computes one product more",
         )
     if cfg.bank is not None:
         by_image = cfg.bank.size is None

@@ -35,7 +35,7 @@ OF_METHOD["pcl"] += " data.limit=32 method.num_clusters=[4,6,8] method.num_negat
 CASES = (
     [*OF_METHOD.values()]
     + [f"pn={pn}" for pn in SETTINGS]
-    + ["bank.reading=paper", "bank.renewed_after_steps=1 bank.balance=0.5"]
+    + ["bank.reading=paper bank.keep_probabilities=true", "bank.renewed_after_steps=1 bank.balance=0.5"]
 )
 CASES += [" ".join(MULTICROP), *(" ".join([OF_METHOD[m], *MULTICROP]) for m in ("adco", "dino", "byol", "barlow"))]
 CASES += [

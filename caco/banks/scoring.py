@@ -13,6 +13,9 @@ Shapes: B this rank's queries, G all ranks' queries, R this rank's rows, S rows 
 N the queries of all terms of a step.
 """
 
+import functools
+import sys
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,6 +54,7 @@ class Anchors(NamedTuple):
     share_N: Tensor | None = None  # a factor on the query's pushes, of any sign; None: 1
     # Weight of the positive's pull where its row is not a negative; None: 1 - p, for a row that is.
     pull_N: Tensor | None = None
+    kept: tuple[fused.Kept, ...] = ()  # the queries' exponentials, in order; empty: they are computed again
 
     @classmethod
     def joined(cls, several: list["Anchors"]) -> list["Anchors"]:
@@ -74,7 +78,8 @@ class Anchors(NamedTuple):
             "a step has one loss, and one kind of positives"
         )
         others = (torch.cat(parts) if parts else None for parts in (shares, pulls))
-        return cls(q, positive, log_sum, weight, several[0].tau, several[0].bf16, *others)
+        kept = tuple(one for anchors in several for one in anchors.kept) if all(anchors.kept for anchors in several) else ()
+        return cls(q, positive, log_sum, weight, several[0].tau, several[0].bf16, *others, kept)
 
 
 def low_precision(device: torch.device) -> bool:
@@ -215,11 +220,11 @@ def _shifts(
 
 def _sums(
     q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: Sequence[float | Tensor], *, with_sums: bool, bf16: bool,
-    as_stored: bool,
+    as_stored: bool, kept: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:  # fmt: skip
     """As `fused.forward`; where no kernel can be used, in blocks of PyTorch."""
     if fused.supports(q_GD, w_RD) and not isinstance(shifts[0], Tensor) and not as_stored:
-        return fused.forward(q_GD, w_RD, taus, shifts, with_sums=with_sums, bf16=bf16)
+        return fused.forward(q_GD, w_RD, taus, shifts, with_sums=with_sums, bf16=bf16, kept=kept)
     z = [torch.zeros(len(q_GD), dtype=torch.float64, device=q_GD.device) for _ in taus]
     peak_G = q_GD.new_full((len(q_GD),), -torch.inf)
     sums_GD = torch.zeros_like(q_GD) if with_sums else None
@@ -257,9 +262,41 @@ def sums_over_rows(q_GD: Tensor, w_RD: Tensor, taus: list[float], *, with_sums: 
     return Sums(shifts, *_sums(q_GD, w_RD, taus, shifts, with_sums=with_sums, bf16=bf16, as_stored=False))
 
 
+class Room:
+    """Memory for the exponentials that the scoring pass keeps for the rows' update. It is used again in the next step:
+    filling memory that is new to the process takes longer than the product that keeping saves.
+    """
+
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
+
+    def for_sums(self, q_GD: Tensor, w_RD: Tensor) -> Tensor | None:
+        """Room for the exponentials of these queries and rows, which is free again as soon as nothing refers to it.
+        None where they cannot be kept, which one message reports.
+        """
+        numbers = fused.numbers_kept(len(q_GD), w_RD)
+        if not numbers:
+            _say_that_nothing_is_kept()
+            return None
+        place = next((place for place, whole in enumerate(self.free) if len(whole) >= numbers), None)
+        whole = torch.empty(numbers) if place is None else self.free.pop(place)
+        taken = whole[:numbers]
+        weakref.finalize(taken, self.free.append, whole).atexit = False
+        return taken
+
+
+@functools.cache
+def _say_that_nothing_is_kept() -> None:
+    print(
+        "caco: bank.keep_probabilities has no effect here; only the bank's compiled kernel keeps probabilities, on a CPU"
+        " without AMX tiles",
+        file=sys.stderr,
+    )
+
+
 class _StreamedScore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, anchors, as_stored):
+    def forward(ctx, q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, anchors, as_stored, room):
         tau, B, bf16 = taus[0], len(q_BD), low_precision(q_BD.device)
         with torch.autocast(q_BD.device.type, enabled=False):
             q_GD, positive_G = distributed.gather(q_BD), distributed.gather(positive_B)
@@ -269,8 +306,9 @@ class _StreamedScore(torch.autograd.Function):
             if isinstance(longest, Tensor) and not devices.runs_ahead(q_BD.device):
                 longest = longest.item()
             shifts = _shifts(q_GD, w_RD, taus, longest, as_stored=as_stored)
+            kept = None if room is None or isinstance(shifts[-1], Tensor) else room.for_sums(q_GD, w_RD)
             z, peak_G, sums_GD = _sums(
-                q_GD, w_RD, taus, shifts, with_sums=ctx.needs_input_grad[0], bf16=bf16, as_stored=as_stored
+                q_GD, w_RD, taus, shifts, with_sums=ctx.needs_input_grad[0], bf16=bf16, as_stored=as_stored, kept=kept
             )
             top_G = distributed.max_(peak_G)
             m_GD = rows_scored(w_RD[local_G.masked_fill(~own_shard_G, 0)], as_stored=as_stored)
@@ -298,6 +336,7 @@ class _StreamedScore(torch.autograd.Function):
 
         ctx.save_for_backward(extra_BE, positive_B, log_sum_B[0], toward_BD)
         ctx.asking = (anchors, q_GD, positive_G, log_sum_G[-1])
+        ctx.kept = () if kept is None else (fused.Kept(kept, len(q_GD), shifts[-1]),)
         ctx.settings = size, taus, bf16
         max_probability_B = (distributed.own(top_G, B) / tau - log_sum_B[0]).exp()
         ctx.mark_non_differentiable(max_probability_B)
@@ -313,7 +352,7 @@ class _StreamedScore(torch.autograd.Function):
             if anchors is not None:
                 # Each rank's loss is the mean over its own part of the batch, hence the division by the world size.
                 weight_G = distributed.gather(grad_B) / distributed.world()
-                anchors.append(Anchors(q_GD, positive_G, log_sum_G, weight_G, taus[-1], bf16))
+                anchors.append(Anchors(q_GD, positive_G, log_sum_G, weight_G, taus[-1], bf16, kept=ctx.kept))
             grad_q_BD = None if toward_BD is None else toward_BD * (grad_B / tau)[:, None]
             grad_extra_BE = None
             if extra_BE is not None and ctx.needs_input_grad[2]:
@@ -321,7 +360,7 @@ class _StreamedScore(torch.autograd.Function):
                 in_extra_B = (positive_B >= size).to(grad_extra_BE.dtype)
                 grad_extra_BE.scatter_add_(1, (positive_B - size).clamp(min=0)[:, None], -in_extra_B[:, None])
                 grad_extra_BE *= (grad_B / tau)[:, None]
-        return grad_q_BD, None, grad_extra_BE, None, None, None, None, None, None
+        return grad_q_BD, None, grad_extra_BE, None, None, None, None, None, None, None
 
 
 def check_shapes(q_BD: Tensor, w_RD: Tensor, positive_B: Tensor) -> None:
@@ -343,6 +382,7 @@ def score(
     extra_BE: Tensor | None = None,
     anchors: list[Anchors] | None = None,
     as_stored: bool = False,
+    room: Room | None = None,
 ) -> Score:
     """The contrastive loss -log p of every query over the bank and any extra columns (Eq. 3). A collective.
 
@@ -362,6 +402,8 @@ def score(
         anchors: the list to which the backward pass adds; None where the rows do not learn.
         as_stored: whether the rows are taken with their norms instead of being normalised (InstDisc, until all its rows
             have been written). Such rows do not learn.
+        room: where the exponentials are kept for the rows' update, if the kernel can do that; None: they are computed
+            again.
     Returns:
         the losses, [B], and each query's largest probability, [B].
     Raises:
@@ -370,4 +412,4 @@ def score(
     """
     check_shapes(q_BD, w_RD, positive_B)
     taus = [tau] if anchors is None or bank_tau is None or bank_tau == tau else [tau, bank_tau]
-    return Score(*_StreamedScore.apply(q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, anchors, as_stored))
+    return Score(*_StreamedScore.apply(q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, anchors, as_stored, room))

@@ -70,6 +70,7 @@ AS_BEFORE: dict[str, Any] = {
     "backbone.zero_init_last": False,
     "bank.balance": 0.0,
     "bank.final_lr": None,
+    "bank.keep_probabilities": False,
     "bank.random_norms": "unit",
     "bank.renewed_after_steps": None,
     "continued_epochs": None,

@@ -76,9 +76,11 @@ def test_loss_label_and_query_gradient(path, shape, tau):
 @pytest.mark.parametrize("reading", ["code", "paper"])
 @pytest.mark.parametrize(("pull", "push", "bank_tau"), [(1, 1, None), (0, 1, 0.02), (1, 0, 0.3), (0.5, 2, 0.05)])
 @pytest.mark.parametrize("extra", [False, True])
-def test_rows_and_velocity_after_five_steps_of_two_terms(path, reading, pull, push, bank_tau, extra):
+@pytest.mark.parametrize("keep", [False, True], ids=["computed again", "kept"])
+def test_rows_and_velocity_after_five_steps_of_two_terms(path, reading, pull, push, bank_tau, extra, keep):
     B, K, D, tau = 37, 211, 24, 0.1
     settings = {"pull": pull, "push": push, "temperature": bank_tau, "reading": reading, "weight_decay": 1e-2}
+    settings["keep_probabilities"] = keep
     bank = LearnableBank(size=K, dim=D, seed=0, lr=0.7, **settings)
     with torch.no_grad():
         bank.rows.weight[40] = bank.rows.weight[3]  # two equal rows
@@ -96,6 +98,8 @@ def test_rows_and_velocity_after_five_steps_of_two_terms(path, reading, pull, pu
             score.loss_B.mean().backward()
             gradient += eq.bank_gradient(q, w, positive, bank_tau or tau, pull=pull, push=push, extra_BE=columns)
         w, v = eq.bank_update(w, v, gradient + 1e-2 * w, lr=0.7, momentum=0.9, reading=reading)
+        kept = keep and push > 0 and path not in ("streamed", "amx", "amx bfloat16")
+        assert [len(anchors.kept) for anchors in bank.anchors] == [kept, kept]
         bank.update(lr=0.7, keys_GD=q)
     atol = ROWS[path] / (bank_tau or tau) if path in ROWS else 1e-4
     assert torch.allclose(bank.rows.weight.double(), w, atol=atol)
@@ -178,6 +182,38 @@ def test_rows_move_right_where_probabilities_leave_a_bfloat16_s_exponents(path):
     assert gradient.abs().max() > 1
 
 
+@pytest.mark.parametrize("path", ["plain", "avx2", "wide", "avx512"], indirect=True)
+def test_kept_probabilities_move_the_rows_as_those_computed_again(path):
+    """Over several tiles of queries and blocks of rows, in parts of unequal size."""
+
+    def moved(keep):
+        bank = LearnableBank(size=1000, dim=200, seed=0, lr=1.0, keep_probabilities=keep)
+        for _ in range(2):
+            for q in unit(250, 200, seed=1).float().split([130, 1, 119]):
+                q.requires_grad_()
+                bank.score(q, bank.rows.most_probable(q.detach()), temperature=0.1).loss_B.sum().backward()
+            bank.update()
+        return bank
+
+    kept, computed = moved(True), moved(False)
+    assert torch.allclose(kept.rows.weight, computed.rows.weight, rtol=0, atol=3e-6)
+    assert computed.rows.velocity.abs().max() > 0.1, "the rows must have moved, or the test would prove nothing"
+
+
+def test_the_memory_of_kept_probabilities_is_used_again(path, capfd):
+    bank = LearnableBank(size=100, dim=16, seed=0, keep_probabilities=True)
+    scoring._say_that_nothing_is_kept.cache_clear()
+    q = unit(30, 16, seed=1).float().requires_grad_()
+    for _ in range(3):
+        for _ in range(2):  # the second time without a backward pass, as in an evaluation
+            loss = bank.score(q, bank.rows.most_probable(q.detach()), temperature=0.1).loss_B.mean()
+        loss.backward()
+        del loss
+        bank.update()
+    said = capfd.readouterr().err.count("bank.keep_probabilities has no effect here")
+    assert (len(bank.room.free), said) == ((0, 1) if path in ("streamed", "amx", "amx bfloat16") else (2, 0))
+
+
 def test_gradients_of_parts_of_a_batch_are_those_of_the_whole(path):
     def moved(parts):
         bank = LearnableBank(size=301, dim=16, seed=0, lr=1.0)
@@ -244,7 +280,7 @@ def test_the_run_s_precision_decides_which_products_are_rounded(monkeypatch):
     monkeypatch.setattr(scoring.fused, "supports", lambda *tensors: True)
     monkeypatch.setattr(scoring.fused, "update", lambda *tensors, bf16, **settings: told.append(("update", bf16)))
 
-    def forward(q, w, taus, shifts, *, with_sums, bf16):
+    def forward(q, w, taus, shifts, *, with_sums, bf16, kept):
         told.append(("score", bf16))
         return [torch.ones(len(q), dtype=torch.float64)], torch.ones(len(q)), torch.zeros_like(q)
 

@@ -249,7 +249,7 @@ def test_kernels_serve_where_no_positive_is_a_row_and_pytorch_where_one_is(monke
     monkeypatch.setattr(fused, "supports", lambda *tensors: True)
     monkeypatch.setattr(fused, "update", lambda *tensors, tau, lr, **settings: served.append((tau, lr)))
 
-    def forward(q, w, taus, shifts, *, with_sums, bf16):
+    def forward(q, w, taus, shifts, *, with_sums, bf16, kept):
         served.append(tuple(taus))
         return [torch.ones(len(q), dtype=torch.float64) for _ in taus], torch.ones(len(q)), torch.zeros_like(q)
 

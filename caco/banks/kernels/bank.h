@@ -43,12 +43,23 @@ struct Forward {
     int64_t D;
     bool second;  // whether the bank has a temperature of its own
     float inverse_tau, inverse_tau2, shift, shift2;
+    float* kept = nullptr;  // [block of rows][kept_queries][block_rows(D)]: takes the exponentials at the bank's temperature
+    int64_t kept_queries = 0;
+};
+
+// Where one query's exponentials begin that a forward pass kept: those of block b of the rows are the block_rows(D) numbers at
+// at + b * stride. Times `factor` they are the query's probabilities. at is null for the queries that pad the last tile.
+struct Kept {
+    const float* at;
+    int64_t stride;
+    float factor;
 };
 
 struct Update {
     const float *q, *weighted;  // queries [padded, D]; the queries times grad, in panels [d / 16][padded][16]
     const float *log_sum, *grad;
     const int64_t *first_of_row, *by_row;  // the queries whose positive is row j are by_row[first_of_row[j] ...]
+    const Kept* kept;  // one for each query up to `padded`; null: the probabilities are computed
     float *w, *v;
     int64_t R, D, padded;
     float inverse_tau, pull, push, lr, momentum, weight_decay;

@@ -21,9 +21,9 @@ Shapes: G queries, R rows, D width, N queries of all terms of a step, T candidat
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,9 +31,10 @@ from torch import Tensor
 from caco import instructions
 
 SIGNATURES = {  # a letter for each argument: p pointer, n int64, f float, i int
-    "caco_forward": "pnpnnffffppppiii",
+    "caco_kept": "nnni",
+    "caco_forward": "pnpnnffffpppppiii",
     "caco_nearest": "pnpnnpppii",
-    "caco_update": "ppppnppnnffffffiiii",
+    "caco_update": "ppppnppnnffffffipppiii",
 }
 
 
@@ -66,6 +67,7 @@ def _loaded() -> ctypes.CDLL | None:
     kinds = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
     for name, arguments in SIGNATURES.items():
         getattr(kernel, name).argtypes = [kinds[kind] for kind in arguments]
+    kernel.caco_kept.restype = ctypes.c_int64
     return kernel
 
 
@@ -112,9 +114,35 @@ def or_on_cuda(work: Callable) -> Callable:
     return chosen
 
 
+class Kept(NamedTuple):
+    """What a forward pass kept for `update`, with the kernel's own layout: exp(q.m_j / tau - shift) for each query and
+    row.
+    """
+
+    exponentials: Tensor
+    num_queries: int
+    shift: float
+
+
+def numbers_kept(num_queries: int, w_RD: Tensor) -> int:
+    """How many numbers `forward` keeps for these queries and rows, and 0 where it can keep none: on a GPU and on AMX
+    tiles, where reading a probability from memory takes longer than computing it again, and without a kernel.
+    """
+    if w_RD.device.type != "cpu" or not supports(w_RD):
+        return 0
+    return library().caco_kept(num_queries, *w_RD.shape, instructions.number())
+
+
 @or_on_cuda
 def forward(
-    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, bf16: bool
+    q_GD: Tensor,
+    w_RD: Tensor,
+    taus: list[float],
+    shifts: list[float],
+    *,
+    with_sums: bool,
+    bf16: bool,
+    kept: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """For each tau the sum over the rows of exp(q.m_j / tau - shift), float64 [G]; each query's largest cosine, [G];
     and, with `with_sums`, for the first tau the sum of exp(q.m_j / tau - shift) m_j, [G, D].
@@ -125,6 +153,7 @@ def forward(
         taus: one or two temperatures.
         shifts: one number for each temperature.
         bf16: whether factors may be rounded to bfloat16.
+        kept: takes the exponentials at the last temperature; it has as many numbers as `numbers_kept` says.
     """
     G, D = q_GD.shape
     z = [torch.empty(G, dtype=torch.float64) for _ in taus]
@@ -134,7 +163,7 @@ def forward(
     _call(
         "caco_forward",
         q_GD.contiguous(), G, w_RD, len(w_RD), D, 1 / taus[0], shifts[0], 1 / taus[-1], shifts[-1],
-        z[0], z[1] if second else None, peak_G, sums_GD, bf16,
+        z[0], z[1] if second else None, peak_G, sums_GD, kept, bf16,
     )  # fmt: skip
     return z, peak_G, sums_GD
 
@@ -167,17 +196,25 @@ def nearest(k_GD: Tensor, w_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def update(
     w_RD: Tensor, velocity_RD: Tensor, q_ND: Tensor, positive_N: Tensor, log_sum_N: Tensor, weight_N: Tensor, *,
     tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool, bf16: bool,
+    kept: Sequence[Kept] = (),
 ) -> None:  # fmt: skip
     """One SGD step of rows and velocities, in place: gradient, velocity and rows of a block are computed in one visit.
 
     The arguments are as in `caco.banks.motion.move`; the queries' tensors are those of `caco.banks.scoring.Anchors`,
-    with positives counted from the first of these rows, where a number that is none of them means no row.
+    with positives counted from the first of these rows, where a number that is none of them means no row. `kept` is
+    empty, or what the forward passes of all these queries kept, in order; then the probabilities are read from there.
     """
+    if kept:
+        at, queries = (torch.tensor(x) for x in ([x.exponentials.data_ptr() for x in kept], [x.num_queries for x in kept]))
+        shift_N = torch.cat([torch.full((x.num_queries,), x.shift, dtype=torch.float64) for x in kept])
+        found = at, queries, (shift_N - log_sum_N).exp().float()
+    else:
+        found = None, None, None
     _call(
         "caco_update",
         q_ND.contiguous(), positive_N.contiguous(), log_sum_N.contiguous(), weight_N.contiguous(), len(q_ND),
         w_RD, velocity_RD, len(w_RD), w_RD.shape[1], 1 / tau, pull, push, lr, momentum, weight_decay,
-        normalise, bf16,
+        normalise, *found, bf16,
     )  # fmt: skip
 
 

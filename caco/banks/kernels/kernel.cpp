@@ -64,13 +64,21 @@ int caco_top(int set) {
     return TOP;
 }
 
+// How many numbers a forward pass of G queries over R rows keeps, or 0 where it cannot keep them: on AMX, reading a probability takes
+// longer than computing it.
+int64_t caco_kept(int64_t G, int64_t R, int64_t D, int set) {
+    return chosen(set) == AMX ? 0 : round_up(G, 12) * round_up(R, block_rows(D));
+}
+
 // Computes for each of G queries q, over R rows w of any norm, with m = w / |w|:
 //   z = sum_j exp(inverse_tau q.m_j - shift); z2 the same at a second temperature (null: not computed); peak = max_j q.m_j;
 //   sums = sum_j exp(inverse_tau q.m_j - shift) m_j, [G, D] (null: not computed).
 // Returns 0, or 1 if memory ran out. A row of norm zero, or anything that is not finite, makes z infinite or NaN.
 // low: whether AMX may round to bfloat16. The other sets compute in float32 in any case.
+// kept: takes the exponentials at the second temperature, or else the first, for caco_update (null: not kept); caco_kept says how many
+// numbers these are. AMX does not keep them.
 int caco_forward(const float* q, int64_t G, const float* w, int64_t R, int64_t D, float inverse_tau, float shift,
-                 float inverse_tau2, float shift2, double* z, double* z2, float* peak, float* sums, int low, int threads,
+                 float inverse_tau2, float shift2, double* z, double* z2, float* peak, float* sums, float* kept, int low, int threads,
                  int set) try {
     set = chosen(set);
 #if defined(HAS_AMX)
@@ -83,7 +91,7 @@ int caco_forward(const float* q, int64_t G, const float* w, int64_t R, int64_t D
     const int64_t wide = round_up(D, PANEL), share = shares.queries, padded = shares.query_shares * share;
     Buffer padded_q(padded * D);
     memcpy(padded_q.at, q, G * D * sizeof(float));
-    const Forward f{padded_q.at, w, D, z2 != nullptr, inverse_tau, inverse_tau2, shift, shift2};
+    const Forward f{padded_q.at, w, D, z2 != nullptr, inverse_tau, inverse_tau2, shift, shift2, kept, round_up(G, 12)};
     std::vector<double> totals(padded * shares.row_shares), totals2(z2 ? padded * shares.row_shares : 0);
     std::vector<float> peaks(padded * shares.row_shares, -3.0e38f);
     Buffer weighed(sums ? padded * shares.row_shares * wide : 0);
@@ -130,11 +138,14 @@ int caco_nearest(const float* k, int64_t G, const float* w, int64_t R, int64_t D
 
 // Moves R rows and their velocities along the gradient of N queries (caco/equations.py: bank_gradient, bank_update).
 //   positive: [N], the index of one of these rows, or any other number for a positive that is none of them; log_sum: [N], log of the sum
-//   of exponentials at this temperature; grad: [N], weight of the query's loss.
+//   of exponentials at this temperature; grad: [N], weight of the query's loss;
+//   kept: [passes], what that many forward passes kept, together for all N queries in order (null: not kept); kept_queries: [passes],
+//   the queries of each; factor: [N], what makes a query's exponentials its probabilities.
 // Returns 0, or 1 if memory ran out.
 int caco_update(const float* q, const int64_t* positive, const float* log_sum, const float* grad, int64_t N, float* w,
                 float* v, int64_t R, int64_t D, float inverse_tau, float pull, float push, float lr, float momentum,
-                float weight_decay, int normalise, int low, int threads, int set) try {
+                float weight_decay, int normalise, const float* const* kept, const int64_t* kept_queries, const float* factor,
+                int low, int threads, int set) try {
     set = chosen(set);
     std::vector<int64_t> first_of_row(R + 1), by_row(N);
     for (int64_t i = 0; i < N; i++)
@@ -142,7 +153,7 @@ int caco_update(const float* q, const int64_t* positive, const float* log_sum, c
     for (int64_t j = 0; j < R; j++) first_of_row[j + 1] += first_of_row[j];  // the ends; the next loop turns them into starts
     for (int64_t i = N - 1; i >= 0; i--)
         if (positive[i] >= 0 && positive[i] < R) by_row[--first_of_row[positive[i]]] = i;
-    Update u{q, nullptr, log_sum, grad, first_of_row.data(), by_row.data(), w, v, R, D, N,
+    Update u{q, nullptr, log_sum, grad, first_of_row.data(), by_row.data(), nullptr, w, v, R, D, N,
              inverse_tau, pull, push, lr, momentum, weight_decay, normalise != 0};
 #if defined(HAS_AMX)
     if (set == AMX) return !(low && amx::in_range(u, N) ? amx::update<1> : amx::update<2>)(u, N, threads);
@@ -155,6 +166,12 @@ int caco_update(const float* q, const int64_t* positive, const float* log_sum, c
     for (int64_t i = 0; i < N; i++)
         for (int64_t d = 0; d < D; d++)
             weighted[(d / PANEL) * padded * PANEL + i * PANEL + d % PANEL] = q[i * D + d] * grad[i];
+    std::vector<Kept> of_query(kept ? padded : 0);
+    for (int64_t i = 0, pass = 0, from = 0; kept && i < N; i++) {
+        for (; i - from == kept_queries[pass]; pass++) from = i;
+        of_query[i] = {kept[pass] + (i - from) * S, round_up(kept_queries[pass], 12) * S, factor[i]};
+    }
+    if (kept) u.kept = of_query.data();
     u.q = padded_q.at, u.weighted = weighted.at, u.log_sum = sums.at, u.grad = weights.at, u.padded = padded;
     if ((double)N * R * D < 4.0e6) threads = 1;
     const int64_t blocks = (R + S - 1) / S, workers = std::max<int64_t>(1, std::min<int64_t>(threads, blocks));

@@ -1,5 +1,6 @@
 // The bank's loops for one instruction set, in a namespace of the set's name. sets.h includes this file once for each set, with these
-// macros: V floats fill a vector, a tile of scores is MR queries by 16 rows, TARGET is the attribute of every function.
+// macros: V floats fill a vector, a tile of scores is MR queries by 16 rows, TARGET is the attribute of every function, STREAM(at, x)
+// stores a vector past the caches.
 
 #include <algorithm>
 #include <cmath>
@@ -13,6 +14,7 @@
 #define TARGET
 #define V 4
 #define MR 3
+#define STREAM(at, x) store(at, x)
 #endif
 
 namespace {
@@ -24,6 +26,8 @@ constexpr int NV = PANEL / V;
 
 TARGET static inline vec load(const float* at) { return *(const vec*)at; }
 TARGET static inline void store(float* at, vec x) { *(vec*)at = x; }
+// As `store`, past the caches. `at` is aligned to the vector's size.
+TARGET static inline void stream(float* at, vec x) { STREAM(at, x); }
 
 // e^x, with an error of about one unit in the last place, for x up to 88. For x below -87 it gives e^-87, which is too small to change
 // any of the sums that it is used in.
@@ -131,6 +135,7 @@ TARGET static void forward_part(const Forward& f, int64_t first_query, int64_t l
     for (int64_t start = first_row; start < last_row; start += S) {
         const int64_t count = std::min(S, last_row - start), panels = round_up(count, PANEL) / PANEL;
         pack(f.w + start * D, count, D, S, transposed.at, sums ? rows.at : nullptr, nullptr);
+        float* kept = f.kept ? f.kept + (start / S * f.kept_queries + first_query) * S : nullptr;
         for (int64_t tile_start = 0; tile_start < queries; tile_start += QUERY_TILE) {
             const int64_t tile_queries = std::min(QUERY_TILE, queries - tile_start);
             for (int64_t panel = 0; panel < panels; panel++) {
@@ -153,6 +158,7 @@ TARGET static void forward_part(const Forward& f, int64_t first_query, int64_t l
                             total2 += e2;
                             top = s[r][v] > top ? s[r][v] : top;
                             if (sums) store(&tile[(i + r) * tile_rows + panel * PANEL + v * V], e);
+                            if (kept) stream(kept + query * S + panel * PANEL + v * V, f.second ? e2 : e);
                         }
                         store(&totals[query * V], total);
                         if (f.second) store(&totals2[query * V], load(&totals2[query * V]) + total2);
@@ -245,12 +251,21 @@ TARGET static inline void move_row(const Update& u, int64_t j, float inverse, fl
 TARGET static void update_block(const Update& u, int64_t start, float* transposed, float* tile, float* toward, float* inverse_norm) {
     const int64_t D = u.D, S = block_rows(D), wide = round_up(D, PANEL), tile_rows = S + PANEL;
     const int64_t count = std::min(S, u.R - start), panels = round_up(count, PANEL) / PANEL;
-    pack(u.w + start * D, count, D, S, transposed, nullptr, inverse_norm);
+    if (u.kept)
+        for (int64_t j = 0; j < count; j++) inverse_norm[j] = 1.0f / sqrtf(dot(u.w + (start + j) * D, u.w + (start + j) * D, D));
+    else
+        pack(u.w + start * D, count, D, S, transposed, nullptr, inverse_norm);
     memset(toward, 0, S * wide * sizeof(float));
     if (u.push != 0.0f)
         for (int64_t tile_start = 0; tile_start < u.padded; tile_start += QUERY_TILE) {
             const int64_t tile_queries = std::min(QUERY_TILE, u.padded - tile_start);
-            for (int64_t panel = 0; panel < panels; panel++)
+            for (int64_t i = 0; u.kept && i < tile_queries; i++) {
+                const Kept& kept = u.kept[tile_start + i];
+                const float* from = kept.at ? kept.at + start / S * kept.stride : nullptr;
+                for (int64_t row = 0; row < panels * PANEL; row += V)
+                    store(tile + i * tile_rows + row, from ? load(from + row) * kept.factor : vec{});
+            }
+            for (int64_t panel = 0; !u.kept && panel < panels; panel++)
                 for (int64_t i = 0; i < tile_queries; i += MR) {
                     vec s[MR][NV];
                     scores(u.q + (tile_start + i) * D, D, transposed + panel * D * PANEL, s);
@@ -276,3 +291,4 @@ TARGET static void update_block(const Update& u, int64_t start, float* transpose
 #undef TARGET
 #undef V
 #undef MR
+#undef STREAM

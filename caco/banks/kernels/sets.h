@@ -20,6 +20,7 @@
 #define TARGET __attribute__((target("avx2,fma")))
 #define V 8
 #define MR 6
+#define STREAM(at, x) _mm256_stream_ps(at, (__m256)x)
 #include "loops.h"
 
 #define SET avx2_words
@@ -35,12 +36,14 @@
 #define TARGET __attribute__((target("avx2,fma")))
 #define V 16
 #define MR 12
+#define STREAM(at, x) store(at, x)
 #include "loops.h"
 
 #define SET avx512
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")))
 #define V 16
 #define MR 12
+#define STREAM(at, x) _mm512_stream_ps(at, (__m512)x)
 #include "loops.h"
 
 #define SET vnni_words

@@ -273,9 +273,10 @@ def _launch(
 
 
 def forward(
-    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, bf16: bool = False
-) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """As `fused.forward`."""
+    q_GD: Tensor, w_RD: Tensor, taus: list[float], shifts: list[float], *, with_sums: bool, bf16: bool = False,
+    kept: None = None,
+) -> tuple[list[Tensor], Tensor, Tensor | None]:  # fmt: skip
+    """As `fused.forward`; `fused.numbers_kept` is 0 on a GPU, so nothing is kept."""
     z, z2, peak, sums = _launch(
         "forward", q_GD, w_RD,
         [(torch.float64, ()), (torch.float64, ()), (torch.float32, ()), (torch.float32,
@@ -346,9 +347,9 @@ def _best(k_GD: Tensor, w_RD: Tensor, row_GA: Tensor) -> tuple[Tensor, Tensor]:
 def update(
     w_RD: Tensor, velocity_RD: Tensor, q_ND: Tensor, positive_N: Tensor, log_sum_N: Tensor, weight_N: Tensor, *,
     tau: float, pull: float, push: float, lr: float, momentum: float, weight_decay: float, normalise: bool,
-    bf16: bool = False,
+    bf16: bool = False, kept: tuple[()] = (),
 ) -> None:  # fmt: skip
-    """As `fused.update`."""
+    """As `fused.update`; nothing is kept on a GPU."""
     assert w_RD.is_contiguous() and velocity_RD.is_contiguous()
     R, D = w_RD.shape
     fixed, options = constants("update", D, bf16=bf16, on=_card(w_RD.device))
