@@ -12,12 +12,17 @@
 2. Digests and overlap: reading and hashing each of many small files (caco/data/sets/content.py), and the whole overlap
    check of two sets of such files (caco/data/sets/overlap.py). They are compared with reading each of the same files
    once with the same number of threads.
+3. Start: all that a training does before its first step, with a folder of as many images as ImageNet has. The images
+   are simulated by their names: one small JPEG in each of 1,000 class folders, and hard links to it. It is compared
+   with reading each of these files once.
 
 The page cache is warm, because the files have just been written. Both sides take turns in one process, and a ratio
 compares values of the same turn."""
 
+import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +44,7 @@ from torch import Tensor, nn
 from benchmarks.common import Report, formatted, parser, photos_at, ratios, say, turns
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.loaders.workers import in_order
+from caco.data.sets.class_folders import class_folders
 from caco.data.sets.content import in_threads
 from caco.data.sets.overlap import Overlap
 from caco.data.sets.sources import ImageFiles, Source, Splits
@@ -51,10 +57,14 @@ class Sizes(NamedTuple):
     copies: int  # of each photograph, under different names
     width: int  # of a synthetic photograph, in pixels
     files: int  # number of small files
+    names: int  # images of the folder that a training starts with
+    classes: int  # class folders of this folder
     runs: int
 
 
-DEFAULT, FULL, TINY = Sizes(100, 5, 500, 20_000, 3), Sizes(None, 20, 500, 100_000, 3), Sizes(3, 2, 60, 200, 1)
+DEFAULT = Sizes(100, 5, 500, 20_000, 50_000, 1000, 3)
+FULL = Sizes(None, 20, 500, 100_000, 1_281_000, 1000, 3)
+TINY = Sizes(3, 2, 60, 200, 800, 2, 1)
 SMALL_BYTES = 2000  # size of a small file, about that of an image of 32 x 32 pixels
 SHARED = 50  # number of test files with the same content as a training file
 
@@ -66,6 +76,14 @@ class Mean(nn.Module):
         return images.mean(dim=(2, 3))
 
 
+def link(file: Path, name: Path) -> None:
+    """Make a hard link to the file under another name."""
+    try:
+        os.link(file, name)
+    except OSError:  # the file is on another disk, or the disk has no hard links
+        shutil.copyfile(file, name)
+
+
 def many(photos: Source, copies: int, top: Path) -> ImageFiles:
     """Make `copies` files of each photograph; hard links suffice, because the files are only read."""
     top.mkdir()
@@ -75,10 +93,7 @@ def many(photos: Source, copies: int, top: Path) -> ImageFiles:
             names.append(f"{copy:02}-{index:05}.jpg")
             photo = photos.path(index)
             assert photo is not None, "each photograph is a file"
-            try:
-                os.link(photo, top / names[-1])
-            except OSError:  # the file is on another disk, or the disk has no hard links
-                shutil.copyfile(photo, top / names[-1])
+            link(photo, top / names[-1])
     return ImageFiles(top, names, name="photos")
 
 
@@ -151,11 +166,55 @@ def check(train: ImageFiles, test: ImageFiles) -> None:
     assert len(shared) == min(SHARED, len(test))
 
 
+def images_by_name(top: Path, count: int, classes: int) -> ImageFiles:
+    """A folder of `count` images in equally large class folders, of which each holds one image under many names."""
+    rng = np.random.default_rng(0)
+    for number in range(classes):
+        folder = top / "train" / f"{number:04}"
+        folder.mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / "0.jpg")
+        for name in range(1, count // classes):
+            link(folder / "0.jpg", folder / f"{name}.jpg")
+    return class_folders(top / "train", "names")
+
+
+def start_of_training(root: Path) -> dict[str, float]:
+    """The seconds of each part of the start of a training on a folder of images."""
+    with tempfile.TemporaryDirectory() as run_dir:
+        settings = ["preset=smoke", "data=folder", f"data.root={root}", "augmentation=cifar", "eval=[]", "profile=true"]
+        settings += ["max_steps=12", "warm_start.steps=0", "tracking=ledger", f"hydra.run.dir={run_dir}"]
+        command = [sys.executable, "-m", "caco.train", *settings]
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True)
+        return json.loads((Path(run_dir) / "shares.json").read_text())["before_the_first_step"]
+
+
+def start(report: Report, top: Path, sizes: Sizes, runs: int) -> None:
+    source = images_by_name(top, sizes.names, sizes.classes)
+    time.sleep(0 if sizes is TINY else 3)  # as for the small files
+    say(f"a training's start with {len(source):,} images, and reading these files once: {runs} turns")
+    parts: list[dict[str, float]] = []
+
+    def once() -> float:
+        parts.append(start_of_training(top))
+        return sum(parts[-1].values())
+
+    found = turns({"start": once, "read": timed(lambda: read_once(source))}, runs, warm=0)
+    ratio = ratios(found["start"], found["read"])
+    longest = sorted(parts[-1].items(), key=lambda part: -part[1])[:3]
+    report.row(
+        f"the start of a training with {len(source):,} images / reading each file once, seconds",
+        formatted(ratio),
+        f"{formatted(ratios(found['start'], [1] * runs), ' s')}; " + ", ".join(f"{k} {v:.1f} s" for k, v in longest),
+    )
+    report.figures["start"] = {"images": len(source), "vs_read": ratio, "parts": parts, **found}
+
+
 def main() -> None:
     options = parser(
         __doc__,
         runs="This many turns are measured. The default is 3.",
-        full="Read 20 files of each photograph and 100,000 small files, as for the published figures.",
+        full="Read 20 files of each photograph and 100,000 small files, and start with 1,281,000 images, as for the"
+        " published figures.",
         photos=True,
     )
     arguments = options.parse_args()
@@ -206,6 +265,7 @@ def main() -> None:
                 "seconds": found[name],
                 "read_seconds": found["read"],
             }
+        start(report, top / "names", sizes, runs)
     report.end(arguments.json)
 
 

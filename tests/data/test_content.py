@@ -3,6 +3,7 @@ changes with every new file; both take no longer than reading each file once."""
 
 import os
 import shutil
+import threading
 import time
 
 import content_worker
@@ -151,6 +152,30 @@ def test_work_in_threads_comes_in_order_and_its_errors_come_out():
 
     with pytest.raises(UserError, match="number 700"):
         in_threads(fails, 1000)
+
+
+def test_threads_help_where_the_work_waits_and_one_thread_serves_where_it_does_not():
+    """Python's threads wait for one another where nothing else makes them wait."""
+    fast, slow = set(), set()
+    in_threads(lambda i: fast.add(threading.get_ident()), 2000)
+    in_threads(lambda i: (slow.add(threading.get_ident()), time.sleep(5e-4)), 2000)
+    assert fast == {threading.get_ident()} and len(slow) > 4
+
+
+def test_a_start_asks_for_each_file_once(tmp_path, write_images, monkeypatch):
+    write_images(tmp_path / "c", 5)
+    source, visit = class_folders(tmp_path, "set"), content._stamp
+    asked = []
+    monkeypatch.setattr(content, "_stamp", lambda status: (asked.append(status), visit(status))[1])
+    source.look()
+    digest = source.digest()
+    assert len(asked) == 5
+    (tmp_path / "c" / "0002.png").write_bytes(b"another")
+    assert source.digest() != digest and len(asked) == 10, "later digests ask again"
+    source.look()
+    monkeypatch.setattr(content.time, "monotonic", lambda: 1e9)
+    source.digest()
+    assert len(asked) == 20, "what was found a while ago is not taken for true"
 
 
 def test_two_ranks_take_half_of_the_looks_each_and_both_have_all(tmp_path, write_images):
