@@ -3,12 +3,13 @@
 One direction of one step is timed: choosing the key's row, loss and gradient of the queries, gradient of the rows,
 update of velocity and rows. The published implementation is rewritten in benchmarks/published.py. Ours is caco/banks in
 four ways: the compiled kernel in bf16, the same in fp32, "streamed", which is PyTorch code in blocks and is used where
-no kernel was built, and "kept", which is fp32 with bank.keep_probabilities=true. benchmarks/contenders.py adds functions of PyTorch that compute parts of such a step. All
-take turns in one process, so that changes in the machine's speed affect all of them. Ways that this machine has no
-hardware for are left out; without AMX tiles the bf16 kernel is the fp32 one.
+no kernel was built, and "kept", which is fp32 with bank.keep_probabilities=true. benchmarks/contenders.py adds
+functions of PyTorch that compute parts of such a step. All take turns in one process, so that changes in the machine's
+speed affect all of them. Ways that this machine has no hardware for are left out; without AMX tiles the bf16 kernel is
+the fp32 one.
 
     python benchmarks/bank.py --json bank.json    all parts; takes minutes
-    python benchmarks/bank.py --full              as for the published figures: 15 turns, curve up to a million rows
+    python benchmarks/bank.py --full              as for the published figures: 15 turns, curve up to ten million rows
     python benchmarks/bank.py speed               time, and share of the matrix product's peak, for D 128 and 256
     python benchmarks/bank.py memory              memory beyond the bank itself, one process for each way
     python benchmarks/bank.py step                a whole training step of a small ResNet (benchmarks/step.py)
@@ -32,6 +33,7 @@ if not __package__:  # run as a file: import caco and benchmarks from this check
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import caco  # noqa: F401, I001 - before torch, because it sets torch's instruction set
+import psutil
 import torch
 from torch.nn import functional as F
 
@@ -62,9 +64,11 @@ from caco.banks.scoring import Room
 PYPI = "memory-efficient InfoNCE from PyPI"
 PARTS = ("speed", "memory", "step", "curve")
 CURVE = [(256, K, 128) for K in (8192, 32768, 131072)] + [(N, 65536, 128) for N in (128, 512)]
+MOST_ROWS = 10_000_000
 FULL_CURVE = [(256, K, 128) for K in (8192, 32768, 131072, 524288, 1 << 20)] + [
     (N, 65536, 128) for N in (128, 512, 2048)
 ]
+FULL_CURVE += [(64, K, 128) for K in (1_000_000, MOST_ROWS)]
 
 
 @contextlib.contextmanager
@@ -284,6 +288,14 @@ def curve(report: Report, shapes: list[tuple[int, int, int]], how: How) -> list[
     say(f"curve of {way}: best of {how.runs} at each size")
     rows = []
     for N, K, D in shapes:
+        # The rows and their velocities, and a copy of the rows while they are drawn.
+        needed, there = 3 * 4 * K * D, psutil.virtual_memory().available
+        short = needed > there and how.device.type == "cpu"
+        lacking = (
+            f"it needs {needed / 2**30:.0f} GiB of memory, and {there / 2**30:.0f} GiB are free" if short else None
+        )
+        if report.leave_out(f"a bank of {K:,} rows", lacking):
+            continue
         bank, q, k = problem(N, K, D, how.device)
         ours(way, bank, q, k)
         taken = min(how.seconds(lambda: ours(way, bank, q, k)) for _ in range(how.runs))
@@ -295,7 +307,7 @@ def curve(report: Report, shapes: list[tuple[int, int, int]], how: How) -> list[
 
 def main() -> None:
     counted = "This many turns are measured. The default is 3. The part step has two turns before them, to warm up."
-    options = parser(__doc__, runs=counted, full="Measure 15 turns, and the curve up to a million rows.")
+    options = parser(__doc__, runs=counted, full="Measure 15 turns, and the curve up to ten million rows.")
     options.add_argument(
         "parts", nargs="*", metavar="PART", help=f"Measure these parts of {', '.join(PARTS)}. The default is all."
     )

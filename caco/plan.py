@@ -219,8 +219,8 @@ def report(cfg: DictConfig, *, world: int, images: int | None, speeds: dict[str,
     if cfg.bank is not None and cfg.bank.get("keep_probabilities", False):
         lines.insert(
             5,
-            "probabilities        are kept by the compiled kernel on a CPU without AMX tiles; on any other device they need"
-            " no memory, and the bank computes one product more",
+            "probabilities        are kept by the compiled kernel on a CPU without AMX tiles; on any other device they"
+            " need no memory, and the bank computes one product more",
         )
     if cfg.bank is not None:
         by_image = cfg.bank.size is None

@@ -107,6 +107,19 @@ def test_the_bank_s_share_by_hand():
     assert planned["bank_bytes"] == 128 / 4 * (8 * 4 * 2 + 8)  # row, velocity and count of uses
 
 
+def test_kept_probabilities_by_hand():
+    """They take one of five products and add four bytes for each of two directions' queries and each row of a device;
+    the plan says where that holds.
+    """
+    plain, kept = (compose("bank.size=128", f"bank.keep_probabilities={keep}") for keep in ("false", "true"))
+    computed, planned = (plan.plan(cfg, world=4) for cfg in (plain, kept))
+    assert planned["bank_flops_per_step"] == 2 * 4 * 2 * 64 * 128 * 8
+    assert planned["workspace_bytes"] - computed["workspace_bytes"] == 2 * 64 * 128 // 4 * 4
+    said = "kept by the compiled kernel on a CPU without AMX tiles"
+    told = [plan.report(cfg, world=4, images=None, speeds={}) for cfg in (kept, plain)]
+    assert said in told[0] and said not in told[1]
+
+
 def test_treatments_of_negatives_by_hand():
     """Hard negatives take two sums, so twice the products for loss and rows; a margin takes one. Mixing searches once
     more for the hardest rows, and has a column for each negative that it makes, with products forward and backward.

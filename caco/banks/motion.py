@@ -76,7 +76,8 @@ def move(
                 w_RD, velocity_RD, part.q_ND, part.positive_N - first_row, part.log_sum_N,
                 part.weight_N if part.share_N is None else part.weight_N * part.share_N,
                 tau=part.tau, pull=pull, push=push, lr=lr if last else 0.0, momentum=momentum if first else 1.0,
-                weight_decay=weight_decay if first else 0.0, normalise=normalise and last, bf16=part.bf16, kept=part.kept,
+                weight_decay=weight_decay if first else 0.0, normalise=normalise and last, bf16=part.bf16,
+                kept=part.kept,
             )  # fmt: skip
         return
     for block in blocks(len(w_RD), max(len(part.q_ND) for part in anchors)):

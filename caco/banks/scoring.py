@@ -78,7 +78,8 @@ class Anchors(NamedTuple):
             "a step has one loss, and one kind of positives"
         )
         others = (torch.cat(parts) if parts else None for parts in (shares, pulls))
-        kept = tuple(one for anchors in several for one in anchors.kept) if all(anchors.kept for anchors in several) else ()
+        all_kept = all(anchors.kept for anchors in several)
+        kept = tuple(one for anchors in several for one in anchors.kept if all_kept)
         return cls(q, positive, log_sum, weight, several[0].tau, several[0].bf16, *others, kept)
 
 
@@ -288,8 +289,8 @@ class Room:
 @functools.cache
 def _say_that_nothing_is_kept() -> None:
     print(
-        "caco: bank.keep_probabilities has no effect here; only the bank's compiled kernel keeps probabilities, on a CPU"
-        " without AMX tiles",
+        "caco: bank.keep_probabilities has no effect here; only the bank's compiled kernel keeps probabilities, on a"
+        " CPU without AMX tiles",
         file=sys.stderr,
     )
 
@@ -412,4 +413,6 @@ def score(
     """
     check_shapes(q_BD, w_RD, positive_B)
     taus = [tau] if anchors is None or bank_tau is None or bank_tau == tau else [tau, bank_tau]
-    return Score(*_StreamedScore.apply(q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, anchors, as_stored, room))
+    return Score(
+        *_StreamedScore.apply(q_BD, w_RD, extra_BE, positive_B, first_row, size, taus, anchors, as_stored, room)
+    )

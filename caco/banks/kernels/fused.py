@@ -205,7 +205,9 @@ def update(
     empty, or what the forward passes of all these queries kept, in order; then the probabilities are read from there.
     """
     if kept:
-        at, queries = (torch.tensor(x) for x in ([x.exponentials.data_ptr() for x in kept], [x.num_queries for x in kept]))
+        at, queries = (
+            torch.tensor(x) for x in ([x.exponentials.data_ptr() for x in kept], [x.num_queries for x in kept])
+        )
         shift_N = torch.cat([torch.full((x.num_queries,), x.shift, dtype=torch.float64) for x in kept])
         found = at, queries, (shift_N - log_sum_N).exp().float()
     else:

@@ -126,7 +126,8 @@ class Looks:
         # These arrays are made when first needed, so that a large set whose digest nobody asks for takes no memory.
         self._stamps: np.ndarray | None = None
         self._looks: np.ndarray | None = None
-        self._found: tuple[np.ndarray, np.ndarray, float] | None = None  # what `together` leaves for the next call of `of`
+        # What `together` leaves for the next call of `of`: positions, what `of` returns second, and when it was found.
+        self._found: tuple[np.ndarray, np.ndarray, float] | None = None
 
     def of(self, at: np.ndarray, *, say: Say = silent, what: str = "files looked at") -> tuple[np.ndarray, np.ndarray]:
         """The looks at the files at these positions, uint8 [n, 16], and their (modification time in ns, inode), int64
