@@ -123,7 +123,7 @@ def ours(way: str, bank: LearnableBank, q_ND: torch.Tensor, k_ND: torch.Tensor) 
 
 def ways_that_serve(report: Report, device: torch.device) -> list[str]:
     """The ways that this machine can run: first the fastest of those that a run uses by default."""
-    keeps = fused.numbers_kept(1, torch.empty(1, 1, device=device)) > 0
+    keeps = fused.numbers_kept(*[torch.empty(1, 1, device=device)] * 2) > 0
     lacking = {
         "bf16": None if device.type == "cuda" else lacks_tiles(),
         "fp32": None if device.type == "cuda" else lacks_kernel(),

@@ -50,8 +50,8 @@ class LearnableBank(nn.Module, Bank):
             batch (`equations.mean_activation_divergence`); 0 leaves the term out, as published.
         keep_probabilities: whether the probabilities of all queries and rows that the loss computes are kept in memory
             for the rows' update, 4 bytes each. The update then saves one of its two products; a step gives the same
-            results up to rounding. It applies to the compiled kernel without AMX tiles; elsewhere, and for treated
-            negatives, nothing is kept, because reading would take longer than computing.
+            results up to rounding. Only the compiled kernel without AMX tiles keeps them, and not for treated
+            negatives; elsewhere the setting has no effect, which one message says.
 
     Source: arXiv 2203.14370, Eqs. 6-11.
     Raises:
@@ -179,6 +179,9 @@ class LearnableBank(nn.Module, Bank):
         pass notes what the rows' gradient is computed from, for `update`.
         """
         learn = learn and self.rows.weight.requires_grad
+        keep = {"room": self.room} if objective is None and learn else {}
+        if self.room is not None and objective is not None:
+            scoring.say_that_nothing_is_kept()
         return reweighted.score_of(objective)(
             q_BD,
             self.rows.weight if learn else self.rows.weight.detach(),
@@ -189,7 +192,7 @@ class LearnableBank(nn.Module, Bank):
             bank_tau=self.temperature,
             extra_BE=extra_BE,
             anchors=self.anchors if learn else None,
-            **({"room": self.room} if objective is None and learn else {}),
+            **keep,
         )
 
     def regulariser(self, q_BD: Tensor, *, temperature: float) -> Tensor | None:

@@ -77,10 +77,10 @@ class Anchors(NamedTuple):
         assert len(shares) in (0, len(several)) and len(pulls) in (0, len(several)), (
             "a step has one loss, and one kind of positives"
         )
-        others = (torch.cat(parts) if parts else None for parts in (shares, pulls))
+        share, pull = (torch.cat(parts) if parts else None for parts in (shares, pulls))
         all_kept = all(anchors.kept for anchors in several)
         kept = tuple(one for anchors in several for one in anchors.kept if all_kept)
-        return cls(q, positive, log_sum, weight, several[0].tau, several[0].bf16, *others, kept)
+        return cls(q, positive, log_sum, weight, several[0].tau, several[0].bf16, share, pull, kept)
 
 
 def low_precision(device: torch.device) -> bool:
@@ -275,9 +275,9 @@ class Room:
         """Room for the exponentials of these queries and rows, which is free again as soon as nothing refers to it.
         None where they cannot be kept, which one message reports.
         """
-        numbers = fused.numbers_kept(len(q_GD), w_RD)
+        numbers = fused.numbers_kept(q_GD, w_RD)
         if not numbers:
-            _say_that_nothing_is_kept()
+            say_that_nothing_is_kept()
             return None
         place = next((place for place, whole in enumerate(self.free) if len(whole) >= numbers), None)
         whole = torch.empty(numbers) if place is None else self.free.pop(place)
@@ -287,10 +287,10 @@ class Room:
 
 
 @functools.cache
-def _say_that_nothing_is_kept() -> None:
+def say_that_nothing_is_kept() -> None:
     print(
         "caco: bank.keep_probabilities has no effect here; only the bank's compiled kernel keeps probabilities, on a"
-        " CPU without AMX tiles",
+        " CPU without AMX tiles, and not for treated negatives",
         file=sys.stderr,
     )
 
@@ -337,7 +337,7 @@ class _StreamedScore(torch.autograd.Function):
 
         ctx.save_for_backward(extra_BE, positive_B, log_sum_B[0], toward_BD)
         ctx.asking = (anchors, q_GD, positive_G, log_sum_G[-1])
-        ctx.kept = () if kept is None else (fused.Kept(kept, len(q_GD), shifts[-1]),)
+        ctx.kept = () if kept is None else (fused.Kept(kept, len(q_GD), float(shifts[-1])),)
         ctx.settings = size, taus, bf16
         max_probability_B = (distributed.own(top_G, B) / tau - log_sum_B[0]).exp()
         ctx.mark_non_differentiable(max_probability_B)

@@ -202,7 +202,7 @@ def test_kept_probabilities_move_the_rows_as_those_computed_again(path):
 
 def test_the_memory_of_kept_probabilities_is_used_again(path, capfd):
     bank = LearnableBank(size=100, dim=16, seed=0, keep_probabilities=True)
-    scoring._say_that_nothing_is_kept.cache_clear()
+    scoring.say_that_nothing_is_kept.cache_clear()
     q = unit(30, 16, seed=1).float().requires_grad_()
     for _ in range(3):
         for _ in range(2):  # the second time without a backward pass, as in an evaluation

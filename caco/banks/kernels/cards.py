@@ -2,8 +2,7 @@
 they need.
 
 To give a new GPU block sizes of its own, add an entry to TABLE. Nobody has timed any of these sizes. Compiled for H100
-and A100 they spill no register (benchmarks/kernels.md). For L4 and RTX 4090 it is known only that they fit into the
-shared memory.
+and A100 they spill no register, and for L4 and RTX 4090 at most 8 bytes per thread (benchmarks/kernels.md).
 
 In the kernels `forward` and `nearest`, a program owns a block of queries and goes over the rows block by block. In
 `update`, a program owns a block of rows and goes over the queries. A product of bfloat16 factors takes the whole width

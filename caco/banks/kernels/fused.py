@@ -124,13 +124,12 @@ class Kept(NamedTuple):
     shift: float
 
 
-def numbers_kept(num_queries: int, w_RD: Tensor) -> int:
-    """How many numbers `forward` keeps for these queries and rows, and 0 where it can keep none: on a GPU and on AMX
-    tiles, where reading a probability from memory takes longer than computing it again, and without a kernel.
+def numbers_kept(q_GD: Tensor, w_RD: Tensor) -> int:
+    """How many numbers `forward` keeps for these queries and rows, and 0 where it can keep none: without a kernel, and
+    on a GPU and on AMX tiles, which compute a product about as fast as memory could return its result.
     """
-    if w_RD.device.type != "cpu" or not supports(w_RD):
-        return 0
-    return library().caco_kept(num_queries, *w_RD.shape, instructions.number())
+    kernel = library() if w_RD.device.type == "cpu" and supports(q_GD, w_RD) else None
+    return kernel.caco_kept(len(q_GD), *w_RD.shape, instructions.number()) if kernel is not None else 0
 
 
 @or_on_cuda
@@ -204,14 +203,13 @@ def update(
     with positives counted from the first of these rows, where a number that is none of them means no row. `kept` is
     empty, or what the forward passes of all these queries kept, in order; then the probabilities are read from there.
     """
+    found: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = None, None, None
     if kept:
         at, queries = (
             torch.tensor(x) for x in ([x.exponentials.data_ptr() for x in kept], [x.num_queries for x in kept])
         )
         shift_N = torch.cat([torch.full((x.num_queries,), x.shift, dtype=torch.float64) for x in kept])
         found = at, queries, (shift_N - log_sum_N).exp().float()
-    else:
-        found = None, None, None
     _call(
         "caco_update",
         q_ND.contiguous(), positive_N.contiguous(), log_sum_N.contiguous(), weight_N.contiguous(), len(q_ND),

@@ -64,8 +64,8 @@ int caco_top(int set) {
     return TOP;
 }
 
-// How many numbers a forward pass of G queries over R rows keeps, or 0 where it cannot keep them: on AMX, reading a probability takes
-// longer than computing it.
+// How many numbers a forward pass of G queries over R rows keeps, or 0 where it cannot keep them: AMX computes a product about
+// as fast as memory could return its result.
 int64_t caco_kept(int64_t G, int64_t R, int64_t D, int set) {
     return chosen(set) == AMX ? 0 : round_up(G, 12) * round_up(R, block_rows(D));
 }

@@ -23,6 +23,7 @@ the rows, T candidates, A all candidates of a query.
 import contextlib
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -399,7 +400,8 @@ def trial(device: torch.device, D: int) -> None:
     """
     if D > WIDEST:
         raise ValueError(f"the kernels are made for widths up to {WIDEST}; got {D}")
-    N, R, tau, bank_tau, settings = 70, 300, 0.3, 0.2, {"lr": 3.0, "momentum": 0.9}
+    N, R, tau, bank_tau = 70, 300, 0.3, 0.2
+    settings: dict[str, Any] = {"lr": 3.0, "momentum": 0.9}
     generator = torch.Generator().manual_seed(0)
     q, k, w, v = (F.normalize(torch.randn(rows, D, generator=generator), dim=1).to(device) for rows in (N, N, R, R))
     w[100:110], k[0] = w[7], w[7]  # equal rows, more of them than there are candidates
