@@ -71,7 +71,8 @@ def test_loss_label_and_query_gradient(shape, tau):
     ],
 )
 def test_rows_and_velocity_after_five_steps_of_two_terms(reading, pull, push, bank_tau, extra):
-    test_fused.test_rows_and_velocity_after_five_steps_of_two_terms("triton", reading, pull, push, bank_tau, extra)
+    settings = reading, pull, push, bank_tau, extra
+    test_fused.test_rows_and_velocity_after_five_steps_of_two_terms("triton", *settings, keep=False)
 
 
 def test_hard_negatives_take_two_passes_that_add_up():
