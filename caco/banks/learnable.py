@@ -50,12 +50,13 @@ class LearnableBank(nn.Module, Bank):
             batch (`equations.mean_activation_divergence`); 0 leaves the term out, as published.
         keep_probabilities: whether the probabilities of all queries and rows that the loss computes are kept in memory
             for the rows' update, 4 bytes each. The update then saves one of its two products; a step gives the same
-            results up to rounding. Only the compiled kernel without AMX tiles keeps them, and not for treated
-            negatives; elsewhere the setting has no effect, which one message says.
+            results up to rounding. Only the compiled kernel without AMX tiles keeps them; elsewhere the setting has no
+            effect, which one message says. Nothing is kept for treated negatives (`score` with an objective).
 
     Source: arXiv 2203.14370, Eqs. 6-11.
     Raises:
-        UserError: rows that do not learn (pull and push 0) are to be renewed.
+        UserError: rows that do not learn (pull and push 0) are to be renewed, or probabilities to be kept for rows that
+            negatives do not push (push 0).
     """
 
     @held
@@ -88,6 +89,11 @@ class LearnableBank(nn.Module, Bank):
                 "bank.renewed_after_steps: rows that do not learn cannot be renewed; expected null, got"
                 f" {renewed_after_steps}"
             )
+        if keep_probabilities and push == 0:
+            raise UserError(
+                "bank.keep_probabilities: only the push of negatives needs probabilities, and bank.push is 0; expected"
+                " false, got true"
+            )
         self.rows = Rows(
             size=size,
             dim=dim,
@@ -107,8 +113,7 @@ class LearnableBank(nn.Module, Bank):
         self.filled_by_keys = initialisation == "keys"
         self.default_warm_start_passes = 1 if self.filled_by_keys else 0
         self.needs_whole_batch = balance > 0
-        # The rows' update needs the probabilities only where negatives push.
-        self.room = scoring.Room() if keep_probabilities and push > 0 else None
+        self.room = scoring.Room() if keep_probabilities else None
         self.keys: list[
             Tensor
         ] = []  # all ranks' keys that `loss` was given in the step in progress; some of them renew rows
@@ -180,8 +185,6 @@ class LearnableBank(nn.Module, Bank):
         """
         learn = learn and self.rows.weight.requires_grad
         keep = {"room": self.room} if objective is None and learn else {}
-        if self.room is not None and objective is not None:
-            scoring.say_that_nothing_is_kept()
         return reweighted.score_of(objective)(
             q_BD,
             self.rows.weight if learn else self.rows.weight.detach(),

@@ -78,8 +78,10 @@ class Anchors(NamedTuple):
             "a step has one loss, and one kind of positives"
         )
         share, pull = (torch.cat(parts) if parts else None for parts in (shares, pulls))
-        all_kept = all(anchors.kept for anchors in several)
-        kept = tuple(one for anchors in several for one in anchors.kept if all_kept)
+        assert len({bool(anchors.kept) for anchors in several}) == 1, (
+            "a bank keeps the exponentials of all terms or none"
+        )
+        kept = tuple(one for anchors in several for one in anchors.kept)
         return cls(q, positive, log_sum, weight, several[0].tau, several[0].bf16, share, pull, kept)
 
 
@@ -277,7 +279,7 @@ class Room:
         """
         numbers = fused.numbers_kept(q_GD, w_RD)
         if not numbers:
-            say_that_nothing_is_kept()
+            _say_that_nothing_is_kept()
             return None
         place = next((place for place, whole in enumerate(self.free) if len(whole) >= numbers), None)
         whole = torch.empty(numbers) if place is None else self.free.pop(place)
@@ -287,12 +289,13 @@ class Room:
 
 
 @functools.cache
-def say_that_nothing_is_kept() -> None:
-    print(
-        "caco: bank.keep_probabilities has no effect here; only the bank's compiled kernel keeps probabilities, on a"
-        " CPU without AMX tiles, and not for treated negatives",
-        file=sys.stderr,
-    )
+def _say_that_nothing_is_kept() -> None:
+    if distributed.is_main():
+        print(
+            "caco: bank.keep_probabilities has no effect here; only the bank's compiled kernel keeps probabilities, on"
+            " a CPU without AMX tiles",
+            file=sys.stderr,
+        )
 
 
 class _StreamedScore(torch.autograd.Function):

@@ -28,6 +28,11 @@ def problems(tree: dict[str, Any], overrides: Sequence[str], choices: Mapping[st
     twice = _chosen_twice(overrides)
     found += [f"{group}: is chosen twice: {' '.join(those)}; leave all but one out" for group, those in twice.items()]
     found += _unlearned(tree, assigned) + _untreated(tree, choices) + _merged_to_nothing(tree, overrides)
+    if tree.get("negatives") is not None and (tree.get("bank") or {}).get("keep_probabilities"):
+        found.append(
+            f"bank.keep_probabilities=true: with negatives={choices.get('negatives')} nothing is kept; leave it out, or"
+            " take negatives=plain"
+        )
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
         for option in value.strip("[]").split(","):

@@ -14,6 +14,7 @@ from caco.banks import scoring
 from caco.banks.kernels import fused
 from caco.banks.learnable import LearnableBank
 from caco.banks.unusable import UnusableError
+from caco.errors import UserError
 
 PATHS = ["streamed", "plain", "avx2", "wide", "avx512", "amx", "amx bfloat16"]
 LOSS = {"amx": 1.2e-5, "amx bfloat16": 5e-3}  # error of a cosine, and so of loss times tau; other paths: float32
@@ -80,7 +81,7 @@ def test_loss_label_and_query_gradient(path, shape, tau):
 def test_rows_and_velocity_after_five_steps_of_two_terms(path, reading, pull, push, bank_tau, extra, keep):
     B, K, D, tau = 37, 211, 24, 0.1
     settings = {"pull": pull, "push": push, "temperature": bank_tau, "reading": reading, "weight_decay": 1e-2}
-    settings["keep_probabilities"] = keep
+    settings["keep_probabilities"] = keep and push > 0
     bank = LearnableBank(size=K, dim=D, seed=0, lr=0.7, **settings)
     with torch.no_grad():
         bank.rows.weight[40] = bank.rows.weight[3]  # two equal rows
@@ -98,7 +99,7 @@ def test_rows_and_velocity_after_five_steps_of_two_terms(path, reading, pull, pu
             score.loss_B.mean().backward()
             gradient += eq.bank_gradient(q, w, positive, bank_tau or tau, pull=pull, push=push, extra_BE=columns)
         w, v = eq.bank_update(w, v, gradient + 1e-2 * w, lr=0.7, momentum=0.9, reading=reading)
-        kept = keep and push > 0 and path not in ("streamed", "amx", "amx bfloat16")
+        kept = bank.room is not None and path not in ("streamed", "amx", "amx bfloat16")
         assert [len(anchors.kept) for anchors in bank.anchors] == [kept, kept]
         bank.update(lr=0.7, keys_GD=q)
     atol = ROWS[path] / (bank_tau or tau) if path in ROWS else 1e-4
@@ -200,9 +201,14 @@ def test_kept_probabilities_move_the_rows_as_those_computed_again(path):
     assert computed.rows.velocity.abs().max() > 0.1, "the rows must have moved, or the test would prove nothing"
 
 
+def test_probabilities_that_nothing_needs_are_not_kept():
+    with pytest.raises(UserError, match="bank.keep_probabilities: only the push of negatives needs probabilities"):
+        LearnableBank(size=10, dim=4, push=0.0, keep_probabilities=True)
+
+
 def test_the_memory_of_kept_probabilities_is_used_again(path, capfd):
     bank = LearnableBank(size=100, dim=16, seed=0, keep_probabilities=True)
-    scoring.say_that_nothing_is_kept.cache_clear()
+    scoring._say_that_nothing_is_kept.cache_clear()
     q = unit(30, 16, seed=1).float().requires_grad_()
     for _ in range(3):
         for _ in range(2):  # the second time without a backward pass, as in an evaluation

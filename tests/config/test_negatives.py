@@ -29,6 +29,11 @@ def test_plain_is_what_runs_were_before_there_was_a_choice():
     assert run_hash(composed("negatives=hard")) != run_hash(cfg)
 
 
+def test_kept_probabilities_are_refused_with_treated_negatives():
+    told = refusal("negatives=hard", "bank.keep_probabilities=true")
+    assert "bank.keep_probabilities=true: with negatives=hard nothing is kept; leave it out" in told
+
+
 @pytest.mark.parametrize(
     "method",
     [

@@ -22,8 +22,10 @@ import contextlib
 import hashlib
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,7 +36,7 @@ from caco.saying import Say, counted, silent
 BLOCK = 4096
 LOOK_BYTES = 16
 _THREADS = 16  # the threads mostly wait for a disk or a network
-_CHUNK = 256
+_CHUNK = 64  # one thread tries so many things, or gets so many at once
 _FAST_S = 1e-4  # work on one thing that takes less time than this does not wait for anything
 _VALID_S = 10.0  # what `Looks.together` found is taken for true for so long
 
@@ -56,20 +58,24 @@ def in_threads(
         Exception: the first one that `work` raised.
     """
     results: list[T] = []
-    chunks = [range(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
-    together = 1  # so many chunks go to the threads before one thread tries again
+    chunks = deque(range(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK))
+    to_threads = _THREADS  # so many chunks go to the threads before one thread tries again
     with ThreadPoolExecutor(min(threads, max(1, len(chunks)))) as pool, counted(say, what, count) as count_on:
         try:
             while chunks:
                 began = time.monotonic()
-                results += [work(i) for i in chunks[0]]
-                count_on(len(chunks[0]))
-                fast = time.monotonic() - began < _FAST_S * len(chunks.pop(0))
-                together = 1 if fast else 4 * together
-                for made in pool.map(lambda chunk: [work(i) for i in chunk], [] if fast else chunks[:together]):
+                tried = chunks.popleft()
+                results += [work(i) for i in tried]
+                fast = time.monotonic() - began < _FAST_S * len(tried)
+                count_on(len(tried))
+                if fast:
+                    to_threads = _THREADS
+                    continue
+                for made in pool.map(lambda chunk: [work(i) for i in chunk], list(islice(chunks, to_threads))):
                     results += made
                     count_on(len(made))
-                    del chunks[0]
+                    chunks.popleft()
+                to_threads *= 4
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
