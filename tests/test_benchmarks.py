@@ -21,6 +21,7 @@ import benchmarks.bank
 import benchmarks.contenders
 import benchmarks.evals
 import benchmarks.gpu_check
+import benchmarks.gpu_stages
 import benchmarks.kernels
 import benchmarks.loader
 import benchmarks.peers
@@ -251,15 +252,16 @@ def test_each_runs_without_an_argument_from_any_folder(name, repo_root, tmp_path
 
 
 def test_their_imports_go_one_way(repo_root):
-    """common, published, contenders and peer_loops import no benchmark, and of the benchmarks only bank imports another
-    one.
+    """common, published, contenders, peer_loops and gpu_stages import no benchmark, and of the benchmarks only bank
+    imports another one.
     """
     known = {
         file.stem: set(re.findall(r"^from benchmarks(?:\.(\w+))? import (\w+)?", file.read_text(), re.MULTILINE))
         for file in (repo_root / "benchmarks").glob("*.py")
     }
     other = {
-        name: {module or first for module, first in found} - {"common", "published", "contenders", "peer_loops"}
+        name: {module or first for module, first in found}
+        - {"common", "published", "contenders", "peer_loops", "gpu_stages"}
         for name, found in known.items()
     }
     assert other == {
@@ -278,6 +280,7 @@ def test_their_imports_go_one_way(repo_root):
                 "reading",
                 "step",
                 "gpu_check",
+                "gpu_stages",
             )
         },
     }
@@ -306,16 +309,16 @@ def test_the_check_of_a_gpu_packs_20_000_images_from_one_seed_and_says_where_the
 
 
 def test_the_check_of_a_gpu_holds_the_bank_to_the_equations_and_sees_a_wrong_one(monkeypatch):
-    found = benchmarks.gpu_check.kernels(torch.device("cpu"), tiny=True)
+    found = benchmarks.gpu_stages.kernels(torch.device("cpu"), tiny=True)
     assert len(found["off"]) == 2 and all(off["rows"] < 3e-2 for off in found["off"].values())
-    update = benchmarks.gpu_check.LearnableBank.update
+    update = benchmarks.gpu_stages.LearnableBank.update
     monkeypatch.setattr(
-        benchmarks.gpu_check.LearnableBank,
+        benchmarks.gpu_stages.LearnableBank,
         "update",
         lambda self, *, lr, keys_GD: update(self, lr=1.1 * lr, keys_GD=keys_GD),
     )
     with pytest.raises(AssertionError, match="fp32: off by"):
-        benchmarks.gpu_check.kernels(torch.device("cpu"), tiny=True)
+        benchmarks.gpu_stages.kernels(torch.device("cpu"), tiny=True)
 
 
 HANGS = """if True:
@@ -371,9 +374,9 @@ def test_the_stages_of_the_check_of_a_gpu_run_at_a_tiny_size_without_one(tmp_pat
     assert all(file["stage"]["result"] == "done" for file in files.values())
     assert files["waits"]["waits"] == {"caco": {"places": {}}} and files["learn-caco"]["knn"] > 10
     assert len(list(tmp_path.iterdir())) == len(chosen) + 1, "runs and images must not be left among the results"
-    for name, settings in benchmarks.gpu_check.LEARNING.items():
+    for name, settings in benchmarks.gpu_stages.LEARNING.items():
         check_command(
-            [*benchmarks.gpu_check.TRAINING, *settings, "data=digits", "augmentation=digits", "batch=64", "epochs=2"],
+            [*benchmarks.gpu_stages.TRAINING, *settings, "data=digits", "augmentation=digits", "batch=64", "epochs=2"],
             multirun=False,
         )
         assert f"learn-{name}" in all_stages
@@ -395,11 +398,11 @@ def test_the_settings_of_the_check_are_settings(monkeypatch):
     """Composes the settings of all methods of the stage `waits`; none is run."""
     composed = []
     monkeypatch.setattr(
-        benchmarks.gpu_check, "run_training", lambda cfg, folder: composed.append(cfg.method._target_) or {}
+        benchmarks.gpu_stages, "run_training", lambda cfg, folder: composed.append(cfg.method._target_) or {}
     )
-    found = benchmarks.gpu_check.waits(Path("nowhere"), tiny=False, write=lambda known: None)
-    assert found["waits"] == {name: {"places": {}} for name in benchmarks.gpu_check.WAITING}
-    assert len(composed) == len(benchmarks.gpu_check.WAITING)
+    found = benchmarks.gpu_stages.waits(Path("nowhere"), tiny=False, write=lambda known: None)
+    assert found["waits"] == {name: {"places": {}} for name in benchmarks.gpu_stages.WAITING}
+    assert len(composed) == len(benchmarks.gpu_stages.WAITING)
 
 
 def test_figures_are_written_as_they_come(tmp_path):

@@ -9,7 +9,8 @@ from PIL import Image
 
 from caco import instructions
 from caco.data.views import native
-from caco.data.views.augmentation import View, Views, change_contrast, turn_hue
+from caco.data.views.augmentation import View, Views
+from caco.data.views.colours import change_contrast, turn_hue
 from caco.data.views.draws import uniforms
 
 QUIET = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "jitter_p": 0.0, "gray_p": 0.0, "flip_p": 0.0}

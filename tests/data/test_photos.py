@@ -17,8 +17,9 @@ from torchvision.transforms.v2 import functional as F
 from caco.data.sets.beton import beton
 from caco.data.sets.folders import folder
 from caco.data.views import native
-from caco.data.views.augmentation import View, Views, crop_box
+from caco.data.views.augmentation import View, Views
 from caco.data.views.draws import uniforms
+from caco.data.views.geometry import crop_box
 from caco.write import write_splits
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "augmentation"

@@ -18,8 +18,9 @@ from torchvision.transforms.v2 import functional as F
 
 from caco.config.composition import instantiate
 from caco.data.views import augmentation as module
+from caco.data.views import colours, geometry
 from caco.data.views.augmentation import View, Views
-from caco.data.views.draws import uniforms
+from caco.data.views.draws import SHIFT_X, SHIFT_Y, uniforms
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "augmentation"
 PAPER = {"jitter_p": 0.8, "gray_p": 0.2, "blur": [0.1, 2.0], "flip_p": 0.5}
@@ -57,13 +58,13 @@ def photo() -> Image.Image:
 @pytest.mark.parametrize("factor", [0.0, 0.6, 1.0, 1.37])
 @pytest.mark.parametrize("step", ["brightness", "contrast", "saturation"])
 def test_colour_steps_equal_torchvisions(photo, step, factor):
-    ours = getattr(module, f"change_{step}")(photo, factor)
+    ours = getattr(colours, f"change_{step}")(photo, factor)
     assert np.array_equal(np.asarray(ours), np.asarray(getattr(F, f"adjust_{step}")(photo, factor)))
 
 
 @pytest.mark.parametrize("turns", [-0.5, -0.1, 0.0, 0.07, 0.5])
 def test_hue_equals_torchvisions(photo, turns):
-    assert np.array_equal(np.asarray(module.turn_hue(photo, turns)), np.asarray(F.adjust_hue(photo, turns)))
+    assert np.array_equal(np.asarray(colours.turn_hue(photo, turns)), np.asarray(F.adjust_hue(photo, turns)))
 
 
 @pytest.mark.parametrize(
@@ -131,8 +132,8 @@ def test_a_shift_moves_the_picture_right_and_down_and_leaves_black():
     dot = Image.new("RGB", (9, 9))
     dot.putpixel((4, 4), (255, 255, 255))
     u = [0.5] * 39
-    u[module.SHIFT_X], u[module.SHIFT_Y] = 1.0, 0.75
-    moved = np.asarray(module.rotation(View(shift=2 / 9), 9, u)(dot))  # 2 to the right, 1 down
+    u[SHIFT_X], u[SHIFT_Y] = 1.0, 0.75
+    moved = np.asarray(geometry.rotation(0.0, 2 / 9, 9, u)(dot))  # 2 to the right, 1 down
     assert moved[5, 6].tolist() == [255] * 3 and moved.sum() == 3 * 255
 
 
@@ -140,7 +141,7 @@ def test_a_shift_moves_the_picture_right_and_down_and_leaves_black():
 
 
 def crop_boxes(width: int, height: int, scale: list[float], ratio: list[float], count: int) -> np.ndarray:
-    return np.array([module.crop_box(width, height, scale, ratio, u[:20], u[20], u[21]) for u in draws(count)])
+    return np.array([geometry.crop_box(width, height, scale, ratio, u[:20], u[20], u[21]) for u in draws(count)])
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 100), (160, 60)])
@@ -171,9 +172,9 @@ def test_where_no_crop_fits_the_largest_centred_one_is_taken():
 
 def test_the_papers_two_views_draw_each_step_as_often_as_it_says(photo, monkeypatch):
     happened, sigmas = [], []
-    solarize, blur, jitter = module.ImageOps.solarize, ImageFilter.GaussianBlur, module._jitter
+    solarize, blur, jitter = module.ImageOps.solarize, ImageFilter.GaussianBlur, module.colour_jitter
     monkeypatch.setattr(module.ImageOps, "solarize", lambda *args: happened.append("solarize") or solarize(*args))
-    monkeypatch.setattr(module, "_jitter", lambda *args: happened.append("jitter") or jitter(*args))
+    monkeypatch.setattr(module, "colour_jitter", lambda *args: happened.append("jitter") or jitter(*args))
     monkeypatch.setattr(module.ImageFilter, "GaussianBlur", lambda sigma: sigmas.append(sigma) or blur(sigma))
     views = from_yaml("caco", size=8)
     count = 1500
@@ -218,8 +219,8 @@ def test_jitter_draws_each_factor_evenly_and_each_order(photo, monkeypatch):
         return record
 
     for step in ("brightness", "contrast", "saturation"):
-        monkeypatch.setattr(module, f"change_{step}", spy(step))
-    monkeypatch.setattr(module, "turn_hue", spy("hue"))
+        monkeypatch.setattr(colours, f"change_{step}", spy(step))
+    monkeypatch.setattr(colours, "turn_hue", spy("hue"))
     view = View(**QUIET | {"jitter_p": 1.0, "jitter": [0.4, 0.3, 0.2, 0.1]})
     for u in draws(2400):
         view.draw(photo, 8, u)

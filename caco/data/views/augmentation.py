@@ -1,7 +1,5 @@
 """The augmentation of the published recipes: random views of one image, and the plain view for evaluation."""
 
-import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -11,9 +9,25 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from caco.data.views import native
-from caco.data.views.colours import CONVERSIONS, change_brightness, change_contrast, change_saturation, turn_hue
-from caco.data.views.draws import NUM_UNIFORMS
+from caco.data.views.colours import CONVERSIONS, colour_jitter
+from caco.data.views.draws import (
+    BLUR,
+    CROP,
+    CROP_LEFT,
+    CROP_TOP,
+    FACTOR,
+    FLIP,
+    GRAY,
+    JITTER,
+    NUM_UNIFORMS,
+    ORDER,
+    SIGMA,
+    SOLARIZE,
+    between,
+)
+from caco.data.views.geometry import crop_box, plain_box, resize, rotation
 from caco.data.views.kinds import Kinds, Operation
+from caco.data.views.normalisation import scale_and_offset, scaled, standardised
 from caco.errors import UserError, require_contract
 from caco.ranges import (
     Channels,
@@ -33,19 +47,6 @@ from caco.ranges import (
     held,
     hold_fields,
 )
-
-# Each view takes one vector of uniform random numbers; these are the positions of its numbers in that vector. Every
-# number has a fixed position, so changing one setting (say blur_p) leaves all other draws of the same seed unchanged.
-# random.h repeats these positions for the compiled views.
-CROP_TRIES = 10
-CROP = slice(0, 2 * CROP_TRIES)
-CROP_TOP, CROP_LEFT, JITTER, GRAY, BLUR, SIGMA, SOLARIZE, FLIP, ANGLE, SHIFT_X, SHIFT_Y = range(20, 31)
-ORDER = slice(31, 35)
-FACTOR = slice(35, 39)
-assert FACTOR.stop == NUM_UNIFORMS
-
-_VALUES_AT_ONCE = 2**17  # half a megabyte of float32, for normalisation on a CPU
-_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,9 +188,9 @@ class View:
             u: the view's random numbers (see `draws.uniforms`).
         """
         box = crop_box(image.width, image.height, self.scale, self.ratio, u[CROP], u[CROP_TOP], u[CROP_LEFT])
-        image = rotation(self, size, u)(resize(image.crop(box), size, size, self.interpolation))
+        image = rotation(self.rotate, self.shift, size, u)(resize(image.crop(box), size, size, self.interpolation))
         if u[JITTER] < self.jitter_p:
-            image = _jitter(image, self.jitter, u[ORDER], u[FACTOR])
+            image = colour_jitter(image, self.jitter, u[ORDER], u[FACTOR])
         if u[GRAY] < self.gray_p:
             image = image.convert("L").convert("RGB")
         if u[BLUR] < self.blur_p:
@@ -250,9 +251,7 @@ class Views:
         self.patches = self.kinds.patches  # None if no view has patches
         self.sizes = [view.size or size for view in self._views if view.patches is None]  # of the views without patches
         self.num_views = len(self.sizes)
-        # NumPy, because a plan builds the views on PyTorch's meta device, where tensors have no values.
-        mean_C, std_C = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-        self._scale, self._offset = tuple((1 / (255 * std_C)).tolist()), tuple((-mean_C / std_C).tolist())
+        self._scale, self._offset = scale_and_offset(mean, std)
 
     def with_views(self, views: dict[str, View]) -> "Views":
         """A recipe with other random views, but with this recipe's normalisation, colours and plain view. Only the
@@ -339,101 +338,5 @@ class Views:
             return pixels.movedim(-1, -3)
         convert = CONVERSIONS[self.colours]
         if convert is not None:
-            mean, std = (_on(tuple(values), pixels.device) for values in (self.mean, self.std))
-            return convert(pixels.float() / 255).sub_(mean).div_(std).movedim(-1, -3)
-        if pixels.device.type != "cpu":
-            scale, offset = _on(self._scale, pixels.device), _on(self._offset, pixels.device)
-            return pixels.float().mul_(scale).add_(offset).movedim(-1, -3)
-        # Several times as fast on a CPU: whole rows of W * 3 values, and few enough at a time to stay in the cache.
-        width = 3 * pixels.shape[-2]
-        scale, offset = (_on(values * pixels.shape[-2], pixels.device) for values in (self._scale, self._offset))
-        made, rows = take(pixels.shape), pixels.reshape(-1, width)
-        step = max(1, _VALUES_AT_ONCE // width)
-        for some, theirs in zip(made.view(-1, width).split(step), rows.split(step), strict=True):
-            some.copy_(theirs).mul_(scale).add_(offset)
-        return made.movedim(-1, -3)
-
-
-@functools.lru_cache(maxsize=64)
-def _on(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Numbers on a device, sent there once."""
-    return torch.tensor(values, device=device)
-
-
-def crop_box(
-    width: int,
-    height: int,
-    scale: Sequence[float],
-    ratio: Sequence[float],
-    u_tries: Sequence[float],
-    u_top: float,
-    u_left: float,
-) -> tuple[int, int, int, int]:
-    """A random box (left, upper, right, lower): area uniform in `scale`, log of the aspect ratio uniform.
-
-    The first of ten tries that fits inside the image counts; if none does, the box is centred and is the largest with
-    an allowed ratio.
-    Source: torchvision's RandomResizedCrop, after arXiv 1409.4842.
-    """
-    low, high = ratio
-    for u_area, u_ratio in zip(u_tries[::2], u_tries[1::2], strict=True):
-        area = width * height * between(scale[0], scale[1], u_area)
-        aspect = math.exp(between(math.log(low), math.log(high), u_ratio))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(u_left * (width - w + 1)), int(u_top * (height - h + 1))
-            return left, top, left + w, top + h
-    w = min(width, max(1, round(height * high)))
-    h = min(height, max(1, round(width / low)))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
-def plain_box(
-    width: int, height: int, size: int, plain_crop: float
-) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """The plain view's geometry: the (width, height) to resize the image to, and the box (left, upper, right, lower) to
-    crop from the resized image."""
-    short, shorter = round(size / plain_crop), min(width, height)
-    width, height = short * width // shorter, short * height // shorter
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return (width, height), (left, top, left + size, top + size)
-
-
-def resize(image: Image.Image, width: int, height: int, interpolation: str) -> Image.Image:
-    """Resize across, round to 8 bits, then resize down. Pillow does the same in one call, but from version 13 on it
-    swaps the two passes for some sizes.
-    """
-    how = _RESAMPLING[interpolation]
-    return image.resize((width, image.height), how).resize((width, height), how)
-
-
-def _jitter(
-    image: Image.Image, strengths: Sequence[float], u_order: Sequence[float], u_factor: Sequence[float]
-) -> Image.Image:
-    """Change brightness, contrast and saturation by factors drawn from 1 +- strength, and hue by a shift drawn from
-    +- strength, in the order drawn.
-    """
-    for op in sorted(range(4), key=u_order.__getitem__):
-        strength = strengths[op]
-        if strength == 0:
-            continue
-        if op == 3:
-            image = turn_hue(image, between(-strength, strength, u_factor[op]))
-        else:
-            enhance = (change_brightness, change_contrast, change_saturation)[op]
-            image = enhance(image, between(max(0.0, 1 - strength), 1 + strength, u_factor[op]))
-    return image
-
-
-def rotation(view: View, size: int, u: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
-    """A function that rotates and shifts a view of this size by the drawn angle and shifts."""
-    if not view.rotate and not view.shift:
-        return lambda image: image
-    degrees = between(-view.rotate, view.rotate, u[ANGLE])
-    right, down = (between(-view.shift, view.shift, number) * size for number in (u[SHIFT_X], u[SHIFT_Y]))
-    return lambda image: image.rotate(degrees, Image.Resampling.BILINEAR, translate=(right, down))  # type: ignore[arg-type] # Pillow takes floats
-
-
-def between(low: float, high: float, u: float) -> float:
-    return low + (high - low) * u
+            return standardised(convert(pixels.float() / 255), self.mean, self.std)
+        return scaled(pixels, self._scale, self._offset, take)

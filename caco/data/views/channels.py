@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from caco.data.views.augmentation import (
+from caco.data.views.augmentation import View, Views
+from caco.data.views.draws import (
     BLUR,
     CROP,
     CROP_LEFT,
@@ -29,15 +30,10 @@ from caco.data.views.augmentation import (
     ORDER,
     SIGMA,
     SOLARIZE,
-    View,
-    Views,
     between,
-    crop_box,
-    plain_box,
-    resize,
-    rotation,
+    uniforms,
 )
-from caco.data.views.draws import uniforms
+from caco.data.views.geometry import crop_box, plain_box, resize, rotation
 from caco.data.views.kinds import Kinds
 from caco.errors import UserError
 
@@ -144,12 +140,12 @@ def draw(view: View, pixels: np.ndarray, size: int, u: Sequence[float]) -> np.nd
     other number of channels these steps do nothing.
 
     Args:
-        u: the view's random numbers, at the positions listed in augmentation.py.
+        u: the view's random numbers, at the positions listed in draws.py.
     """
     height, width, channels = pixels.shape
     box = crop_box(width, height, view.scale, view.ratio, u[CROP], u[CROP_TOP], u[CROP_LEFT])
     pixels = pixels[box[1] : box[3], box[0] : box[2]]
-    turn = rotation(view, size, u)
+    turn = rotation(view.rotate, view.shift, size, u)
     pixels = _each_channel(pixels, lambda c: turn(resize(c, size, size, view.interpolation)))
     if u[JITTER] < view.jitter_p:
         pixels = _jitter(pixels, view.jitter, u[ORDER], u[FACTOR])

@@ -1,4 +1,4 @@
-"""Colours: the four changes of a jitter, and colour spaces that separate lightness from colour, for methods that
+"""Colours: the jitter and its four changes, and colour spaces that separate lightness from colour, for methods that
 contrast the two (CMC).
 
 The conversions take pixels [..., 3] in sRGB, 0..1, and put the lightness first. Their constants are those of
@@ -6,12 +6,14 @@ scikit-image (skimage.color), which the published code calls. The four changes t
 the tests compare their results with torchvision's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageChops
 from torch import Tensor
+
+from caco.data.views.draws import between
 
 _XYZ_OF_LINEAR_RGB = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 _WHITE = (0.95047, 1.0, 1.08883)  # white point of D65 for the 2 degree observer
@@ -76,3 +78,21 @@ def turn_hue(image: Image.Image, turns: float) -> Image.Image:
     hue, saturation, value = image.convert("HSV").split()
     hue = ImageChops.add_modulo(hue, Image.new("L", image.size, int(turns * 255) % 256))
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+def colour_jitter(
+    image: Image.Image, strengths: Sequence[float], u_order: Sequence[float], u_factor: Sequence[float]
+) -> Image.Image:
+    """Change brightness, contrast and saturation by factors drawn from 1 +- strength, and hue by a shift drawn from
+    +- strength, in the order drawn.
+    """
+    for op in sorted(range(4), key=u_order.__getitem__):
+        strength = strengths[op]
+        if strength == 0:
+            continue
+        if op == 3:
+            image = turn_hue(image, between(-strength, strength, u_factor[op]))
+        else:
+            enhance = (change_brightness, change_contrast, change_saturation)[op]
+            image = enhance(image, between(max(0.0, 1 - strength), 1 + strength, u_factor[op]))
+    return image

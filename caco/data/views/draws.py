@@ -1,12 +1,18 @@
-"""A view's random numbers. They depend on (stream, image, view) alone, so any process can make any view. random.h draws
-the same numbers for the compiled views.
+"""A view's random numbers, and the position of each step's numbers among them. They depend on (stream, image, view)
+alone, so any process can make any view. random.h draws the same numbers for the compiled views.
 """
 
 import numpy as np
 
-NUM_UNIFORMS = (
-    39  # every view takes these, at the positions listed in augmentation.py; `then` and patches take further ones
-)
+# Each view takes one vector of uniform random numbers; these are the positions of its numbers in that vector. Every
+# number has a fixed position, so changing one setting (say blur_p) leaves all other draws of the same seed unchanged.
+# random.h repeats these positions for the compiled views.
+CROP_TRIES = 10
+CROP = slice(0, 2 * CROP_TRIES)
+CROP_TOP, CROP_LEFT, JITTER, GRAY, BLUR, SIGMA, SOLARIZE, FLIP, ANGLE, SHIFT_X, SHIFT_Y = range(20, 31)
+ORDER = slice(31, 35)
+FACTOR = slice(35, 39)
+NUM_UNIFORMS = FACTOR.stop  # every view takes these; `then` and patches take further ones
 
 
 def uniforms(stream: int, samples: np.ndarray, v: int, count: int = NUM_UNIFORMS) -> np.ndarray:
@@ -35,6 +41,11 @@ def stream_of(stream: int, v: int) -> int:
     step = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         return int(_mix(np.asarray(np.uint64(stream) + step * np.uint64(2**32 + v))))
+
+
+def between(low: float, high: float, u: float) -> float:
+    """The number that a random number u in [0, 1) chooses from the range."""
+    return low + (high - low) * u
 
 
 def _mix(bits: np.ndarray) -> np.ndarray:

@@ -1,5 +1,5 @@
 // A view's random numbers, the crop box that they choose, and the window of the plain view. A number depends on seed, epoch, image, view and its position alone,
-// so turning one step on or off leaves all other numbers unchanged (caco/data/views/augmentation.py has the same positions).
+// so turning one step on or off leaves all other numbers unchanged (caco/data/views/draws.py has the same positions).
 
 #pragma once
 
