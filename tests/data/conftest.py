@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from spectra import wave
 
 from caco.data.sets.sources import ImagesInMemory
 from caco.data.views import native
@@ -38,6 +39,18 @@ def noise_source() -> Callable[..., ImagesInMemory]:
         return ImagesInMemory(images, name="noise", labels=np.arange(count) % 3, classes=["a", "b", "c"])
 
     return make
+
+
+@pytest.fixture(scope="module")
+def spectra(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A labelled folder of float32 .npy files with five channels."""
+    root = tmp_path_factory.mktemp("spectra")
+    for split, count in (("train", 10), ("test", 4)):
+        for label in range(2):
+            (root / split / f"c{label}").mkdir(parents=True)
+            for i in range(count):
+                np.save(root / split / f"c{label}" / f"{i}.npy", wave(100 * label + i + 7 * count, 5) + label)
+    return root
 
 
 @pytest.fixture
