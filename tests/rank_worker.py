@@ -14,7 +14,7 @@ from caco import distributed
 from caco.config.composition import CONF, instantiate
 from caco.data.loaders.batches import Batch
 from caco.engine import assembly as assembly
-from caco.engine import trainer
+from caco.engine import recording, trainer
 from caco.engine.assembly import build_method
 from caco.nn.heads import Encoder
 from caco.nn.norm import in_groups
@@ -205,14 +205,14 @@ def print_refused_banks():
 
 
 def train_and_lose_rank_1(*overrides):
-    original = trainer.Trainer._log
+    original = recording.Recording.log_step
 
-    def log(self, now, *rest):
+    def log(self, now, *rest, **named):
         if now.step == 4 and os.environ["RANK"] == "1":
             os._exit(9)
-        original(self, now, *rest)
+        original(self, now, *rest, **named)
 
-    trainer.Trainer._log = log
+    recording.Recording.log_step = log
     caco_train(*overrides)
 
 

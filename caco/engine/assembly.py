@@ -334,12 +334,12 @@ def run_training(
         state, path = newest
         trainer.load_state_dict(state)
         known = read_json(run_dir / "summary.json")
-        is_done = trainer.step == trainer.total_steps and bool(known) and not metrics.missing_at_the_end(known)
+        is_done = trainer.step == trainer.course.total_steps and bool(known) and not metrics.missing_at_the_end(known)
         refused = other_images(read_json(images_file), evaluated_on, is_done=is_done) if main else None
         if refused := distributed.shared_object(refused):
             raise UserError(refused)
         if main:
-            message = f"caco: going on from {path}, step {trainer.step} of {trainer.total_steps}"
+            message = f"caco: going on from {path}, step {trainer.step} of {trainer.course.total_steps}"
             if is_done:
                 when = path.stat().st_mtime
                 message = ended_before(
@@ -358,10 +358,12 @@ def run_training(
             return known
 
     elif before is not None:
-        trainer.load_state_dict(taken_over(before[0], place=trainer.place(before[0]["step"]), config_hash=config_hash))
+        trainer.load_state_dict(
+            taken_over(before[0], place=trainer.course.place(before[0]["step"]), config_hash=config_hash)
+        )
         if main:
             print(
-                f"caco: continues {before[1]} ({cfg.continued_schedule}), step {trainer.step} of {trainer.total_steps}",
+                f"caco: continues {before[1]} ({cfg.continued_schedule}), step {trainer.step} of {trainer.course.total_steps}",
                 file=sys.stderr,
             )
 
@@ -377,8 +379,8 @@ def run_training(
             data=splits.pretrain.name, num_train=len(splits.pretrain),
             num_test=len(splits.test or ()) if cfg.eval else 0,
             choices=label.choices, bank_rows=rows, batch=cfg.batch, epochs=cfg.epochs,
-            warm_start_steps=trainer.training_starts, steps_per_epoch=run.steps_per_epoch,
-            processes=distributed.world(), device=device.type, run_dir=run_dir, total_steps=trainer.total_steps,
+            warm_start_steps=trainer.course.training_starts, steps_per_epoch=run.steps_per_epoch,
+            processes=distributed.world(), device=device.type, run_dir=run_dir, total_steps=trainer.course.total_steps,
         )  # fmt: skip
         print(message, file=sys.stderr)
         start.say(always=cfg.profile)

@@ -30,7 +30,7 @@ def taken_over(state: dict[str, Any], *, place: list[str | int | None], config_h
     so that the new run's curve begins with the old one's end.
 
     Args:
-        place: where that step lies in the new run, in the form of Trainer.place.
+        place: where that step lies in the new run, in the form of Course.place.
     Raises:
         UserError: that step lies at another place in the new run than in the old one.
     """

@@ -11,7 +11,7 @@ from tiny import BANK, TINY, batch_of, compose, now, train
 
 from caco.banks.kernels import fused
 from caco.config.composition import instantiate
-from caco.engine import assembly, trainer
+from caco.engine import assembly, recording, trainer
 from caco.engine.losses import NonFiniteLossError
 from caco.methods import diagnostics
 from caco.runs.checkpoint import load
@@ -327,14 +327,14 @@ def test_batches_that_cannot_be_cut_are_refused(tmp_path, overrides, message):
 
 
 def test_rows_without_a_direction_end_the_run_with_their_number(tmp_path, monkeypatch):
-    original = trainer.Trainer._log
+    original = recording.Recording.log_step
 
-    def log(self, now, *rest):
+    def log(self, now, *rest, **named):
         if now.step == 4:
             self.method.bank.rows.weight.detach()[17] = 0.0
-        original(self, now, *rest)
+        original(self, now, *rest, **named)
 
-    monkeypatch.setattr(trainer.Trainer, "_log", log)
+    monkeypatch.setattr(recording.Recording, "log_step", log)
     with pytest.raises(NonFiniteLossError, match=r"the first is row 17, whose norm is 0.0.*at step 6 \(epoch 1 of 2"):
         train(tmp_path, *EVERY)
     assert final(tmp_path)["step"] == 3
