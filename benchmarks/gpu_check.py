@@ -49,7 +49,7 @@ from caco.banks.kernels import fused
 from caco.banks.learnable import LearnableBank
 from caco.config import composition
 from caco.engine import trainer
-from caco.engine.assembly import run_training
+from caco.engine.training import run_training
 from caco.runs.files import read_json, write_json
 from caco.tracking.ledger import read_rows
 
