@@ -19,7 +19,7 @@ from caco.banks.kernels import fused
 from caco.banks.learnable import LearnableBank
 from caco.config import composition
 from caco.engine import trainer
-from caco.engine.assembly import run_training
+from caco.engine.training import run_training
 from caco.tracking.ledger import read_rows
 
 PACKED_IMAGES = 20_000  # the number of images that gpu_check.py packs; four fifths of them are for training

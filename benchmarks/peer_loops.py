@@ -132,7 +132,7 @@ def ours(training: Training) -> tuple[list[float], nn.Module]:
         for each epoch the time at which it ended, in seconds from a common start, computed from the images per second
         in the run's ledger; and the trained backbone.
     """
-    from caco.engine.assembly import run_training
+    from caco.engine.training import run_training
     from caco.nn.weights import load_backbone
     from caco.tracking import recorded
 

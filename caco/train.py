@@ -49,7 +49,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float | None:
     try:
         with Stop() as stop:
             with doing("loading PyTorch"):
-                from caco.engine.assembly import run_training  # not at the top of the file, because it imports torch
+                from caco.engine.training import run_training  # not at the top of the file, because it imports torch
 
             summary = run_training(cfg, run_dir, stop=stop, label=labels.label(HydraConfig.get()))
     except Stopped as stopped:

@@ -19,7 +19,7 @@ from torch.distributed import TCPStore
 HERE = Path(__file__).parent
 # All modules that a run imports; each process must import again what is missing here.
 IMPORTED = [
-    "pytest", "caco.train", "caco.engine.assembly", "caco.evaluate", "caco.engine.embedding", "caco.nn.backbones",
+    "pytest", "caco.train", "caco.engine.training", "caco.evaluate", "caco.engine.embedding", "caco.nn.backbones",
     "caco.methods.nnclr",
     "caco.methods.swav",
     "caco.methods.dino", "caco.methods.byol", "caco.methods.simsiam", "caco.methods.mocov3", "caco.methods.vicreg",

@@ -13,8 +13,7 @@ from tiny import batch_of, compose, noise, now
 from caco import distributed
 from caco.config.composition import CONF, instantiate
 from caco.data.loaders.batches import Batch
-from caco.engine import assembly as assembly
-from caco.engine import trainer
+from caco.engine import recording, trainer, training
 from caco.engine.assembly import build_method
 from caco.nn.heads import Encoder
 from caco.nn.norm import in_groups
@@ -152,7 +151,7 @@ def in_float64() -> None:
     steps at these tests' rates they are 1e-10 apart. That is too little to change the choice of a row, and far less
     than the effect of a wrong gradient or a row in the wrong place (1e-3).
     """
-    spread = assembly.in_groups
+    spread = training.in_groups
 
     def in_double(images):
         return images.double() if isinstance(images, torch.Tensor) else [view.double() for view in images]
@@ -164,7 +163,7 @@ def in_float64() -> None:
                 module.register_forward_pre_hook(lambda module, images: (in_double(images[0]),))
         return method
 
-    assembly.in_groups = doubled
+    training.in_groups = doubled
 
 
 def train_in_float64(*overrides):
@@ -205,14 +204,14 @@ def print_refused_banks():
 
 
 def train_and_lose_rank_1(*overrides):
-    original = trainer.Trainer._log
+    original = recording.Recording.log_step
 
-    def log(self, now, *rest):
+    def log(self, now, *rest, **named):
         if now.step == 4 and os.environ["RANK"] == "1":
             os._exit(9)
-        original(self, now, *rest)
+        original(self, now, *rest, **named)
 
-    trainer.Trainer._log = log
+    recording.Recording.log_step = log
     caco_train(*overrides)
 
 

@@ -119,8 +119,8 @@ def test_the_lowest_floor_imports_nothing_of_caco():
     assert not [(module, other) for module, other in edges() if FLOOR[room(module)] == 0]
 
 
-def test_only_the_assembly_knows_the_trainer():
-    assert {module for module, other in edges() if other == "caco.engine.trainer"} == {"caco.engine.assembly"}
+def test_only_the_training_knows_the_trainer():
+    assert {module for module, other in edges() if other == "caco.engine.trainer"} == {"caco.engine.training"}
 
 
 def test_nothing_is_imported_in_a_circle():

@@ -14,7 +14,7 @@ import pytest
 from processes import Process, caco_train
 from tiny import TINY, compose, train
 
-from caco.engine.assembly import run_training
+from caco.engine.training import run_training
 from caco.errors import UserError
 from caco.runs.checkpoint import load
 from caco.runs.files import read_json

@@ -15,8 +15,8 @@ from tiny import BANK, TINY, compose
 
 from caco import evaluate, train
 from caco.config import composition
-from caco.engine.assembly import run_training
 from caco.engine.same_images import other_images
+from caco.engine.training import run_training
 from caco.errors import SweepFailed, UserError
 from caco.launch.jobs import Job
 from caco.launch.sweep import follow

@@ -83,7 +83,7 @@ def compose(*overrides: str, bank: bool = True) -> DictConfig:
 
 
 def train(run_dir: Path, *overrides: str, bank: bool = True) -> dict[str, float]:
-    from caco.engine.assembly import run_training
+    from caco.engine.training import run_training
 
     return run_training(compose(*overrides, bank=bank), run_dir)
 

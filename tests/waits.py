@@ -150,7 +150,7 @@ def trainer_of(cfg: Any, *, steps: int, in_training: bool, num_images: int = 256
         device=META, seed=0, config_hash="", data_digest="", precision="fp32", log_every_steps=1000,
         accumulate=cfg.accumulate,
     )  # fmt: skip
-    trainer.step = trainer.training_starts + 1 if in_training else 0
+    trainer.step = trainer.course.training_starts + 1 if in_training else 0
     trainer.evaluation_due = None
     # What the host does before an epoch, and what it has read in the first one.
     method.before_epoch = lambda now, images: None  # type: ignore[method-assign]

@@ -15,8 +15,9 @@ from caco.config.channels_needed import channels_of
 from caco.config.composition import instantiate
 from caco.config.pretrained import CHECKPOINT, Location
 from caco.data.sets.overlap import Overlap
-from caco.engine.assembly import build_splits, build_tracker, pick_device, refuse_different_steps, refuse_unfit_backbone
+from caco.engine.assembly import build_splits, build_tracker, pick_device, refuse_unfit_backbone
 from caco.engine.channels import backbone_of, views_of
+from caco.engine.continuing import refuse_different_steps
 from caco.evals.evaluation import Evaluation
 from caco.evals.pixels import RawPixels
 from caco.evals.record import Record

@@ -34,7 +34,7 @@ def parts_of_a_step(trainer: Any) -> list[Part]:
         Part(trainer, "_forward_and_backward", "encoder, backward, and the method's own arithmetic"),
         Part(trainer, "_averaged", "loss, mean over ranks"),
         Part(optimisation, "step", "optimiser"),
-        Part(trainer, "_log", "metrics and logging"),
+        Part(trainer.recording, "log_step", "metrics and logging"),
         Part(trainer, "save", "saving"),
         Part(trainer, "evaluate_if_due", "evaluation"),
     ]

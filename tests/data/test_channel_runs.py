@@ -114,7 +114,7 @@ RUN = [
 
 def test_a_run_notes_what_it_measured_and_is_evaluated_and_exported_with_it(spectra, tmp_path, capfd, monkeypatch):
     from caco import evaluate, export
-    from caco.engine.assembly import run_training
+    from caco.engine.training import run_training
 
     run_dir, overrides = tmp_path / "run", [*RUN, f"data.root={spectra}"]
     cfg = compose(overrides)

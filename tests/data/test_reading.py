@@ -21,7 +21,7 @@ from caco.data.loaders.plain import plain_batches
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.folders import folder
 from caco.data.sets.reading import FORMATS, MODES, UnreadableImage, _scans, read_image, rgb
-from caco.engine.assembly import run_training
+from caco.engine.training import run_training
 from caco.evals.features import FeatureStore
 from caco.runs.files import read_json
 

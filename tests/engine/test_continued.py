@@ -11,7 +11,7 @@ from test_trainer import assert_same, final, record
 from tiny import BANK, TINY
 
 from caco.config import composition, continued, validation
-from caco.engine.assembly import run_training
+from caco.engine.training import run_training
 from caco.errors import UserError
 from caco.runs.files import read_json
 from caco.runs.identity import read_yaml, run_hash

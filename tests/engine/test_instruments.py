@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import compose
 
-from caco.engine.assembly import run_training
 from caco.engine.instruments import Part, Shares
+from caco.engine.training import run_training
 
 
 class Nested:

@@ -11,7 +11,7 @@ from processes import Process, caco_train, ranks
 from test_trainer import assert_same, final, record
 from tiny import BANK, TINY, compose, train
 
-from caco.engine import assembly
+from caco.engine import training
 from caco.engine.preemption import SIGNALS, Stop, Stopped
 from caco.tracking import recorded
 
@@ -39,7 +39,7 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(tmp_path, monkeypatch,
         signal_in_step(patch, step, signum)
         told = f"stopped by {signal.Signals(signum).name} after step {step + 2} of 12, which is saved"
         with pytest.raises(Stopped, match=told), Stop() as stop:
-            assembly.run_training(compose(), tmp_path / "stopped", stop=stop)
+            training.run_training(compose(), tmp_path / "stopped", stop=stop)
     assert final(tmp_path / "stopped")["step"] == step + 2
     train(tmp_path / "stopped")
     assert_same(final(whole), final(tmp_path / "stopped"))
@@ -49,7 +49,7 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(tmp_path, monkeypatch,
 def test_a_run_told_to_stop_in_its_last_step_is_simply_done(tmp_path, monkeypatch):
     signal_in_step(monkeypatch, 11, signal.SIGTERM)
     with Stop() as stop:
-        assert assembly.run_training(compose(), tmp_path, stop=stop)["steps"] == 12
+        assert training.run_training(compose(), tmp_path, stop=stop)["steps"] == 12
     assert stop.requested()
 
 

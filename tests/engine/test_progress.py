@@ -15,7 +15,7 @@ from tiny import TINY, compose
 
 from caco import results, saying
 from caco.config import composition, continued, pretrained, validation
-from caco.engine.assembly import _set_otherwise
+from caco.engine.next_command import set_otherwise
 from caco.engine.progress import Progress, beginning, ended_before, ending
 from caco.runs.files import read_json
 
@@ -164,8 +164,8 @@ def test_a_run_ends_with_commands_that_can_be_typed_and_begun_again_says_when_it
 
 
 def test_settings_that_are_not_those_of_the_option_stand_in_the_command(tmp_path):
-    assert _set_otherwise(compose(), ["knn"]) == []
-    settings = _set_otherwise(compose("eval.knn.fraction=1", "eval.knn.k=5"), ["knn"])
+    assert set_otherwise(compose(), ["knn"]) == []
+    settings = set_otherwise(compose("eval.knn.fraction=1", "eval.knn.k=5"), ["knn"])
     assert settings == ["eval.knn.k=5", "eval.knn.fraction=1"]
     told = ending({"loss": 1.0}, seconds=1, run_dir=tmp_path, evaluators=["knn"], epochs=2, settings=settings)
     assert commands(told)[0][4:] == ["eval=[knn]", *settings, "baselines=true"]

@@ -11,7 +11,7 @@ from tiny import BANK, TINY, batch_of, compose, now, train
 
 from caco.banks.kernels import fused
 from caco.config.composition import instantiate
-from caco.engine import assembly, trainer
+from caco.engine import assembly, recording, trainer, training
 from caco.engine.losses import NonFiniteLossError
 from caco.methods import diagnostics
 from caco.runs.checkpoint import load
@@ -165,7 +165,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch):
     train(tmp_path / "good", "max_steps=6")
     monkeypatch.setattr(
-        assembly,
+        training,
         "Evaluation",
         type(
             "Quiet",
@@ -258,7 +258,7 @@ def test_a_step_is_the_equations_and_the_published_order(tmp_path, monkeypatch):
 
 
 def test_fewer_images_than_a_batch_are_refused_before_a_model_is_built(tmp_path, monkeypatch):
-    monkeypatch.setattr(assembly, "build_method", lambda cfg: pytest.fail("a model was built"))
+    monkeypatch.setattr(training, "build_method", lambda cfg: pytest.fail("a model was built"))
     with pytest.raises(ValueError, match="batch: expected at most the 1400 images of .*, got 2048"):
         train(tmp_path, "batch=2048")
 
@@ -327,14 +327,14 @@ def test_batches_that_cannot_be_cut_are_refused(tmp_path, overrides, message):
 
 
 def test_rows_without_a_direction_end_the_run_with_their_number(tmp_path, monkeypatch):
-    original = trainer.Trainer._log
+    original = recording.Recording.log_step
 
-    def log(self, now, *rest):
+    def log(self, now, *rest, **named):
         if now.step == 4:
             self.method.bank.rows.weight.detach()[17] = 0.0
-        original(self, now, *rest)
+        original(self, now, *rest, **named)
 
-    monkeypatch.setattr(trainer.Trainer, "_log", log)
+    monkeypatch.setattr(recording.Recording, "log_step", log)
     with pytest.raises(NonFiniteLossError, match=r"the first is row 17, whose norm is 0.0.*at step 6 \(epoch 1 of 2"):
         train(tmp_path, *EVERY)
     assert final(tmp_path)["step"] == 3
@@ -377,7 +377,7 @@ def test_a_run_that_dies_in_an_evaluation_has_lost_no_step_and_makes_it_when_it_
 ):
     """The run dies in the evaluation after the warm start and in the last one; a checkpoint is saved before each."""
     train(tmp_path / "whole", "max_steps=5")
-    original, made = assembly.Evaluation.run, []
+    original, made = training.Evaluation.run, []
 
     def run(self, *arguments):
         made.append(None)
@@ -386,7 +386,7 @@ def test_a_run_that_dies_in_an_evaluation_has_lost_no_step_and_makes_it_when_it_
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(assembly.Evaluation, "run", run)
+        patch.setattr(training.Evaluation, "run", run)
         with pytest.raises(MemoryError):
             train(tmp_path / "died", "max_steps=5")
     assert final(tmp_path / "died")["step"] == [0, 2, 5][evaluation]

@@ -16,7 +16,7 @@ from tiny import compose
 import caco.train
 from caco.banks.fifo import FifoBank
 from caco.config import folders
-from caco.engine.assembly import run_training
+from caco.engine.training import run_training
 
 STEPS = 30  # an epoch has 21
 SETTINGS = {

@@ -14,8 +14,9 @@ from torch import nn
 
 from caco.config import composition
 from caco.config.composition import instantiate
-from caco.engine.assembly import build_encoder, build_method, run_training
+from caco.engine.assembly import build_encoder, build_method
 from caco.engine.optimizers import OptimizerSchedule, adamw
+from caco.engine.training import run_training
 from caco.errors import UserError
 from caco.methods.cpcv2 import ContextNetwork, CPCv2
 from caco.nn.backbones import small_resnet, timm_backbone

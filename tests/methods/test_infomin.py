@@ -13,8 +13,9 @@ from tiny import OF_PATCHES, batch_of, compose, layers_of, now
 from caco.banks.fifo import FifoBank
 from caco.config import composition, validation
 from caco.config.composition import instantiate
-from caco.engine.assembly import build_encoder, run_training
+from caco.engine.assembly import build_encoder
 from caco.engine.optimizers import OptimizerSchedule, sgd
+from caco.engine.training import run_training
 from caco.errors import UserError
 from caco.methods import sources
 from caco.methods.infomin import InfoMin

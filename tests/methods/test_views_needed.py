@@ -5,7 +5,7 @@ import toys
 from tiny import COLOURED, compose
 
 from caco.config import composition, signatures, validation, views_needed
-from caco.engine.assembly import run_training
+from caco.engine.training import run_training
 from caco.errors import UserError
 from caco.methods.base import Needs
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from caco import distributed
-from caco.engine.assembly import build_method, refuse_other_groups
+from caco.engine.assembly import build_method
+from caco.engine.continuing import refuse_other_groups
 from caco.nn.backbones import small_resnet, timm_backbone
 from caco.nn.heads import Encoder, Projector
 from caco.nn.norm import BATCH_NORMS, GroupedBatchNorm, groups_of_a_rank, in_groups, over_all_ranks
@@ -258,7 +259,7 @@ def test_a_group_for_each_rank_asks_for_the_same_ranks_again(tmp_path, monkeypat
     ):
         refuse_other_groups(2)
     seen = []
-    monkeypatch.setattr("caco.engine.assembly.refuse_other_groups", seen.append)
+    monkeypatch.setattr("caco.engine.training.refuse_other_groups", seen.append)
     train(tmp_path, *command)
     assert seen == [1], "the number of ranks must be checked when the run resumes"
     assert distributed.world() == 1
