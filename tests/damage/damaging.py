@@ -20,8 +20,8 @@ import numpy as np
 
 from caco.errors import UserError
 
-KINDS = ("jpegs", "betons", "checkpoints", "weights", "disks",
-         "kills-train", "kills-evaluate", "kills-export", "kills-sync", "kills-sweep", "servers")  # fmt: skip
+KINDS = ("jpegs", "betons", "checkpoints", "weights", "disks", "servers",
+         "kills-train", "kills-evaluate", "kills-export", "kills-sync", "kills-sweep", "kills-jobs")  # fmt: skip
 PATIENCE_S = 300.0  # for one case, on a machine with ten times as much work as cores
 _fork = multiprocessing.get_context("fork")
 

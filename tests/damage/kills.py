@@ -23,7 +23,7 @@ from caco.runs.files import read_json
 from caco.tracking.ledger import read_rows
 
 TRAIN = [*TINY, "bank.size=128", "max_steps=8", "data.limit=128", "checkpoint.every_steps=2", "checkpoint.keep=2"]
-SWEEP = [*TRAIN, "max_steps=4", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=seed${seed}", "launcher=local"]
+SWEEP = ["-m", *TRAIN, "hydra.sweep.dir=sweep", "hydra.sweep.subdir=seed${seed}", "seed=0,1"]
 CLOCK = ("time", "images_per_second")  # values of a ledger that differ between equal runs
 RESULTS = ("loss", "knn20_20pct_top1", "probe_top1", "steps", "bank/row_norm_mean")  # of a summary
 AGAIN = 0.4  # probability that the repeated command is killed, too
@@ -32,7 +32,8 @@ COMMANDS: dict[str, tuple[Callable, list[str]]] = {
     "evaluate": (caco_evaluate, ["run=run", "eval=[knn,probe]"]),
     "export": (lambda *words: export(*words), ["run=run", "to=exported"]),
     "sync": (lambda *words: sync(*words), ["run", "--uri", "sqlite:///mlflow.db"]),
-    "sweep": (caco_train, ["-m", *SWEEP, "seed=0,1"]),
+    "sweep": (caco_train, SWEEP),
+    "jobs": (caco_train, [*SWEEP, "launcher=local"]),
 }
 
 

@@ -4,7 +4,7 @@
   python tests/damage/run.py betons 500 2000  the 500 cases from number 2000 on
   python tests/damage/run.py disks 200        disks that become full during a run
   python tests/damage/run.py servers 100      MLflow servers that are slow, hang, vanish, come back empty
-  python tests/damage/run.py kills-train 200  a command is killed: kills-train | -evaluate | -export | -sync | -sweep
+  python tests/damage/run.py kills-train 200  a command is killed: -train | -evaluate | -export | -sync | -sweep | -jobs
 
 The exit code is 1 if a case ended in anything but the promised results or a message.
 """

@@ -25,7 +25,8 @@ def test_damaged_files_are_read_or_refused(kind, count):
         ("kills-evaluate", 0, 8),
         ("kills-export", 0, 8),
         ("kills-sync", 0, 12),
-        ("kills-sweep", 0, 1),
+        ("kills-sweep", 0, 4),
+        ("kills-jobs", 0, 1),
         ("servers", 0, 5),
     ],
 )
