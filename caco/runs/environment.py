@@ -23,9 +23,11 @@ def environment() -> dict[str, str]:
     """
     folder = Path(__file__).parent
     # In a virtual environment, caco may lie inside some other repository, whose SHA would be misleading.
-    is_ours = _output("git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name) is not None
-    sha = _output("git", "-C", str(folder), "rev-parse", "HEAD") if is_ours else None
-    changes = _output("git", "-C", str(folder), "status", "--porcelain") if is_ours else None
+    # Reads alone: a process killed while `git status` writes the index would leave a lock in the user's repository.
+    git = ("git", "--no-optional-locks", "-C", str(folder))
+    is_ours = _output(*git, "ls-files", "--error-unmatch", Path(__file__).name) is not None
+    sha = _output(*git, "rev-parse", "HEAD") if is_ours else None
+    changes = _output(*git, "status", "--porcelain") if is_ours else None
     found = {
         "git_sha": sha or "unknown",
         "git_dirty": "unknown" if not sha or changes is None else str(bool(changes)).lower(),

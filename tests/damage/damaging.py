@@ -1,11 +1,13 @@
-"""Damage files at random, with a seed, and read them: each must be read or refused with a message, and nothing else may
-happen.
+"""Damage files, disks, servers or processes at random, with a seed. Damaged files must be read or refused with a
+message; runs must end with the results of undisturbed ones, at the latest when the same command is given again.
 
-Each kind of file is a module with `prepare(folder)` and `case(folder, rng)`. A case damages a file, reads it, and
-returns a word for the outcome. It must not raise anything but a UserError, crash the process, or hang.
+Each kind is a module with `prepare(folder)` and `case(prepared, rng)`; of the kind kills-train, `kills` is the module
+and `train` a second argument of `prepare`. A case returns a word for its outcome. It must not raise anything but a
+UserError, crash the process, or hang.
 """
 
 import collections
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -18,7 +20,8 @@ import numpy as np
 
 from caco.errors import UserError
 
-KINDS = ("jpegs", "betons", "checkpoints", "weights", "disks")
+KINDS = ("jpegs", "betons", "checkpoints", "weights", "disks", "servers",
+         "kills-train", "kills-evaluate", "kills-export", "kills-sync", "kills-sweep", "kills-jobs")  # fmt: skip
 PATIENCE_S = 300.0  # for one case, on a machine with ten times as much work as cores
 _fork = multiprocessing.get_context("fork")
 
@@ -63,18 +66,22 @@ def _work(kind: str, first: int, end: int, folder: Path, pipe) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)  # hides what libraries print about damaged files
     warnings.simplefilter("ignore")  # hides torch's warnings about deprecated kinds of tensors
-    module = importlib.import_module(kind)
+    name, *what = kind.split("-")
+    module = importlib.import_module(name)
     own = Path(tempfile.mkdtemp(dir=folder))
-    prepared = module.prepare(own)
-    pipe.send("ready")
-    for number in range(first, end):
-        try:
-            pipe.send((module.case(prepared, np.random.default_rng([KINDS.index(kind), number])), ""))
-        except UserError as error:
-            assert str(error)
-            pipe.send(("refused", str(error)))
-        except BaseException:
-            pipe.send(("traceback", traceback.format_exc()))
+    with contextlib.ExitStack() as stack:
+        prepared = module.prepare(own, *what)
+        if isinstance(prepared, contextlib.AbstractContextManager):
+            prepared = stack.enter_context(prepared)  # servers, say, which end with the cases
+        pipe.send("ready")
+        for number in range(first, end):
+            try:
+                pipe.send((module.case(prepared, np.random.default_rng([KINDS.index(kind), number])), ""))
+            except UserError as error:
+                assert str(error)
+                pipe.send(("refused", str(error)))
+            except BaseException:
+                pipe.send(("traceback", traceback.format_exc()))
     os._exit(0)
 
 

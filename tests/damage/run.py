@@ -1,9 +1,12 @@
-"""Damage files of one kind, read them, and print the outcomes as a row of docs/reliability.md.
+"""Damage files, disks, servers or processes, and print the outcomes as a row of docs/reliability.md.
 
-  python tests/damage/run.py jpegs 10000      jpegs | betons | checkpoints | weights | disks
+  python tests/damage/run.py jpegs 10000      jpegs | betons | checkpoints | weights: damaged files are read
   python tests/damage/run.py betons 500 2000  the 500 cases from number 2000 on
+  python tests/damage/run.py disks 200        disks that become full during a run
+  python tests/damage/run.py servers 100      MLflow servers that are slow, hang, vanish, come back empty
+  python tests/damage/run.py kills-train 200  a command is killed: -train | -evaluate | -export | -sync | -sweep | -jobs
 
-The exit code is 1 if a file was neither read nor refused with a message.
+The exit code is 1 if a case ended in anything but the promised results or a message.
 """
 
 import datetime
@@ -25,7 +28,7 @@ def main() -> None:
         for word, plural in (("crash", "crashes"), ("hang", "hangs"), ("traceback", "tracebacks"))
     )
     command = f"`python tests/damage/run.py {kind} {count}{f' {first}' if first else ''}`"
-    print(f"| damaged {kind} | {count:,} | {command} | {datetime.date.today()} | {words}; {ended} |")
+    print(f"| {kind} | {count:,} | {command} | {datetime.date.today()} | {words}; {ended} |")
     sys.exit(bool(bad))
 
 

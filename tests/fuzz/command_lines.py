@@ -2,6 +2,7 @@
 
     python -m tests.fuzz.command_lines --lines 10000              the first 10,000 lines; --from 3000 starts later
     python -m tests.fuzz.command_lines --line 'seed=1 batch=x'    this line, with its traceback
+    python -m tests.fuzz.command_lines --lines 300 --processes    each as a command; what runs is told to stop
 
 A refusal is a UserError. Any other exception is a bug, and is printed with the line. Each line follows from its number,
 so that number 4711 is the same line on every machine.
@@ -11,13 +12,20 @@ import argparse
 import collections
 import copy
 import functools
+import os
 import random
 import shlex
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import psutil
 from hydra._internal.core_plugins import file_config_source
 from hydra.core.config_store import ConfigStore
 
@@ -27,6 +35,10 @@ from caco.errors import UserError
 from caco.redaction import redacted
 from caco.runs.identity import flat, plain
 
+ROOT = Path(__file__).parents[2]
+RUNS_S = 8.0  # so long a command that is accepted may run
+PATIENCE_S = 120.0  # after which a process that was told to stop hangs
+MARKS = ("Traceback", "Lexer", " object at 0x", "full_key", "object_type", "u:secret")  # that no message shows
 LONG = "x" * 300
 NUMBERS = [
     "0",
@@ -325,18 +337,51 @@ def fault(root: str, words: list[str]) -> str | None:
         return None
     if not refusal.strip():
         return "refused without a word"
-    marks = ("Traceback", "Lexer", " object at 0x", "full_key", "object_type", "u:secret")
-    return next((f"the refusal shows {mark!r}: {refusal}" for mark in marks if mark in refusal), None)
+    return next((f"the refusal shows {mark!r}: {refusal}" for mark in MARKS if mark in refusal), None)
 
 
-def faults(numbers: range, seconds: float = float("inf")) -> Iterator[tuple[int, str, list[str], str | None]]:
+def fault_of_process(root: str, words: list[str]) -> str | None:
+    """As `fault`, of a command of its own in a folder of its own. What is accepted runs until it is told to stop."""
+    name = {"config": ["caco.train"], "sweep": ["caco.train", "-m"]}.get(root, [f"caco.{root}"])
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "tests" / "old_runs", Path(folder, "tests", "old_runs"))
+        shutil.copy(ROOT / "setup.py", folder)
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", *name, *words],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "HOME": folder},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        try:
+            told, _ = process.communicate(timeout=RUNS_S)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            try:
+                told, _ = process.communicate(timeout=PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                return "hangs: does not end when it is told to stop"
+        finally:
+            for one in psutil.Process().children(recursive=True):
+                one.kill()
+    if process.returncode not in (0, 1, 2, 128 + signal.SIGTERM, -signal.SIGTERM):
+        return f"exit code {process.returncode}: {told[-2000:]}"
+    return next((f"shows {mark!r}: {told[-3000:]}" for mark in MARKS if mark in told), None)
+
+
+def faults(
+    numbers: range, seconds: float = float("inf"), find: Callable[[str, list[str]], str | None] = fault
+) -> Iterator[tuple[int, str, list[str], str | None]]:
     """Yield (number, command, line, fault or None) for each line until this many seconds of processor time are used."""
     quicker()
     keys("config"), keys("evaluate"), keys("export")
     end = time.process_time() + seconds
     for number in numbers:
         root, words = line(number)
-        yield number, root, words, fault(root, words)
+        yield number, root, words, find(root, words)
         if time.process_time() > end:
             return
 
@@ -346,14 +391,16 @@ def main() -> int:
     parser.add_argument("--lines", type=int, default=10_000)
     parser.add_argument("--from", dest="first", type=int, default=0, metavar="NUMBER", help="go on with this line")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="at most so long")
+    parser.add_argument("--processes", action="store_true", help="start each line as a command")
     parser.add_argument("--line", help="this one alone, with what becomes of it")
     options = parser.parse_args()
     if options.line is not None:
         print(outcome("config", shlex.split(options.line)) or "accepted")
         return 0
     found: collections.Counter[str] = collections.Counter()
+    find = fault_of_process if options.processes else fault
     number, began = options.first - 1, time.monotonic()
-    for number, root, words, wrong in faults(range(options.first, options.lines), options.seconds):
+    for number, root, words, wrong in faults(range(options.first, options.lines), options.seconds, find):
         if wrong:
             found[wrong.strip().splitlines()[-1][:100]] += 1
             print(f"line {number}, {root}: {shlex.join(words)}\n{wrong}", flush=True)

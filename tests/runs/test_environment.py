@@ -1,5 +1,6 @@
 """The record of machine, versions and code is made without torch; what cannot be found is recorded as unknown."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,18 @@ def test_the_source_is_named_by_its_sha_and_changes_to_it_are_seen(source):
     assert (found["git_sha"], found["git_dirty"]) == (git(source, "rev-parse", "HEAD"), "false")
     (source / "environment.py").write_text("changed")
     assert environment()["git_dirty"] == "true"
+
+
+def test_looking_at_the_source_never_locks_or_writes_its_repository(source):
+    """A run that is killed meanwhile would leave the lock behind, and no commit could be made any more."""
+    git(source, "add", ".")
+    git(source, "commit", "-qm", "one")
+    os.utime(source / "environment.py", (1, 1))  # `git status` would note this in the index
+    index = (source / ".git" / "index").read_bytes()
+    assert environment()["git_dirty"] == "false"
+    assert (source / ".git" / "index").read_bytes() == index
+    git(source, "status")
+    assert (source / ".git" / "index").read_bytes() != index, "git still writes what this test looks for"
 
 
 def test_a_repository_around_an_installed_caco_says_nothing_about_it(source):

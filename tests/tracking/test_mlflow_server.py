@@ -1,67 +1,18 @@
 """A real `mlflow server` that is slow, hangs, loses its answers, disappears or is killed does not disturb a run."""
 
-import contextlib
 import os
 import signal
-import socket
 import statistics
-import threading
 import time
 
 import pytest
 from ports import unused_port
+from wire import Wire
 
 from caco.tracking import dashboard
 from caco.tracking.ledger import Ledger
 from caco.tracking.mlflow import MLflowTracker
 from caco.tracking.sync import main
-
-
-class Wire:
-    """A TCP relay in front of the server; its mode is "through", "slow" (1.2 s per answer), "hangs", "loses answers" or
-    "cut".
-    """
-
-    def __init__(self, port):
-        self.mode, self._upstream = "through", port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            if self.mode == "cut":
-                client.close()
-                continue
-            try:
-                server = socket.create_connection(("127.0.0.1", self._upstream))
-            except OSError:
-                client.close()
-                continue
-            for source, sink, answers in ((client, server, False), (server, client, True)):
-                threading.Thread(target=self._relay, args=(source, sink, answers), daemon=True).start()
-
-    def _relay(self, source, sink, answers):
-        with source, sink:
-            with contextlib.suppress(OSError):  # the other direction may have closed both sockets
-                while data := source.recv(1 << 16):
-                    if self.mode == "cut" or (answers and self.mode == "loses answers"):
-                        break
-                    while self.mode == "hangs":
-                        time.sleep(0.05)
-                    if answers and self.mode == "slow":
-                        time.sleep(1.2)
-                    sink.sendall(data)
-            for end in (source, sink):  # both, so that the other direction does not wait any longer
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-
-    def close(self):
-        self._listener.close()
 
 
 @pytest.fixture(scope="module")
