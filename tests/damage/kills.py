@@ -141,6 +141,6 @@ def case(prepared: Prepared, rng: np.random.Generator) -> str:
     found = results(folder)
     wrong = [name for name in {*found, *prepared.expected} if found.get(name) != prepared.expected.get(name)]
     assert not wrong, f"after {kills} kills: {[(found.get(n), prepared.expected.get(n)) for n in wrong]}"[:3000]
-    left = [path.name for path in folder.rglob("*") if path.name.endswith((".partial", ".tmp"))]
+    left = [path.name for path in folder.rglob(".*") if re.search(r"\.(partial|\d+)$", path.name)]
     assert not left, f"after {kills} kills: left behind: {left}"
     return "killed, and gone on with to the same numbers"
