@@ -29,7 +29,7 @@ RESULTS = ("loss", "knn20_20pct_top1", "probe_top1", "steps", "bank/row_norm_mea
 AGAIN = 0.4  # probability that the repeated command is killed, too
 COMMANDS: dict[str, tuple[Callable, list[str]]] = {
     "train": (caco_train, [*TRAIN, "loader.num_workers=1", "hydra.run.dir=run"]),
-    "evaluate": (caco_evaluate, ["run=run", "eval=[knn,probe]"]),
+    "evaluate": (caco_evaluate, ["run=run", "eval=[knn,probe,linear]", "eval.linear.batch=64", "eval.linear.epochs=3"]),
     "export": (lambda *words: export(*words), ["run=run", "to=exported"]),
     "sync": (lambda *words: sync(*words), ["run", "--uri", "sqlite:///mlflow.db"]),
     "sweep": (caco_train, SWEEP),
