@@ -20,6 +20,7 @@ from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
@@ -138,20 +139,49 @@ def jobs(overrides: list[str], *, multirun: bool) -> list[list[str]]:
 
     The values that a search (Optuna) draws are not known yet. The result is then empty, and each job checks itself when
     it starts.
+
+    Raises:
+        UserError: a key=glob(...) matches no option, so that there is no job.
     """
     if not multirun:
         return [overrides]
     with initialize_config_dir(str(composition.CONF), version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         parsed = parser.parse_overrides(overrides)
-        if any(item.is_sweep_override() and not item.is_discrete_sweep() for item in parsed):
+        if any(isinstance(item.value(), IntervalSweep) for item in parsed):
             return []
         choices = {}  # if a key is given twice, the last one counts, as in Hydra
         for item in parsed:
             key = item.get_key_element()
             values = item.sweep_string_iterator() if item.is_sweep_override() else [item.get_value_element_as_str()]
             choices[key] = [f"{key}={value}" for value in values]
+            if not choices[key]:
+                raise UserError(
+                    f"{item.input_line}: expected a pattern that some options of a group match, such as"
+                    " method=glob(moco*), got one that nothing matches; the sweep would have no job"
+                )
         return [list(job) for job in itertools.product(*choices.values())]
+
+
+def problems_of_search(overrides: list[str], root: str) -> list[str]:
+    """What is wrong with the command line of a search before any value is drawn, each in a line: what cannot be
+    composed with the first value of each interval, and a sweeper that draws none.
+    """
+    words, drawn = [], []
+    for item in OverridesParser.create().parse_overrides(overrides):
+        word, value = str(item.input_line), item.value()
+        if isinstance(value, IntervalSweep):
+            drawn.append(word)
+            word = f"{item.get_key_element()}={value.start}"
+        words.append(word)
+    problems: list[str] = []
+    cfg, _ = compose_what_can_be(words, root, problems)
+    if cfg is not None and cfg.hydra.sweeper._target_ == "hydra._internal.core_plugins.basic_sweeper.BasicSweeper":
+        problems.append(
+            f"{', '.join(drawn)}: expected hydra/sweeper=optuna or another sweeper that draws values, got Hydra's own,"
+            " which goes through a list of them: optimizer.lr=0.1,0.2 or range(0.1,0.5,0.1)"
+        )
+    return problems
 
 
 def is_launched(overrides: list[str]) -> bool:
@@ -238,6 +268,8 @@ def check_command(overrides: list[str], *, multirun: bool, look: bool = False) -
         if isinstance(error, UserError):
             raise
         raise UserError(refusals.explain(error, overrides, root)) from error
+    if multirun and not derivations and not problems:
+        problems = problems_of_search(overrides, root)
     if any(derived != derivations[0] for derived in derivations):
         every = sorted(
             set(itertools.chain(*derivations))

@@ -63,7 +63,8 @@ def page(rows: list[dict[str, str]], num_models: int) -> str:
         ),
         "pooling and classifier (MobileNetV3, VGG, ...), the feature is the output of that layer.",
         "",
-        f"Of the {num_models:,} models in `timm.list_models()` of timm {timm.__version__}, {len(rows):,} were tried",
+        f"Of the {num_models:,} models in `timm.list_models()` of timm {timm.__version__},"
+        f" {'all' if len(rows) == num_models else f'{len(rows):,}'} were tried",
         "by `python scripts/timm_models.py`; [backbones.csv](backbones.csv) has the result of each:",
         "",
         "| result | number of models |",

@@ -75,6 +75,8 @@ class FeatureFiles:
 
     def _write(self, path: Path, made_from: dict[str, Any], num_images: int, make: Callable, batch: int) -> None:
         partial, header = path.with_suffix(".partial"), path.with_suffix(".json")
+        for left in self.folder.glob(f".{header.name}.*"):  # of a process that was killed while it wrote the header
+            left.unlink(missing_ok=True)
         about = read_json(header)
         row_bytes = about["width"] * getattr(torch, about["dtype"]).itemsize if about else 0
         done = partial.stat().st_size // row_bytes // batch * batch if about and partial.is_file() else 0

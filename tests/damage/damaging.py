@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 import warnings
@@ -51,6 +52,8 @@ def outcomes(kind: str, count: int, *, first: int = 0) -> tuple[collections.Coun
                     if word in ("hang", "traceback"):
                         bad.append(f"{kind} {number}: {word}: {detail}")
                     number += 1
+                    if (number - first) % 50 == 0:
+                        print(f"{number - first} of {count} cases, {len(bad)} bad", file=sys.stderr, flush=True)
                     if word == "hang":
                         break
             except EOFError:

@@ -79,6 +79,26 @@ def test_what_was_a_traceback_or_was_accepted_is_a_sentence(typed, told):
 
 
 @pytest.mark.parametrize(
+    "typed, told",
+    [
+        ("optimizer.lr=interval(0,1)", "optimizer.lr=interval(0,1): expected hydra/sweeper=optuna or another sweeper"),
+        # What is wrong beside the values that a search draws, which nothing composes before Hydra does.
+        ("optimizer.lr=interval(0,1) optimizer=sdg", "optimizer=sdg: no such option"),
+        ("optimizer.lr=interval(0,1) ~eval.nope", "~eval.nope: there is no such key to leave out"),
+        ("optimizer.lr=interval(0,1) hydra.searchpath=[1]", "hydra.searchpath"),
+        ("optimizer.lr=interval(0,1) method.nope=1", "method.nope"),
+        ("optimizer.lrr=interval(0,1)", "optimizer.lrr"),
+        ("method=glob(x*)", "method=glob(x*): expected a pattern that some options of a group match"),
+        ("bank.size=glob(*)", "bank.size=glob(*): expected a pattern that some options of a group match"),
+    ],
+)
+def test_a_search_that_cannot_be_begun_and_a_sweep_without_a_job_are_sentences(typed, told):
+    words = ["tracking=ledger", "preset=smoke", *typed.split()]
+    assert fault("sweep", words) is None
+    assert told in (outcome("sweep", words) or "accepted")
+
+
+@pytest.mark.parametrize(
     "line",
     ["~augmentation.views.second", "~eval.probe", "+augmentation.views={mine:{}}", "launcher=slurm launcher.sbatch={}"],
 )
