@@ -64,9 +64,10 @@ class Feed:
         about = read_json(self.run_dir / "tracking.json")
         name = short(about.get("run_name") or "")
         run = self._find()
+        if run is None and self.mark.run_id:
+            self.mark.restart()  # another server, or a deleted run: everything is sent again
+            run = self._find()  # a server that had this run before another one did still has it
         if run is None:
-            if self.mark.run_id:
-                self.mark.restart()  # another server, or a deleted run: everything is sent again
             self.mark.save(self.run_dir)  # with the token, so a kill after create_run makes no second run
             # Set at creation, because MLflow does not allow the user to be changed later.
             tags = {"caco.token": self.mark.token, "mlflow.user": _user()}

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import uuid
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,7 +97,8 @@ class WandbFeed(Feed):
         self._lock.enter_context(sending(self.run_dir, wait_s=0, kind=OfWandb))
         self.mark = OfWandb.load(self.run_dir)
         if self.mark.run_id and self.mark.experiment != self.project:
-            self.mark.restart()  # the project has changed: everything is sent to the new one
+            self.mark.restart()  # the project has changed: everything is sent to the new one, as a new run
+            self.mark.token = uuid.uuid4().hex
         self.mark.run_id, self.mark.experiment, self.mark.closed = self.mark.token, self.project, ""
         self.mark.save(self.run_dir)
         about = read_json(self.run_dir / "tracking.json")

@@ -74,8 +74,10 @@ class Watermark:
         return _NAMES in self.files
 
     def restart(self) -> None:
-        """Forget everything that was sent: MLflow has nothing of this run."""
-        self.run_id, self.token, self.closed = "", uuid.uuid4().hex, ""
+        """Forget everything that was sent: another receiver gets it all. The token stays, by which a receiver that has
+        had the run before knows it again.
+        """
+        self.run_id, self.closed = "", ""
         self.parent_id = self.model_id = ""
         self.sent = self.attempted = self.system_sent = 0
         self.files = {}

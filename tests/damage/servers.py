@@ -90,5 +90,9 @@ def case(prepared: Prepared, rng: np.random.Generator) -> str:
     code, told = forked.run(sync, "undisturbed", "--uri", "sqlite:///mlflow.db", folder=folder)
     assert code == 0, told[-3000:]
     expected = stored(folder / "mlflow.db", experiment)
-    assert found == expected and len(expected) > 50, f"{len(found)} values of {len(expected)}: {told[-2000:]}"
+    wrong = {
+        "missing": [row for row in expected if row not in found],
+        "wrong": [row for row in found if row not in expected],
+    }
+    assert found == expected and len(expected) > 50, f"{wrong}, {len(found)} values of {len(expected)}: {told[-2000:]}"
     return "disturbed, and everything is there once after a sync"

@@ -131,6 +131,19 @@ def test_another_server_gets_the_whole_run(look, tmp_path, tmp_path_factory, new
     assert other.points("train/loss") == look.points("train/loss") == [(0, 1.0)]
 
 
+def test_a_server_that_gets_a_run_back_from_another_has_it_once(look, tmp_path, tmp_path_factory, new_store):
+    tracker = begin(tmp_path)
+    tracker.log(0, {"loss": 1.0})
+    sync(look, tmp_path)
+    other = type(look)(new_store(tmp_path_factory.mktemp("other")), look.experiment)
+    sync(other, tmp_path)
+    tracker.log(1, {"loss": 0.5})
+    tracker.finish("FINISHED", {"knn20_top1": 90.5})
+    assert sync(look, tmp_path) == 0
+    assert look.points("train/loss") == [(0, 1.0), (1, 0.5)]
+    assert look.run().info.status == "FINISHED"
+
+
 def test_an_unreachable_server_is_told_in_one_line_and_the_exit_code(look, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     begin(tmp_path).finish("FINISHED", {})
