@@ -119,7 +119,7 @@ def argument_mismatches(
             found += mismatches(value, taken.parameters[name].annotation, taken.module, inner_path)
         elif not taken.open:
             names = [key for key, item in taken.parameters.items() if is_plain(item.annotation, taken.module)]
-            near = difflib.get_close_matches(name, names, n=1)
+            near = difflib.get_close_matches(str(name), names, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(names) or 'nothing'}"
             found.append(f"{inner_path}: {owner} takes no such argument{hint}")
     for name, parameter in taken.parameters.items():

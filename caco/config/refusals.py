@@ -116,6 +116,8 @@ def explain(error: Exception, overrides: Sequence[str], root: str = "config") ->
         if group in groups() and re.fullmatch(r"[\d.-]*|null|true|false", option, re.IGNORECASE):
             size = f"; for another size bank.size={option}" if group == "bank" and option.isdigit() else ""
             return f"{override}: {group} is one of {', '.join(groups()[group])}{size}"
+    if (merging := re.match(r"Error merging override (.+)", str(error))) and cause is not None:
+        return f"{merging[1]}: {str(cause).splitlines()[0]}"
     if "RecursionError" in str(error):
         return "a setting refers to itself through a circle of ${...}; write its value out"
     lines = [line.strip() for line in str(error if str(error) else cause).splitlines() if line.strip()]

@@ -8,7 +8,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_origin
 
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -108,6 +108,13 @@ def _shape(tree: dict[str, Any], root: AnyRoot) -> list[str]:
             problems.append(f"{key}: expected {', '.join(inner)}, got {shortened(tree[key], 60)}")
         elif key in tree:
             problems += [f"{key}.{name}: is missing" for name in inner if name not in tree[key]]
+            within = {f"{key}.{name}": (inner[name].type, tree[key][name]) for name in inner if name in tree[key]}
+            # OmegaConf checks the type of what ${...} stands for, but for a list.
+            problems += [
+                f"{name}: expected a list, got {shortened(value, 60)}"
+                for name, (declared, value) in {key: (field.type, tree[key]), **within}.items()
+                if get_origin(declared) is list and not isinstance(value, list)
+            ]
     structured = [
         key
         for key, field in root.__dataclass_fields__.items()
