@@ -23,7 +23,7 @@ def environment() -> dict[str, str]:
     """
     folder = Path(__file__).parent
     # In a virtual environment, caco may lie inside some other repository, whose SHA would be misleading.
-    # Reads alone: a process killed while `git status` writes the index would leave a lock in the user's repository.
+    # Without locks, because a process killed while `git status` writes the index would leave one in the repository.
     git = ("git", "--no-optional-locks", "-C", str(folder))
     is_ours = _output(*git, "ls-files", "--error-unmatch", Path(__file__).name) is not None
     sha = _output(*git, "rev-parse", "HEAD") if is_ours else None

@@ -2,10 +2,11 @@
 checkpoints, because it may be ahead of them.
 """
 
+import contextlib
 import dataclasses
 import math
 import uuid
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -127,9 +128,15 @@ def roll_back(run_dir: Path, rows: list[dict[str, Any]], num_rows: int, *, wait_
                 watermark.save(run_dir)
 
 
-def sending(run_dir: Path, *, wait_s: float, kind: type[Watermark] = Watermark) -> AbstractContextManager[None]:
-    """The lock for sending this run to MLflow, or to the receiver that `kind` names."""
-    return locked(Path(run_dir) / f"{kind.FILE}.lock", wait_s=wait_s)
+@contextlib.contextmanager
+def sending(run_dir: Path, *, wait_s: float, kind: type[Watermark] = Watermark) -> Iterator[None]:
+    """Hold the lock for sending this run to MLflow, or to the receiver that `kind` names. What a sender that was killed
+    was writing is removed.
+    """
+    with locked(Path(run_dir) / f"{kind.FILE}.lock", wait_s=wait_s):
+        for left in Path(run_dir).glob(f".{kind.FILE}.json.*"):
+            left.unlink(missing_ok=True)
+        yield
 
 
 def points(row: dict[str, Any]) -> list[tuple[Point, float | int]]:

@@ -27,14 +27,6 @@ SWEEP = ["-m", *TRAIN, "hydra.sweep.dir=sweep", "hydra.sweep.subdir=seed${seed}"
 CLOCK = ("time", "images_per_second")  # values of a ledger that differ between equal runs
 RESULTS = ("loss", "knn20_20pct_top1", "probe_top1", "steps", "bank/row_norm_mean")  # of a summary
 AGAIN = 0.4  # probability that the repeated command is killed, too
-COMMANDS: dict[str, tuple[Callable, list[str]]] = {
-    "train": (caco_train, [*TRAIN, "loader.num_workers=1", "hydra.run.dir=run"]),
-    "evaluate": (caco_evaluate, ["run=run", "eval=[knn,probe,linear]", "eval.linear.batch=64", "eval.linear.epochs=3"]),
-    "export": (lambda *words: export(*words), ["run=run", "to=exported"]),
-    "sync": (lambda *words: sync(*words), ["run", "--uri", "sqlite:///mlflow.db"]),
-    "sweep": (caco_train, SWEEP),
-    "jobs": (caco_train, [*SWEEP, "launcher=local"]),
-}
 
 
 def export(*words: str) -> None:
@@ -48,6 +40,16 @@ def sync(*words: str) -> None:
     from caco.tracking.sync import main
 
     sys.exit(main(list(words)))
+
+
+COMMANDS: dict[str, tuple[Callable, list[str]]] = {
+    "train": (caco_train, [*TRAIN, "loader.num_workers=1", "hydra.run.dir=run"]),
+    "evaluate": (caco_evaluate, ["run=run", "eval=[knn,probe,linear]", "eval.linear.batch=64", "eval.linear.epochs=3"]),
+    "export": (export, ["run=run", "to=exported"]),
+    "sync": (sync, ["run", "--uri", "sqlite:///mlflow.db"]),
+    "sweep": (caco_train, SWEEP),
+    "jobs": (caco_train, [*SWEEP, "launcher=local"]),
+}
 
 
 class Prepared:
