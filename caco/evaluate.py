@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from caco import errors
+from caco.checking import say_if_mlflow_is_missing
 from caco.config import folders, pretrained
 from caco.errors import UserError
 from caco.installed import version
@@ -17,7 +18,6 @@ from caco.runs import directory
 from caco.runs.identity import plain
 from caco.runs.paths import expanded, make_folder, require_writable
 from caco.saying import doing
-from caco.train import say_if_mlflow_is_missing
 
 HELP = """\
 caco: evaluate a trained backbone.

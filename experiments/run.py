@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from caco import errors, metrics, train
+from caco import checking, errors, metrics, train
 from caco.config import composition, folders
 from caco.config.refusals import nearest
 from caco.errors import SweepFailed, UserError
@@ -186,11 +186,11 @@ def build_launcher(experiment: Experiment, words: Sequence[str]) -> Any:
     Raises:
         UserError: there is no such launcher, or submitit is not installed.
     """
-    if not train.is_launched(list(words)):
+    if not checking.is_launched(list(words)):
         return None
     train.offer_launcher()
     overrides = [*experiment.overrides(experiment.seeds[0]), *words]
-    train.check_command(overrides, multirun=False)
+    checking.check_command(overrides, multirun=False)
     return composition.instantiate(composition.compose(overrides).launcher)
 
 
@@ -343,7 +343,7 @@ def _main(arguments: argparse.Namespace) -> int:
             draw(Path(scale.toy_sets))
         need_data(chosen)
         try:
-            launched = train.is_launched(launcher_words)
+            launched = checking.is_launched(launcher_words)
             unfinished = train_elsewhere(left, launcher_words) if launched else train_here(left)
         finally:
             write_record(scale.id)

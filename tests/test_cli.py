@@ -11,7 +11,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from caco import evaluate, train
+from caco import checking, evaluate, train
 from caco.config import composition, validation
 from caco.engine import fitting
 from caco.errors import UserError
@@ -58,7 +58,7 @@ def test_one_refusal_names_everything_and_leaves_nothing_behind(tmp_path):
 
 def test_of_a_folder_whose_name_could_not_be_read_it_is_not_said_that_none_was_given():
     with pytest.raises(UserError) as refused:
-        train.check_command(["data=folder", "data.root=/größe (1)", "tracking=ledger"], multirun=False, look=True)
+        checking.check_command(["data=folder", "data.root=/größe (1)", "tracking=ledger"], multirun=False, look=True)
     assert "the shell needs its own around those: " in str(refused.value) and "got none" not in str(refused.value)
 
 
@@ -104,7 +104,7 @@ def test_the_jobs_that_are_checked_are_those_that_hydra_then_runs(overrides):
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     expected = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), max_batch_size=None)[0]
-    assert train.jobs(overrides, multirun=True) == expected and len(expected) > 1
+    assert checking.jobs(overrides, multirun=True) == expected and len(expected) > 1
 
 
 IMAGES_OF = fitting.images_of
@@ -142,7 +142,7 @@ def no_mlflow(monkeypatch):
     """Make MLflow look as if it was not installed, and training do nothing."""
     monkeypatch.setitem(sys.modules, "mlflow", None)
     monkeypatch.setattr(train, "run", lambda cfg, run_dir: None)
-    train.say_once.cache_clear()
+    checking.say_once.cache_clear()
 
 
 def trackers(folder: Path) -> set[str]:

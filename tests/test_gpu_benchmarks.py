@@ -16,7 +16,7 @@ import benchmarks.contenders
 import benchmarks.gpu_check
 import benchmarks.gpu_stages
 from benchmarks import common
-from caco.train import check_command
+from caco.checking import check_command
 
 
 def test_the_check_of_a_gpu_packs_20_000_images_from_one_seed_and_says_where_there_are_fewer(tmp_path, monkeypatch):

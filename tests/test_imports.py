@@ -33,6 +33,7 @@ FLOORS = [
     ["caco.data", "caco.nn", "caco.banks", "caco.tracking", "caco.config"],
     ["caco.methods", "caco.evals", "caco.launch"],
     ["caco.engine", "hydra_plugins"],
+    ["caco.checking"],
     [
         "caco.train",
         "caco.evaluate",
@@ -52,7 +53,6 @@ FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 NEIGHBOURS = {
     ("caco.export", "caco.evaluate"): "both start from a run or from weights, and share that part of a command",
     ("caco.embed", "caco.evaluate"): "the same",
-    ("caco.evaluate", "caco.train"): "a missing MLflow is said in the same words",
 }
 
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from tiny import BANK, TINY, compose
 
-from caco import evaluate, train
+from caco import checking, evaluate, train
 from caco.config import composition
 from caco.engine.same_images import other_images
 from caco.engine.training import run_training
@@ -37,18 +37,18 @@ from caco.runs.files import read_json, write_json
 def test_a_sweep_whose_jobs_would_share_a_directory_is_refused_and_told_what_works(varied, differ, shown, launcher):
     command = ["data=cifar10", "tracking=ledger", varied, f"launcher={launcher}"]
     with pytest.raises(UserError, match="^[23] jobs of this sweep have the same directory, runs/caco/") as refused:
-        train.check_command(command, multirun=True)
+        checking.check_command(command, multirun=True)
     assert f"they differ only in {differ}, which" in str(refused.value) and f"hydra.sweep.subdir='{shown}'" in str(
         refused.value
     )
-    assert train.check_command([*command, f"hydra.sweep.subdir={shown}"], multirun=True).unfinished == len(
+    assert checking.check_command([*command, f"hydra.sweep.subdir={shown}"], multirun=True).unfinished == len(
         varied.split(",")
     )
 
 
 def test_a_job_that_is_named_twice_is_refused():
     with pytest.raises(UserError, match="2 jobs of this sweep are the same run, runs/caco/"):
-        train.check_command(["data=digits", "tracking=ledger", "seed=1,1"], multirun=True)
+        checking.check_command(["data=digits", "tracking=ledger", "seed=1,1"], multirun=True)
 
 
 def test_directories_named_by_the_number_of_the_job_are_those_that_hydra_gives(monkeypatch, tmp_path):

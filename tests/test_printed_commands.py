@@ -241,15 +241,15 @@ def read(words: list[str], monkeypatch) -> argparse.Namespace | None:
 def train(words, monkeypatch):
     from hydra._internal.utils import get_args_parser
 
-    from caco import train
+    from caco import checking, train
     from caco.config import folders
 
     arguments = get_args_parser().parse_args(folders.take(words))
-    launched = train.is_launched(arguments.overrides)
+    launched = checking.is_launched(arguments.overrides)
     if launched:
         train.offer_launcher()
     if not arguments.help:
-        train.check_command(arguments.overrides, multirun=arguments.multirun or launched)
+        checking.check_command(arguments.overrides, multirun=arguments.multirun or launched)
 
 
 def plan(words, monkeypatch):

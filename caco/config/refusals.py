@@ -103,7 +103,7 @@ def explain(error: Exception, overrides: Sequence[str], root: str = "config") ->
             in_defaults_list="defaults list" in str(error),
             inner=inner[1] if inner else "",
         )
-    left_out = re.search(r"Could not delete from config. '([^']+)' does not exist", str(error))
+    left_out = re.search(r"Could not delete from config\. '([^']+)' does not exist", str(error))
     if left_out:
         cfg = _compose_without(left_out[1], overrides, root)
         tree = {} if cfg is None else OmegaConf.to_container(job_config(cfg), resolve=False)

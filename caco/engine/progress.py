@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from caco import metrics
+from caco.runs.paths import as_typed
 from caco.saying import amount, clock, doing, is_under_way, per_second
 
 _SHOWS_ONLY = ". Less than an epoch only shows that everything runs: its accuracies may fall and say little"
@@ -118,7 +119,7 @@ def _next(
     summary: Mapping[str, Any], run_dir: Path, evaluators: Sequence[str], epochs: int, settings: Sequence[str]
 ) -> list[str]:
     """Commands that work as they are printed, if given in the folder where the run was started."""
-    run, folder = _typed(run_dir), _typed(Path(run_dir).parent)
+    run, folder = as_typed(run_dir), as_typed(Path(run_dir).parent)
     is_cut = summary.get("epochs", epochs) < epochs
     longer, how = ("to its planned end", f"epochs={epochs} continued_schedule=planned") if is_cut else (
         "twice as long", f"epochs={2 * epochs} continued_schedule=restart",
@@ -137,15 +138,6 @@ def _next(
         if (evaluators or "evaluate" not in command) and (epochs or "train " not in command)
     }
     return [f"caco: next, {what}:\ncaco:   {command}" for what, command in shown.items()]
-
-
-def _typed(path: Path | str) -> str:
-    current, absolute = Path.cwd(), Path(path).absolute()
-    return (
-        str(absolute.relative_to(current))
-        if absolute != current and absolute.is_relative_to(current)
-        else str(absolute)
-    )
 
 
 def _setting(key: str, path: str) -> str:

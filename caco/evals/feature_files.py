@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from caco.errors import FileError, UserError
-from caco.runs.files import locked, read_json, write_json
+from caco.runs.files import locked, read_json, remove_unfinished, write_json
 
 
 def key_of(made_from: dict[str, Any]) -> str:
@@ -75,8 +75,7 @@ class FeatureFiles:
 
     def _write(self, path: Path, made_from: dict[str, Any], num_images: int, make: Callable, batch: int) -> None:
         partial, header = path.with_suffix(".partial"), path.with_suffix(".json")
-        for left in self.folder.glob(f".{header.name}.*"):  # of a process that was killed while it wrote the header
-            left.unlink(missing_ok=True)
+        remove_unfinished(header)
         about = read_json(header)
         row_bytes = about["width"] * getattr(torch, about["dtype"]).itemsize if about else 0
         done = partial.stat().st_size // row_bytes // batch * batch if about and partial.is_file() else 0

@@ -88,6 +88,14 @@ def remove_left_behind(folder: Path, *, of_others: tuple[str, ...] = (), others_
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes were writing for this file, `.NAME.PID` beside it. Only for the holder of a lock
+    without which nobody writes it.
+    """
+    for left in path.parent.glob(f".{path.name}.*"):
+        left.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def locked(path: Path, *, wait_s: float) -> Iterator[None]:
     """Hold the lock `path` for the body; the kernel releases it when the process dies, however it dies.

@@ -64,6 +64,13 @@ def require_writable(folder: Path, key: str) -> None:
         return
 
 
+def as_typed(path: str | Path) -> str:
+    """A path as one would type it here: relative to the working directory if it lies below it, else absolute."""
+    current, absolute = Path.cwd(), Path(path).absolute()
+    below = absolute != current and absolute.is_relative_to(current)
+    return str(absolute.relative_to(current) if below else absolute)
+
+
 def make_folder(folder: Path, key: str) -> None:
     """Make a folder and its parents, if they do not exist yet.
 

@@ -6,7 +6,6 @@ import csv
 import difflib
 import io
 import operator
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from caco import metrics
 from caco.errors import UserError
 from caco.runs.identity import is_neutral
+from caco.runs.paths import as_typed
 from caco.saying import amount
 from caco.sheets import Sheet, Spread, as_markdown, as_text, number, spread
 from caco.tracking.recorded import Outline, typed
@@ -213,9 +213,9 @@ def table(
             [
                 *cells,
                 (
-                    " ".join(_shown(one.run_dir) for one in row.runs)
+                    " ".join(as_typed(one.run_dir) for one in row.runs)
                     if in_full or len(row.runs) == 1
-                    else f"{_shown(run.run_dir)} ..."
+                    else f"{as_typed(run.run_dir)} ..."
                 ),
             ]
         )
@@ -223,7 +223,7 @@ def table(
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows([heads, *lines])
         return out.getvalue().rstrip("\n")
-    notes = [f"{_shown(run.run_dir)}: {run.note}" for run in runs if run.note]
+    notes = [f"{as_typed(run.run_dir)}: {run.note}" for run in runs if run.note]
     if over_seeds:
         notes.insert(0, "Mean ± standard deviation over n runs that differ only in their seed.")
     if format == "text":  # left-align the paths and their heading
@@ -262,12 +262,6 @@ def _cells(row: Row, name: str, *, in_full: bool, with_sd: bool) -> list[str]:
         else str(value)
     )
     return [text, *([""] if in_full and with_sd else [])]
-
-
-def _shown(folder: Path) -> str:
-    current = Path.cwd()
-    absolute = folder.absolute()
-    return os.fspath(absolute.relative_to(current) if absolute.is_relative_to(current) else folder)
 
 
 def outlines(run_dirs: Iterable[Path], read: Callable[[Path], Outline]) -> list[Outline]:

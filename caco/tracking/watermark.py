@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from caco.runs.files import locked, read_json, write_json
+from caco.runs.files import locked, read_json, remove_unfinished, write_json
 from caco.runs.renamed import Names
 
 Point = tuple[str, int, str]  # kind, step, name of the value
@@ -134,8 +134,7 @@ def sending(run_dir: Path, *, wait_s: float, kind: type[Watermark] = Watermark) 
     was writing is removed.
     """
     with locked(Path(run_dir) / f"{kind.FILE}.lock", wait_s=wait_s):
-        for left in Path(run_dir).glob(f".{kind.FILE}.json.*"):
-            left.unlink(missing_ok=True)
+        remove_unfinished(kind.path(run_dir))
         yield
 
 

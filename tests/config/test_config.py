@@ -10,11 +10,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from caco.checking import check_command
 from caco.config import folders, refusals, validation
 from caco.config.composition import CONF, compose, instantiate
 from caco.errors import UserError
 from caco.runs.identity import plain
-from caco.train import check_command
 
 OPTIONS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*/*.yaml"))
 
@@ -336,7 +336,7 @@ def test_refusals_come_without_torch():
     cases += [["bach=3"], ["bank=12N"], ["batch=1"], ["pn=none", "bank=1M"]]
     code = f"""
         import sys
-        from caco.train import check_command
+        from caco.checking import check_command
         from caco.errors import UserError
         for overrides in {cases!r}:
             try:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from caco.checking import check_command
 from caco.config.composition import CONF
-from caco.train import check_command
 
 COMMAND = re.compile(r"python -m caco\.train((?: \S+=\S+)+)")
 OVERRIDE = r"[a-z_]+(?:\.[a-z_]+)*=(?:\[[^\]\s]*\]|[^\s,;)\[]*[^\s,;:).\[])"

@@ -11,11 +11,11 @@ from test_config import composed, refusal
 from torch.nn import functional as F
 
 from caco.banks import motion, reweighted, scoring
+from caco.checking import check_command
 from caco.config import composition, folders, validation
 from caco.config.composition import instantiate
 from caco.engine.assembly import build_encoder, build_method
 from caco.runs.identity import identity, plain, run_hash
-from caco.train import check_command
 from experiments.tables import experiments, load_scale, load_table
 
 TREATMENTS = ("debiased", "hard", "margin", "mixed")

@@ -1,5 +1,8 @@
 """Commands that run in a fork of this process, which has imported everything, and may be killed at any instant."""
 
+import contextlib
+import functools
+import importlib
 import multiprocessing
 import os
 import select
@@ -9,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from processes import IMPORTED
 
 _fork = multiprocessing.get_context("fork")
 PATIENCE_S = 250.0  # damaging.py waits a little longer for a whole case
@@ -24,6 +28,7 @@ def run(
     Returns:
         the exit code, None if it did not end in time, and what was printed to both streams.
     """
+    _import_everything()
     read, write = os.pipe()
     process = _fork.Process(target=_begin, args=(function, arguments, folder, write))
     process.start()
@@ -44,16 +49,21 @@ def run(
     return None if hangs else process.exitcode, told.decode(errors="replace")
 
 
+@functools.cache
+def _import_everything() -> None:
+    """Once, for all forks."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+
+
 def _kill(pid: int | None) -> None:
     root = psutil.Process(pid)
     every = [root]
     root.suspend()  # so that it starts nothing while the others are listed
     every += root.children(recursive=True)
     for one in every:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
-        except psutil.NoSuchProcess:
-            pass
 
 
 def _begin(function: Callable, arguments: tuple, folder: Path, told: int) -> None:

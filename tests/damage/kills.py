@@ -3,7 +3,6 @@ again now and then, ends with the results of a command that was left alone.
 """
 
 import contextlib
-import importlib
 import json
 import re
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 
 import forked
 import numpy as np
-from processes import IMPORTED, caco_evaluate, caco_train
+from processes import caco_evaluate, caco_train
 from tiny import TINY
 
 from caco.runs.files import read_json
@@ -93,8 +92,6 @@ def new_store() -> None:
 
 
 def prepare(folder: Path, command: str) -> Prepared:
-    for name in IMPORTED:  # once, for all cases
-        importlib.import_module(name)
     if command == "sync":
         from caco.tracking.store import import_mlflow
 

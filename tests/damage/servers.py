@@ -3,7 +3,6 @@ ends as if nothing had happened, and one sync later the server has each value on
 """
 
 import contextlib
-import importlib
 import os
 import shutil
 import threading
@@ -15,7 +14,7 @@ import forked
 import numpy as np
 from kills import stored, sync
 from ports import unused_port
-from processes import IMPORTED, caco_train
+from processes import caco_train
 from tiny import TINY
 from wire import Wire
 
@@ -37,8 +36,6 @@ class Prepared(NamedTuple):
 
 @contextlib.contextmanager
 def prepare(folder: Path) -> Iterator[Prepared]:
-    for name in IMPORTED:  # once, for all cases
-        importlib.import_module(name)
     import_mlflow()
     # A request that is not answered is given up soon, so that a run of seconds meets many faults.
     os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "3"}

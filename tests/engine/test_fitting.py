@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from caco import train
+from caco import checking
 from caco.config import composition
 from caco.data.sets import walking
 from caco.engine import fitting
@@ -44,7 +44,7 @@ def images(tmp_path_factory):
 
 def derived(root, *overrides):
     """The overrides that were derived for a folder, including the one that marks them as derived."""
-    return train.check_command(
+    return checking.check_command(
         ["data=folder", f"data.root={root}", "tracking=ledger", *overrides], multirun=False, look=True
     ).derived
 
@@ -82,10 +82,10 @@ def test_classes_without_test_images_hold_some_out_and_evaluators_fit_what_is_le
 
 def test_what_is_derived_makes_a_run_that_can_be_composed_again_and_is_marked_in_it(images):
     words = ["data=folder", f"data.root={images / 'flat'}", "tracking=ledger", "batch=16", "epochs=5"]
-    extra = train.check_command(words, multirun=False, look=True).derived
+    extra = checking.check_command(words, multirun=False, look=True).derived
     cfg = composition.job_config(composition.compose([*words, *extra]))
     assert list(cfg.derived) == ["schedule.warmup_epochs", "eval"] and list(cfg.eval) == ["geometry"]
-    assert train.check_command([*words, *extra], multirun=False, look=True).derived == [], (
+    assert checking.check_command([*words, *extra], multirun=False, look=True).derived == [], (
         "a job that gets the derived settings derives nothing"
     )
     said = composition.job_config(
@@ -96,7 +96,7 @@ def test_what_is_derived_makes_a_run_that_can_be_composed_again_and_is_marked_in
 
 def test_the_name_of_a_run_has_what_was_typed_and_its_hash_what_was_derived(images):
     words = ["data=folder", f"data.root={images / 'flat'}", "tracking=ledger", "batch=16", "epochs=5"]
-    checked = train.check_command(words, multirun=False, look=True)
+    checked = checking.check_command(words, multirun=False, look=True)
     cfg = composition.compose([*words, *checked.derived])
     (folder,) = checked.folders
     assert checked.derived and folder.name == f"batch-16_data-folder_epochs-5-{run_hash(cfg)}"
@@ -107,7 +107,7 @@ def test_the_name_of_a_run_has_what_was_typed_and_its_hash_what_was_derived(imag
 def test_the_same_run_under_another_name_is_pointed_out(images, tmp_path, capsys):
     """As a run that an earlier version began, whose name contained the derived settings too."""
     words = ["data=folder", f"data.root={images / 'flat'}", "tracking=ledger", "batch=16", "epochs=5"]
-    cfg = composition.compose([*words, *train.check_command(words, multirun=False, look=True).derived])
+    cfg = composition.compose([*words, *checking.check_command(words, multirun=False, look=True).derived])
     former, today = tmp_path / f"batch-16_eval-geometry-{run_hash(cfg)}", tmp_path / f"batch-16-{run_hash(cfg)}"
     directory.write_config(former, composition.job_config(cfg))
     directory.open_run(today, composition.job_config(cfg))
@@ -166,7 +166,7 @@ def test_a_sweep_whose_jobs_would_need_different_values_is_refused(images):
         " schedule.warmup_epochs=0.5",
     ):
         words = ["data=folder", f"data.root={images / 'flat'}", "batch=16", "eval=[]", "epochs=5,50"]
-        train.check_command(words, multirun=True, look=True)
+        checking.check_command(words, multirun=True, look=True)
 
 
 def test_no_configuration_that_ran_before_gets_another_identity():
@@ -186,7 +186,7 @@ def test_the_run_does_not_walk_over_the_folder_a_second_time(images, monkeypatch
         "data.validation_fraction=0.1",
         "eval=[]",
     ]
-    train.check_command(words, multirun=False, look=True)
+    checking.check_command(words, multirun=False, look=True)
     seen = []
     monkeypatch.setattr(walking.Walk, "_enter", lambda self, folder: seen.append(folder))
     data = plain(composition.job_config(composition.compose(words)))["data"]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from caco import train
+from caco import checking, train
 from caco.runs.files import write_json
 from experiments import record, run
 from experiments.tables import experiments, load_scale, load_table
@@ -124,7 +124,7 @@ def test_a_dry_run_lists_commands_that_caco_train_accepts_and_starts_nothing(her
     assert lines[0] == "# table7/both seed 0: to do" and lines[1].startswith(("# no estimate", "# estimate: "))
     words = shlex.split(lines[2])
     assert words[:3] == ["python", "-m", "caco.train"] and "data.root=/images" in words
-    train.check_command(words[3:], multirun=False)
+    checking.check_command(words[3:], multirun=False)
     assert trainings.commands == [] and list(tmp_path.iterdir()) == []
 
 

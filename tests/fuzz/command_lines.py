@@ -10,6 +10,7 @@ so that number 4711 is the same line on every machine.
 
 import argparse
 import collections
+import contextlib
 import copy
 import functools
 import os
@@ -29,7 +30,7 @@ import psutil
 from hydra._internal.core_plugins import file_config_source
 from hydra.core.config_store import ConfigStore
 
-from caco import train
+from caco import checking
 from caco.config import composition, folders, no_effect, pretrained
 from caco.errors import UserError
 from caco.redaction import redacted
@@ -317,7 +318,7 @@ def outcome(root: str, words: list[str]) -> str | None:
     """
     try:
         if root in ("config", "sweep"):
-            train.check_command(words, multirun=root == "sweep" or train.is_launched(words))
+            checking.check_command(words, multirun=root == "sweep" or checking.is_launched(words))
         else:
             pretrained.compose(root, words)
     except UserError as error:
@@ -366,7 +367,8 @@ def fault_of_process(root: str, words: list[str]) -> str | None:
                 return "hangs: does not end when it is told to stop"
         finally:
             for one in psutil.Process().children(recursive=True):
-                one.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
     if process.returncode not in (0, 1, 2, 128 + signal.SIGTERM, -signal.SIGTERM):
         return f"exit code {process.returncode}: {told[-2000:]}"
     return next((f"shows {mark!r}: {told[-3000:]}" for mark in MARKS if mark in told), None)

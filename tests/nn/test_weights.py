@@ -19,6 +19,7 @@ from tiny import TINY, compose, train
 
 from caco.banks.fifo import FifoBank
 from caco.banks.learnable import LearnableBank
+from caco.checking import check_command
 from caco.config import validation
 from caco.config.composition import instantiate
 from caco.engine.assembly import build_method
@@ -33,7 +34,6 @@ from caco.nn.weights import initialise, load_backbone
 from caco.runs.checkpoint import load
 from caco.runs.identity import identity, run_hash
 from caco.tracking.ledger import read_rows
-from caco.train import check_command
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "as before torch 1.6"])
@@ -383,7 +383,7 @@ def test_a_run_without_weights_is_the_run_that_it_was_before_there_were_any():
 def test_the_check_reads_no_torch(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"one")
     command = [f"weights={tmp_path / 'a.pt'}", "format=caco", "preset=demo"]
-    code = f"import sys; from caco.train import check_command; check_command({command}, multirun=False)"
+    code = f"import sys; from caco.checking import check_command; check_command({command}, multirun=False)"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], cwd=Path(__file__).parents[2]
     )
