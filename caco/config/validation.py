@@ -8,14 +8,14 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_origin
+from typing import Any
 
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from caco import metrics
 from caco.config import channels_needed, folders, no_effect, signatures, views_needed
-from caco.config.annotations import argument_mismatches
+from caco.config.annotations import argument_mismatches, mismatches
 from caco.config.schema import COMPONENTS, AnyRoot, Root
 from caco.errors import UserError
 from caco.installed import is_installed, to_install
@@ -104,17 +104,17 @@ def _shape(tree: dict[str, Any], root: AnyRoot) -> list[str]:
     problems += [f"{key}: is missing" for key in known if key not in tree]
     for key, field in root.__dataclass_fields__.items():
         inner = getattr(field.default_factory, "__dataclass_fields__", {})  # schedule, warm_start, checkpoint
-        if key in tree and inner and not isinstance(tree[key], dict):
-            problems.append(f"{key}: expected {', '.join(inner)}, got {shortened(tree[key], 60)}")
-        elif key in tree:
+        if isinstance(tree.get(key), dict):
             problems += [f"{key}.{name}: is missing" for name in inner if name not in tree[key]]
-            within = {f"{key}.{name}": (inner[name].type, tree[key][name]) for name in inner if name in tree[key]}
-            # OmegaConf checks the type of what ${...} stands for, but for a list.
-            problems += [
-                f"{name}: expected a list, got {shortened(value, 60)}"
-                for name, (declared, value) in {key: (field.type, tree[key]), **within}.items()
-                if get_origin(declared) is list and not isinstance(value, list)
-            ]
+    taken = signatures.find(f"{root.__module__}.{root.__name__}")
+    assert taken is not None
+    # OmegaConf checks types when it composes, but not those of items of lists, nor of a list that ${...} stands for.
+    problems += [
+        line
+        for key, parameter in taken.parameters.items()
+        if key in tree
+        for line in mismatches(tree[key], parameter.annotation, taken.module, key)
+    ]
     structured = [
         key
         for key, field in root.__dataclass_fields__.items()
