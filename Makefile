@@ -1,9 +1,9 @@
-# Everything from a bare Debian: make demo | make test | make test-long | make lint | make dashboard | make docs. Each sets up first
+# Everything from a bare Debian: make demo | make study | make test | make test-long | make lint | make dashboard | make docs. Each sets up first
 # what it needs and is not there yet; make setup alone sets up everything. Again when the dependencies change, and with make -B at any time.
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: setup demo demo-record demo-check gpu-check lint test test-long dashboard docs clean
+.PHONY: setup demo demo-record demo-check study gpu-check lint test test-long dashboard docs clean
 
 SET_UP = @AGAIN="$(findstring B,$(firstword -$(MAKEFLAGS)))" PYTHON="$(PYTHON)" bash scripts/setup.sh
 
@@ -24,6 +24,13 @@ demo-record:
 demo-check:
 	$(SET_UP) demo
 	.venv/bin/python -m experiments.demo --check $(ARGS)
+
+# CaCo beside None and MoCo v2 on Fashion-MNIST (apt install dataset-fashion-mnist), one seed: twenty minutes on two cores at most.
+# The whole study has more rows and seeds: experiments/study_bank.yaml.
+study:
+	$(SET_UP) demo
+	.venv/bin/python -m experiments.run study_bank scale=fashion rows=none,mocov2,caco seed=0 tracking=ledger --here $(ARGS)
+	.venv/bin/python -m analysis.table study_bank --scale fashion
 
 # On a GPU for the first time: stages with time limits, results in gpu-check/. ARGS="pack FOLDER" before; benchmarks/gpu_check.py --help.
 gpu-check:

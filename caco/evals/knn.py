@@ -200,11 +200,17 @@ class KNN(Evaluator):
 
     def run(self, backbone: nn.Module) -> Iterator[tuple[str, float]]:
         """Yields (`<protocol>_top1`, percent)."""
+        predicted = self.predicted(backbone)
+        if predicted is not None:
+            yield f"{self.protocol}_top1", 100 * (predicted == self._test_labels).double().mean().item()
+
+    def predicted(self, backbone: nn.Module) -> Tensor | None:
+        """The class that the neighbours of each test image vote for; on ranks but the first None."""
         bank_ND = self._store.features(backbone, "train", self._bank)
         test_QD = self._store.features(backbone, "test")
         if not distributed.is_main():
-            return
-        predicted = knn_predict(
+            return None
+        return knn_predict(
             test_QD,
             bank_ND,
             self._bank_labels,
@@ -214,4 +220,3 @@ class KNN(Evaluator):
             block=self.block,
             device=self._store.device,
         )
-        yield f"{self.protocol}_top1", 100 * (predicted == self._test_labels).double().mean().item()
