@@ -15,7 +15,7 @@ from caco.errors import FileError, UserError
 from caco.evaluate import run_command
 from caco.runs.directory import command
 from caco.runs.environment import environment
-from caco.runs.files import alone_in, remove_left_behind, write_text
+from caco.runs.files import alone_in, remove_unfinished, write_text
 from caco.runs.identity import plain
 from caco.runs.paths import expanded, make_folder, require_writable
 from caco.tracking import recorded
@@ -46,6 +46,7 @@ FILES = {
     "torchvision": ("torchvision.pth",),
     "detectron2": ("detectron2.pkl",),
 }  # the files of each layout
+CARD = "README.md"  # the model card, which every export writes
 _IMAGES = {
     "rgb": "RGB in 0..1", "lab": "L*a*b* (scikit-image's rgb2lab)", "ydbdr": "YDbDr (scikit-image's rgb2ydbdr)",
     "ycbcr": "YCbCr (scikit-image's rgb2ycbcr)",
@@ -115,9 +116,10 @@ def export(backbone: Any, node: dict[str, Any], layouts: list[str], folder: Path
                 raise UserError(f"layouts: {layout} expects {expected}, got {node}")
     make_folder(folder, "to")
     with alone_in(folder):
-        remove_left_behind(folder, of_others=("*",))
-        ours = {name for layout in layouts for name in FILES[layout]}
-        others = {name for names in FILES.values() for name in names} - ours
+        all_names = {CARD, *(name for names in FILES.values() for name in names)}
+        for name in all_names:
+            remove_unfinished(folder / name)
+        others = all_names - {CARD, *(name for layout in layouts for name in FILES[layout])}
         if left := sorted(name for name in others if (folder / name).exists()):
             raise UserError(
                 f"to: {folder} holds {', '.join(left)} of an earlier export, which may be another network's. Choose"
@@ -149,19 +151,20 @@ def _written(
             aside.unlink(missing_ok=True)
         files.append(folder / name)
 
+    def written_text(name: str, text: str) -> None:
+        write_text(folder / name, text)
+        files.append(folder / name)
+
     if {"safetensors", "timm"} & set(layouts):
         written("model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
     if "timm" in layouts:
-        written(
-            "config.json",
-            lambda path: write_text(path, json.dumps(timm_config(backbone, node, about), indent=1) + "\n"),
-        )
+        written_text("config.json", json.dumps(timm_config(backbone, node, about), indent=1) + "\n")
     if "torchvision" in layouts:
         written("torchvision.pth", lambda path: torch.save(state, path))
     if "detectron2" in layouts:
         content = {"model": detectron2_names(state), "__author__": "caco", "matching_heuristics": True}
         written("detectron2.pkl", lambda path: path.write_bytes(pickle.dumps(content)))
-    written("README.md", lambda path: write_text(path, model_card(node, layouts, about)))
+    written_text(CARD, model_card(node, layouts, about))
     return files
 
 

@@ -197,6 +197,13 @@ def test_a_folder_never_holds_layouts_of_two_networks(resnet, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_what_a_killed_export_was_writing_is_removed_at_once_and_files_of_others_stay(resnet, tmp_path):
+    for name in (".README.md.4711", ".config.json.4711", ".model.safetensors.partial", ".notes.4711"):
+        (tmp_path / name).touch()
+    export.export(resnet, RESNET, ["safetensors"], tmp_path, ABOUT)
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "model.safetensors", ".notes.4711"}
+
+
 @pytest.mark.parametrize("layout", ["safetensors", "torchvision", "detectron2"])
 def test_a_disk_that_is_full_is_said_and_leaves_the_files_that_were_there(resnet, tmp_path, layout):
     file = tmp_path / export.FILES[layout][0]
