@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 from caco import instructions
-from caco.data.sets.sources import EXTENSIONS
+from caco.data.sets.reading import EXTENSIONS
 from caco.errors import shown
 from caco.installed import command_to_install, version
 from caco.redaction import redacted

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from spectra import wave
 
-from caco.data.sets.sources import ImagesInMemory
+from caco.data.sets.memory import ImagesInMemory
 from caco.data.views import native
 from caco.data.views.augmentation import View, Views
 

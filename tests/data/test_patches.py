@@ -17,7 +17,7 @@ from caco.config.composition import instantiate
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.folders import folder
-from caco.data.sets.sources import ImagesInMemory
+from caco.data.sets.memory import ImagesInMemory
 from caco.data.views.augmentation import Patches, View, Views
 from caco.data.views.draws import stream_of, uniforms
 from caco.data.views.operations import DropChannels, Grayscale, RandAugment
