@@ -18,6 +18,7 @@ from caco import equations as eq
 from caco import instructions
 from caco.banks import motion, scoring
 from caco.banks.kernels import cards, fused, triton_kernels
+from caco.banks.nearest import most_probable_row
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # from queries that are refused
@@ -109,7 +110,7 @@ def test_a_step_is_that_of_pytorch_s_blocks_and_the_same_to_the_bit_when_repeate
 
     def step():
         q, moved, velocity, anchors = unit(70, 40, seed=1).float().requires_grad_(), w.clone(), w / 9, []
-        row = scoring.most_probable_row(k, w, 0)
+        row = most_probable_row(k, w, 0)
         score = scoring.score(q, moved, row, first_row=0, size=900, tau=0.015, bank_tau=0.1, anchors=anchors)
         (score.loss_B * torch.linspace(-1, 1, 70)).sum().backward()
         motion.move(moved, velocity, 0, scoring.Anchors.joined(anchors), **moves)
@@ -163,7 +164,7 @@ def test_the_bound_of_nearest_holds_for_every_row_not_named(crowded):
         assert (row >= 0).all() and (row.sort().values.diff(dim=1) > 0).all()
         unnamed = cosine.scatter(1, row, -1.0).amax(1)
         assert (bound >= unnamed - error).all()
-    assert torch.equal(scoring.most_probable_row(keys.float(), rows.float(), 0), nearest_in_float64(keys, rows))
+    assert torch.equal(most_probable_row(keys.float(), rows.float(), 0), nearest_in_float64(keys, rows))
 
 
 def nearest_in_float64(keys, rows):
@@ -182,7 +183,7 @@ def test_keys_of_which_rounding_leaves_several_rows_are_searched_for_again_howev
     rows[2:900:80] = near
     keys[:doubtful:2], keys[1:doubtful:2] = rows[0], near[3]
     keys, rows = keys[torch.randperm(130, generator=torch.Generator().manual_seed(0))], 3 * rows
-    assert torch.equal(scoring.most_probable_row(keys.float(), rows.float(), 0), nearest_in_float64(keys, rows))
+    assert torch.equal(most_probable_row(keys.float(), rows.float(), 0), nearest_in_float64(keys, rows))
 
 
 @pytest.mark.parametrize("D", [40, 200])

@@ -39,7 +39,7 @@ LOG2_E = 1.4426950408889634
 # Bound on the error of a cosine of unit vectors that were rounded to bfloat16: 2^-9 for each vector, and a little for
 # the sum.
 ROUNDING = 1.02 * 2**-8
-TIE = 1e-12  # of float64 cosines, as in caco/banks/scoring.py
+TIE = 1e-12  # of float64 cosines, as in caco/banks/nearest.py
 EXACT_ROWS = 16  # rows that a program of `exact` holds in float64, in registers
 PART = 1024  # keys whose candidates are compared at a time
 
