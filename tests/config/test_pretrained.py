@@ -1,5 +1,5 @@
-"""The configuration that a command line of caco.evaluate composes to: the recorded parts of a run are taken, and what is
-wrong is refused before torch is imported.
+"""The configuration that a command line of caco.evaluate composes to: the recorded parts of a run are taken, and what
+is wrong is refused before torch is imported.
 """
 
 import subprocess
