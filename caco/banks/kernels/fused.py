@@ -1,5 +1,5 @@
-"""The bank's fused CPU kernel (kernel.cpp), called through ctypes. Where it was not built, caco/banks/scoring.py and
-motion.py stream over the bank in PyTorch.
+"""The bank's fused CPU kernel (kernel.cpp), called through ctypes. Where it was not built, scoring.py, nearest.py
+and motion.py in caco/banks stream over the bank in PyTorch.
 
 The kernel uses the best instruction set of the processor, or the one that CACO_INSTRUCTIONS names
 (caco/instructions.py). Its precision depends on the set:
