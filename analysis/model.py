@@ -17,7 +17,8 @@ from caco.banks.scoring import unit_rows
 from caco.config import folders
 from caco.config.composition import instantiate
 from caco.data.loaders.plain import plain_batches
-from caco.data.sets.sources import Source, Splits, choose, labels_of
+from caco.data.sets.choosing import choose
+from caco.data.sets.sources import Source, Splits, labels_of
 from caco.engine.assembly import build_method
 from caco.engine.channels import views_of
 from caco.errors import UserError

@@ -51,14 +51,14 @@ def used(name: str, D: int, *, bf16: bool, arch: int) -> Used:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from caco.banks.kernels import triton_kernels
+    from caco.banks.kernels import triton_passes
 
-    kernel = triton_kernels.KERNELS[name]
-    fixed, options = triton_kernels.constants(name, D, bf16=bf16, on=entry(arch))
+    kernel = triton_passes.KERNELS[name]
+    fixed, options = triton_passes.constants(name, D, bf16=bf16, on=entry(arch))
     block = f"{fixed.get('BLOCK_N', 1)} x {fixed['BLOCK_R']}"
     computed: dict[str, dict[str, Any]] = {
         "forward": {"SECOND": True, "SUMS": True},
-        "nearest": {"T": triton_kernels.TOP},
+        "nearest": {"T": triton_passes.TOP},
         "exact": {},
         "update": {"NORMALISE": True},
     }

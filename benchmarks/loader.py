@@ -49,7 +49,8 @@ from caco.config.composition import CONF, instantiate
 from caco.data.loaders.ffcv_loader import FFCVLoader, what_ffcv_lacks
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.beton import beton
-from caco.data.sets.sources import ImagesInMemory, Source, Splits
+from caco.data.sets.memory import ImagesInMemory
+from caco.data.sets.sources import Source, Splits
 from caco.data.views import native
 from caco.data.views.augmentation import Views
 from caco.saying import per_second

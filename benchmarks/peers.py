@@ -106,15 +106,7 @@ def make_environments() -> None:
         subprocess.run([sys.executable, "-m", "venv", ENVIRONMENTS / peer], check=True)
         (own,) = (ENVIRONMENTS / peer / "lib").glob("python*/site-packages")
         (own / "shared.pth").write_text("\n".join(shared) + "\n")
-        install = [
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "-c",
-            str(ROOT / "constraints.txt"),
-        ]
+        install = [*"-m pip install --quiet --disable-pip-version-check -c".split(), str(ROOT / "constraints.txt")]
         subprocess.run([python_of(peer), *install, f"{peer}=={version}"], check=True)
         if why := lacks(peer):
             raise SystemExit(f"{peer}: {why}")

@@ -47,7 +47,8 @@ from caco.data.loaders.workers import in_order
 from caco.data.sets.class_folders import class_folders
 from caco.data.sets.content import in_threads
 from caco.data.sets.overlap import Overlap
-from caco.data.sets.sources import ImageFiles, Source, Splits
+from caco.data.sets.image_files import ImageFiles
+from caco.data.sets.sources import Source, Splits
 from caco.data.views.augmentation import View, Views
 from caco.evals.features import FeatureStore
 

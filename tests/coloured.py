@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from caco.data.sets.sources import ImagesInMemory, Splits
+from caco.data.sets.memory import ImagesInMemory
+from caco.data.sets.sources import Splits
 
 
 def images(

@@ -15,6 +15,24 @@ from caco.runs.checkpoint import Checkpoints
 from caco.tracking.ledger import LedgerTracker
 
 
+class Cut(BaseException):
+    """Ends a run abruptly. It is not an Exception, so that no `except Exception` in the run catches it."""
+
+
+def cut_after(monkeypatch, steps):
+    """Let the method make a number of steps, then raise Cut."""
+    made = {"steps": 0}
+    original = trainer.distributed.mean_gradients
+
+    def mean_gradients(parameters):
+        if made["steps"] == steps:
+            raise Cut
+        made["steps"] += 1
+        original(parameters)
+
+    monkeypatch.setattr(trainer.distributed, "mean_gradients", mean_gradients)
+
+
 def signal_in_step(monkeypatch, step, signum):
     """Make the process send itself a signal during its step number `step`, counted from its start."""
     original = trainer.distributed.mean_gradients

@@ -14,8 +14,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from processes import caco_train, ranks
+from recorded import assert_same, final
 from safetensors.torch import load_file
-from test_trainer import assert_same, final
 
 import caco
 from analysis import table

@@ -5,7 +5,7 @@ ones automatically.
 import pytest
 import torch
 from cases import CASES, LONG, bank_of, has_bank
-from test_trainer import assert_same, final, record
+from recorded import assert_same, final, record
 from tiny import batch_of, compose, noise, now, train
 
 from caco.engine.assembly import build_method

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from caco import doctor, instructions
-from caco.doctor import Finding, dataset_at, verdict
+from caco.data.sets.recognising import dataset_at
+from caco.doctor import Finding, verdict
 
 ROOT = Path(doctor.__file__).parents[1]
 needs_mlflow = pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")

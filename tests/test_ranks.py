@@ -13,8 +13,8 @@ import torch
 from cases import METHODS, MULTICROP, QUEUE, TREATED
 from processes import caco_train, ranks
 from rank_worker import STEPS
-from test_trainer import EVERY, assert_same, final, record
-from tiny import BANK, FEW_PROTOTYPES, OF_PATCHES, TINY, compose
+from recorded import assert_same, final, record
+from tiny import BANK, EVERY, FEW_PROTOTYPES, OF_PATCHES, TINY, compose
 
 from caco.config.composition import CONF
 from caco.plan import plan

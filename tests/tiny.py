@@ -69,6 +69,7 @@ OF_PATCHES = {
     ],
 }
 BANK = ["bank.size=128"]  # with batch 64, two steps of the warm start fill it
+EVERY = ["checkpoint.every_steps=3"]
 
 
 @functools.cache

@@ -109,7 +109,7 @@ def on_meta(monkeypatch: Any) -> None:
     """The device without values takes what a GPU takes: Triton's kernels, which do nothing there, and what is sent to
     it without waiting; what comes from it are ones.
     """
-    from caco.banks.kernels import triton_kernels
+    from caco.banks.kernels import triton_passes
 
     def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
         return torch.empty(x.shape, dtype=x.dtype, device=device)
@@ -123,8 +123,8 @@ def on_meta(monkeypatch: Any) -> None:
     monkeypatch.setattr(losses, "Sent", Arrived)
     monkeypatch.setattr(fused, "supports", lambda *tensors: True)
     for name in ("forward", "nearest_row", "update"):
-        monkeypatch.setattr(fused, name, getattr(triton_kernels, name))
-    monkeypatch.setattr(triton_kernels, "KERNELS", dict.fromkeys(triton_kernels.KERNELS, _NoKernel()))
+        monkeypatch.setattr(fused, name, getattr(triton_passes, name))
+    monkeypatch.setattr(triton_passes, "KERNELS", dict.fromkeys(triton_passes.KERNELS, _NoKernel()))
 
 
 class Nothing:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from caco import distributed
 from caco.banks import scoring
+from caco.banks.nearest import most_probable_row
 from caco.errors import UserError
 
 INIT_BLOCK = 4096  # rows drawn from one seed, so that no row depends on the number of ranks
@@ -167,7 +168,7 @@ class Rows(nn.Module):
         Args:
             k_BD: this rank's unit keys.
         """
-        row_B = scoring.most_probable_row(k_BD, self.weight, self.first)
+        row_B = most_probable_row(k_BD, self.weight, self.first)
         self.note_chosen(row_B)
         return row_B
 

@@ -16,7 +16,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from caco import metrics
-from caco.config import folders, pretrained, validation
+from caco.config import components, folders, pretrained
 from caco.config.composition import installed_tracking
 from caco.errors import UserError
 from caco.runs import renamed
@@ -158,7 +158,7 @@ def _composed_of(tree: dict[str, Any], summary: Mapping[str, Any], overrides: Se
         "continued_schedule": None, "continued_run": run_hash(tree), "continued_epochs": summary["epochs"],
     }  # fmt: skip
     chosen = {key_of(item) for item in overrides}
-    if "tracking" not in chosen and validation.missing_package(merged.get("tracking", {})) is not None:
+    if "tracking" not in chosen and components.missing_package(merged.get("tracking", {})) is not None:
         chosen.add("tracking")  # the run comes from another machine, and its tracker is not installed here
     groups: dict[str, Any] = {"eval": [], "tracking": None, "loader": None, "launcher": None}
     if "tracking" in chosen:

@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from caco.config import composition, folders, refusals, schema, validation
+from caco.config import components, composition, folders, refusals, schema, validation
 from caco.errors import UserError
 from caco.runs import renamed
 from caco.runs.files import read_json
@@ -89,7 +89,7 @@ def compose(name: str, overrides: Sequence[str]) -> DictConfig:
         own = schema.ROOTS[name].__dataclass_fields__
         if chosen.get("run") not in (None, "null"):
             of_the_run = _recorded(locate(chosen["run"]).run_dir, schema.ROOTS[name], chosen)
-            if validation.missing_package(of_the_run.get("tracking", {})) is not None:
+            if components.missing_package(of_the_run.get("tracking", {})) is not None:
                 del of_the_run["tracking"]  # the run comes from another machine, and its tracker is not installed here
         else:
             groups = {group: option for group, option in DEFAULTS_WITHOUT_A_RUN.items() if group not in chosen}

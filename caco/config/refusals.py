@@ -13,11 +13,11 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from caco.config import folders
 from caco.config.annotations import is_plain
+from caco.config.components import SUPPLIED
 from caco.config.composition import compose, job_config
 from caco.config.folders import groups
 from caco.config.schema import ROOTS
 from caco.config.signatures import find
-from caco.config.validation import SUPPLIED
 from caco.errors import UserError
 from caco.installed import is_installed, to_install
 from caco.redaction import OF_SECRETS, holds_secret, redacted, shortened

@@ -39,7 +39,7 @@ class Checkpoint:
 class Root:
     """The settings of conf/config.yaml, which has their values and meanings; only their types are given here.
 
-    A component has the type Any: caco/config/validation.py checks it against the signature of its `_target_`.
+    A component has the type Any: caco/config/components.py checks it against the signature of its `_target_`.
     """
 
     name: str = MISSING

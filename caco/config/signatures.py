@@ -173,7 +173,7 @@ def declared(target: str, name: str) -> Any:
     """The plain value of a class attribute, such as `package = "mlflow"`, of the class at the dotted path `target` or
     of its base classes. For a call, such as `needs = Needs(patches="shuffled")`, its plain keyword arguments as a dict;
     for a dict its plain items; None if the attribute is not set or cannot be read."""
-    module_name, _, class_name = str(target).rpartition(".")  # str: validation.py refuses a target that is no text
+    module_name, _, class_name = str(target).rpartition(".")  # str: components.py refuses a target that is no text
     module = load(module_name) if module_name else None
     return _declared(lookup(module, class_name), name) if module else None
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco import distributed, metrics
-from caco.data.sets.sources import choose
+from caco.data.sets.choosing import choose
 from caco.equations import rank_me
 from caco.evals.base import Evaluator
 from caco.evals.extraction import extract, full_float32

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from caco import distributed, metrics
 from caco.banks.base import Bank
-from caco.banks.scoring import most_probable_row
-from caco.data.sets.sources import choose
+from caco.banks.nearest import most_probable_row
+from caco.data.sets.choosing import choose
 from caco.errors import UserError
 from caco.evals.base import Evaluator
 from caco.evals.extraction import full_float32

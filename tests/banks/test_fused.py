@@ -13,6 +13,7 @@ from caco import instructions
 from caco.banks import scoring
 from caco.banks.kernels import fused
 from caco.banks.learnable import LearnableBank
+from caco.banks.nearest import most_probable_row
 from caco.banks.unusable import UnusableError
 from caco.errors import UserError
 
@@ -63,7 +64,7 @@ def test_loss_label_and_query_gradient(path, shape, tau):
     dense.mean().backward()
 
     fast_q, fast_w = q.float().requires_grad_(), w.float()
-    fast_label = scoring.most_probable_row(k.float(), fast_w, 0)
+    fast_label = most_probable_row(k.float(), fast_w, 0)
     score = scoring.score(fast_q, fast_w, label, first_row=0, size=K, tau=tau)
     score.loss_B.mean().backward()
     assert ((k * m[label]).sum(1) - (k * m[fast_label]).sum(1)).max() < 1e-6
@@ -115,7 +116,7 @@ def test_equal_rows_go_to_the_lowest_index_however_many_there_are(path):
     rows[[30, 31, 900]] = rows[7].clone()  # fewer equal rows than the search keeps candidates
     rows[100:140] = rows[12] * 2.0 ** torch.arange(-20, 20)[:, None]  # more equal directions than that
     keys = torch.cat([F.normalize(rows[[7, 12]], dim=1), unit(50, 32, seed=1).float()])
-    label = scoring.most_probable_row(keys, rows, 0)
+    label = most_probable_row(keys, rows, 0)
     assert label[:2].tolist() == [7, 12]
     exact = keys.double() @ F.normalize(rows.double(), dim=1).T
     assert torch.equal(label, (exact > exact.amax(1, keepdim=True) - 1e-12).to(torch.uint8).argmax(1))
@@ -157,7 +158,7 @@ def test_a_row_that_is_nearer_by_less_than_float32_can_tell_is_found(path):
     rows[torch.arange(500), 1 + torch.arange(500) % 63] = torch.linspace(2e-4, 3e-4, 500).flip(
         0
     )  # the offset falls, so the last row is the nearest
-    assert scoring.most_probable_row(key, rows, 0).tolist() == [499]
+    assert most_probable_row(key, rows, 0).tolist() == [499]
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.002])
@@ -273,7 +274,7 @@ def test_what_cannot_be_scored_is_refused_with_numbers(path, spoil, message):
     w = stored(300, 16, seed=0).float()
     q = F.normalize(w[:20], dim=1)
     spoil(q, w)
-    scoring.most_probable_row(q, w, 0)  # any row is allowed, but the search must end
+    most_probable_row(q, w, 0)  # any row is allowed, but the search must end
     with pytest.raises(UnusableError, match=message):
         scoring.score(q, w, torch.zeros(20, dtype=torch.int64), first_row=0, size=300, tau=0.1)
 

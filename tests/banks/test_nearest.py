@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from caco import instructions
-from caco.banks import scoring
+from caco.banks import nearest
 from caco.banks.kernels import fused
+from caco.banks.nearest import most_probable_row
 
 
 @pytest.fixture(params=["plain", "avx2", "wide", "avx512", "amx"], autouse=True)
@@ -53,7 +54,7 @@ def test_random_and_crowded_banks(D):
     w[1200:1300] = w[torch.arange(100) * 3]  # equal rows at distant indices
     w = spread(F.normalize(w, dim=1), D)
     k = torch.cat([k, F.normalize(w[1000:1010], dim=1)])
-    assert torch.equal(scoring.most_probable_row(k, w, 0), oracle(k, w))
+    assert torch.equal(most_probable_row(k, w, 0), oracle(k, w))
 
 
 def rounding(k, *, bits):
@@ -80,7 +81,7 @@ def test_rows_that_rounding_puts_in_the_wrong_order(bits, D):
     assert (behind > 0.9 * lost.norm(dim=1)).all(), (
         "rounding must change the order of each key's rows, or the test would prove nothing"
     )
-    assert torch.equal(scoring.most_probable_row(k, w, 0), right)
+    assert torch.equal(most_probable_row(k, w, 0), right)
 
 
 def test_shards_choose_as_the_whole_bank_does():
@@ -89,7 +90,7 @@ def test_shards_choose_as_the_whole_bank_does():
     w[[333, 334, 700]] = w[20].clone()
     k[:3] = F.normalize(w[[20, 20, 333]], dim=1)
     cuts = [0, 5, 333, 701, 1000]
-    rows = torch.stack([scoring.most_probable_row(k, w[a:b], a) for a, b in zip(cuts, cuts[1:], strict=False)])
+    rows = torch.stack([most_probable_row(k, w[a:b], a) for a, b in zip(cuts, cuts[1:], strict=False)])
     cosine = (k.double() * F.normalize(w[rows].double(), dim=2)).sum(2)
     best = torch.where(cosine > cosine.amax(0) - 1e-12, rows, 1000).amin(0)
     assert torch.equal(best, oracle(k, w)) and best[:3].tolist() == [20, 20, 20]
@@ -102,24 +103,22 @@ def test_degenerate_banks():
     w[5], w[7] = float("inf"), float("nan")
     rows = w.clone()
     rows[[5, 7]] = 0.0
-    assert torch.equal(scoring.most_probable_row(k, w, 0), oracle(k, rows))
-    assert torch.equal(scoring.most_probable_row(-k[:1].repeat(3, 1), k[:1] * 7, 0), torch.zeros(3, dtype=torch.int64))
-    assert torch.equal(
-        scoring.most_probable_row(k, w[[5]].repeat(300, 1) * 0 + 1, 0), torch.zeros(20, dtype=torch.int64)
-    )
+    assert torch.equal(most_probable_row(k, w, 0), oracle(k, rows))
+    assert torch.equal(most_probable_row(-k[:1].repeat(3, 1), k[:1] * 7, 0), torch.zeros(3, dtype=torch.int64))
+    assert torch.equal(most_probable_row(k, w[[5]].repeat(300, 1) * 0 + 1, 0), torch.zeros(20, dtype=torch.int64))
     opposite = torch.cat([torch.zeros(40, 19), -k[:1], torch.zeros(40, 19)])  # all cosines are below 0
-    assert scoring.most_probable_row(k[:1], opposite, 0).tolist() == [40]
+    assert most_probable_row(k[:1], opposite, 0).tolist() == [40]
     # any row is allowed, but the search must end
     for spoilt in (torch.zeros(2, 19), torch.full((2, 19), float("nan"))):
-        assert scoring.most_probable_row(spoilt, w, 0).lt(700).all()
+        assert most_probable_row(spoilt, w, 0).lt(700).all()
 
 
 def test_few_rows_are_left_to_float64(monkeypatch):
     """A search with a weak bound would be slow and not wrong, so this checks that no key amid random rows is searched
     for again.
     """
-    monkeypatch.setattr(scoring, "_search_exactly", None)
+    monkeypatch.setattr(nearest, "_search_exactly", None)
     k, w = F.normalize(normal(50, 128, seed=1), dim=1), normal(20000, 128, seed=2)
-    assert torch.equal(scoring.most_probable_row(k, w, 0), oracle(k, w))
+    assert torch.equal(most_probable_row(k, w, 0), oracle(k, w))
     value, row, error = fused.nearest(k, w)
     assert ((value[:, 1:] >= value[:, :1] - 2 * error[:, None]) & (row[:, 1:] >= 0)).float().mean() < 0.2

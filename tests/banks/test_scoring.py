@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from caco import equations as eq
 from caco.banks import motion, scoring
+from caco.banks.nearest import most_probable_row
 
 
 def problem(B=6, K=11, D=5, E=0, seed=0):
@@ -87,7 +88,7 @@ def test_the_most_probable_row_is_that_of_equation_11_and_the_lowest_of_equals(m
     k = F.normalize(torch.randn(40, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64), dim=1)
     w[9] = w[2]  # of equal rows, the first must be chosen
     w[10] = w[0] * 3  # also if they differ only in their norm
-    row = scoring.most_probable_row(k, w, 0)
+    row = most_probable_row(k, w, 0)
     cosine = (k[:, None] * F.normalize(w, dim=1)).sum(2)  # a matrix product may round equal rows differently
     assert torch.equal(row, (cosine > cosine.amax(1, keepdim=True) - 1e-12).to(torch.uint8).argmax(1))
     assert (row != 9).all()

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import kernels
-from caco.banks.kernels import cards, fused, triton_kernels
+from caco.banks.kernels import cards, fused, triton_passes
 
 
 @pytest.mark.long
@@ -23,7 +23,7 @@ def test_what_is_promised_of_every_path_holds_in_the_interpreter(repo_root):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", triton_kernels.KERNELS)
+@pytest.mark.parametrize("name", triton_passes.KERNELS)
 @pytest.mark.parametrize(("arch", "bf16", "D"), [(80, False, 64), (90, True, 128)])
 def test_kernels_compile_without_a_gpu_and_fit_the_card(name, arch, bf16, D):
     """benchmarks/kernels.py compiles for other widths and factors, too."""
@@ -41,7 +41,7 @@ def test_where_the_kernels_do_not_work_one_line_says_why_and_pytorch_streams(mon
     def trial(device, width):
         raise RuntimeError("no kernel image is available\nfor execution on the device")
 
-    monkeypatch.setattr(triton_kernels, "trial", trial)
+    monkeypatch.setattr(triton_passes, "trial", trial)
     fused.on_cuda.cache_clear()
     try:
         assert [fused.on_cuda(torch.device("cuda", 0), 64) for _ in range(2)] == [None, None]
@@ -57,4 +57,4 @@ def test_where_the_kernels_do_not_work_one_line_says_why_and_pytorch_streams(mon
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("D", [3, 64, 100, 128, 256])
 def test_on_a_card_the_kernels_are_the_equations(D):
-    triton_kernels.trial(torch.device("cuda"), D)
+    triton_passes.trial(torch.device("cuda"), D)

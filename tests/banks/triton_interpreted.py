@@ -17,7 +17,8 @@ from triton.runtime import interpreter
 from caco import equations as eq
 from caco import instructions
 from caco.banks import motion, scoring
-from caco.banks.kernels import cards, fused, triton_kernels
+from caco.banks.kernels import cards, fused, triton_passes
+from caco.banks.nearest import most_probable_row
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # from queries that are refused
@@ -29,11 +30,11 @@ def serves(monkeypatch):
     monkeypatch.setattr(fused, "supports", lambda *tensors: True)
     monkeypatch.setattr(instructions, "LEVEL", None)
     for name in ("forward", "nearest_row", "update"):
-        monkeypatch.setattr(fused, name, getattr(triton_kernels, name))
+        monkeypatch.setattr(fused, name, getattr(triton_passes, name))
     large = cards.Card("interpreter", (), 0, dict.fromkeys(cards.TABLE[0].blocks, (cards.Blocks(64, 256, 4, 1),) * 2))
-    monkeypatch.setattr(triton_kernels, "_card", lambda device: large)
-    monkeypatch.setattr(triton_kernels, "CHUNK", 128)
-    monkeypatch.setattr(triton_kernels, "EXACT_ROWS", 256)
+    monkeypatch.setattr(triton_passes, "_card", lambda device: large)
+    monkeypatch.setattr(triton_passes, "CHUNK", 128)
+    monkeypatch.setattr(triton_passes, "EXACT_ROWS", 256)
     # The interpreter stores a bfloat16 as the integer of its bits and would multiply these integers, and it truncates a
     # float32 to bfloat16 where GPUs round. `widened` and `rounded` correct both.
     builder, held = interpreter.InterpreterBuilder, interpreter.TensorHandle
@@ -109,7 +110,7 @@ def test_a_step_is_that_of_pytorch_s_blocks_and_the_same_to_the_bit_when_repeate
 
     def step():
         q, moved, velocity, anchors = unit(70, 40, seed=1).float().requires_grad_(), w.clone(), w / 9, []
-        row = scoring.most_probable_row(k, w, 0)
+        row = most_probable_row(k, w, 0)
         score = scoring.score(q, moved, row, first_row=0, size=900, tau=0.015, bank_tau=0.1, anchors=anchors)
         (score.loss_B * torch.linspace(-1, 1, 70)).sum().backward()
         motion.move(moved, velocity, 0, scoring.Anchors.joined(anchors), **moves)
@@ -126,9 +127,9 @@ def test_products_of_bfloat16_change_sums_and_motion_by_less_than_a_hundredth():
     q, w, v = unit(70, 100, seed=1), stored(900, 100, seed=3), unit(900, 100, seed=4) / 1000
     m, positive, tau = F.normalize(w, dim=1), torch.arange(70) * 11, 0.1
     e = (q @ m.T / tau).exp()
-    z, peak, sums = triton_kernels.forward(q.float(), w.float(), [tau], [0.0], with_sums=True, bf16=True)
+    z, peak, sums = triton_passes.forward(q.float(), w.float(), [tau], [0.0], with_sums=True, bf16=True)
     moved, velocity = w.float(), v.float()
-    triton_kernels.update(
+    triton_passes.update(
         moved, velocity, q.float(), positive, e.sum(1).log().float(), torch.full((70,), 1 / 70), tau=tau, pull=1.0,
         push=1.0, lr=1.0,
         momentum=0.9, weight_decay=0.0, normalise=False, bf16=True,
@@ -156,14 +157,14 @@ def test_the_bound_of_nearest_holds_for_every_row_not_named(crowded):
     rows[3::256] = near[3::256]
     keys = F.normalize(unit(1, 64, seed=0) + 0.3 * unit(40, 64, seed=2), dim=1)
     cosine = keys @ rows.T
-    for bf16, error in ((True, triton_kernels.ROUNDING), (False, 1e-5)):
-        row, bound = triton_kernels._candidates(
+    for bf16, error in ((True, triton_passes.ROUNDING), (False, 1e-5)):
+        row, bound = triton_passes._candidates(
             keys.float(), rows.float(), torch.tensor([40], dtype=torch.int32), bf16=bf16
         )
         assert (row >= 0).all() and (row.sort().values.diff(dim=1) > 0).all()
         unnamed = cosine.scatter(1, row, -1.0).amax(1)
         assert (bound >= unnamed - error).all()
-    assert torch.equal(scoring.most_probable_row(keys.float(), rows.float(), 0), nearest_in_float64(keys, rows))
+    assert torch.equal(most_probable_row(keys.float(), rows.float(), 0), nearest_in_float64(keys, rows))
 
 
 def nearest_in_float64(keys, rows):
@@ -182,22 +183,22 @@ def test_keys_of_which_rounding_leaves_several_rows_are_searched_for_again_howev
     rows[2:900:80] = near
     keys[:doubtful:2], keys[1:doubtful:2] = rows[0], near[3]
     keys, rows = keys[torch.randperm(130, generator=torch.Generator().manual_seed(0))], 3 * rows
-    assert torch.equal(scoring.most_probable_row(keys.float(), rows.float(), 0), nearest_in_float64(keys, rows))
+    assert torch.equal(most_probable_row(keys.float(), rows.float(), 0), nearest_in_float64(keys, rows))
 
 
 @pytest.mark.parametrize("D", [40, 200])
 @pytest.mark.parametrize("entry", cards.TABLE, ids=lambda entry: entry.name)
 def test_every_entry_of_the_table_of_cards_gives_the_equations(monkeypatch, entry, D):
     """The trial compares every kernel, with the block sizes of the entry, with caco/equations.py."""
-    monkeypatch.setattr(triton_kernels, "_card", lambda device: entry)
-    monkeypatch.setattr(triton_kernels, "CHUNK", cards.CHUNK)
-    triton_kernels.trial(CPU, D)
+    monkeypatch.setattr(triton_passes, "_card", lambda device: entry)
+    monkeypatch.setattr(triton_passes, "CHUNK", cards.CHUNK)
+    triton_passes.trial(CPU, D)
 
 
 def test_the_trial_passes_and_notices_kernels_that_give_something_else(monkeypatch):
-    triton_kernels.trial(CPU, 48)
+    triton_passes.trial(CPU, 48)
     with pytest.raises(ValueError, match="widths up to 256; got 257"):
-        triton_kernels.trial(CPU, 257)
-    monkeypatch.setattr(triton_kernels, "update", lambda *arguments, **options: None)
+        triton_passes.trial(CPU, 257)
+    monkeypatch.setattr(triton_passes, "update", lambda *arguments, **options: None)
     with pytest.raises(ArithmeticError, match="off by"):
-        triton_kernels.trial(CPU, 48)
+        triton_passes.trial(CPU, 48)

@@ -7,7 +7,8 @@ import shlex
 
 import pytest
 import torch
-from test_config import composed, refusal
+from test_config import composed
+from test_refusals import refusal
 from torch.nn import functional as F
 
 from caco.banks import motion, reweighted, scoring

@@ -9,9 +9,12 @@ import pytest
 from PIL import Image
 from spectra import wave
 
-from caco.data.sets.sources import ImagesInMemory
+from caco.data.sets.beton import BetonImages
+from caco.data.sets.memory import ImagesInMemory
+from caco.data.sets.sources import Splits
 from caco.data.views import native
 from caco.data.views.augmentation import View, Views
+from caco.write import write_splits
 
 
 def noise(size: int, seed: int) -> np.ndarray:
@@ -37,6 +40,18 @@ def noise_source() -> Callable[..., ImagesInMemory]:
     def make(count: int, size: int = 12) -> ImagesInMemory:
         images = np.stack([noise(size, i) for i in range(count)])
         return ImagesInMemory(images, name="noise", labels=np.arange(count) % 3, classes=["a", "b", "c"])
+
+    return make
+
+
+@pytest.fixture
+def beton_source(noise_source, tmp_path: Path) -> Callable[[int], BetonImages]:
+    """beton_source(count) writes the images of noise_source(count) as raw pixels into a .beton."""
+
+    def make(count: int) -> BetonImages:
+        source = noise_source(count)
+        write_splits(Splits(source, source, None), tmp_path, mode="raw", num_workers=1)
+        return BetonImages(tmp_path / "train.beton", name="noise")
 
     return make
 

@@ -10,8 +10,8 @@ from processes import PATIENCE_S
 from caco import distributed
 from caco.data.sets import content
 from caco.data.sets.class_folders import class_folders
+from caco.data.sets.memory import ImagesInMemory
 from caco.data.sets.overlap import shared_images
-from caco.data.sets.sources import ImagesInMemory
 from caco.errors import UserError
 
 

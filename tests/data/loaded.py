@@ -2,10 +2,26 @@
 
 import contextlib
 
+import pytest
 import torch
 
+from caco import instructions
 from caco.data.loaders.batches import Batch
+from caco.data.loaders.ffcv_loader import FFCVLoader
 from caco.data.loaders.torch_loader import TorchLoader
+
+needs_ffcv = pytest.mark.skipif(
+    instructions.LEVEL == "torch",
+    reason="FFCV's pipeline calls the compiled views, which CACO_INSTRUCTIONS=torch turns off",
+)
+FFCV = pytest.param(FFCVLoader, marks=needs_ffcv)
+EVERY_PART = [
+    {"epochs": (-1, 0, 1)},
+    {"epochs": (3,), "start_step": 2},
+    {"epochs": (0, 1), "rank": 1, "world": 2},
+    {"epochs": (0,), "seed": 11, "batch": 15, "start_step": 1},
+    {"epochs": (0,), "start_step": 3},
+]
 
 
 def batches(

@@ -17,7 +17,8 @@ from caco import instructions, write
 from caco.data.loaders.ffcv_loader import FFCVLoader
 from caco.data.sets.beton import BetonImages, beton
 from caco.data.sets.folders import folder
-from caco.data.sets.sources import ImagesInMemory, Splits
+from caco.data.sets.memory import ImagesInMemory
+from caco.data.sets.sources import Splits
 from caco.errors import FileError, UserError
 from caco.write import write_splits
 

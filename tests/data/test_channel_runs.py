@@ -12,7 +12,7 @@ import torch
 from interrupted import train_killed
 from PIL import Image
 from processes import Process, caco_train
-from test_trainer import assert_same, final, record
+from recorded import assert_same, final, record
 from tiny import TINY
 
 import caco

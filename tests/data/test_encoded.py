@@ -18,8 +18,9 @@ from caco.data.loaders.plain import plain_batches
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.beton import beton
 from caco.data.sets.encoded import EncodedImages
+from caco.data.sets.image_files import ImageFiles
 from caco.data.sets.reading import UnreadableImage, rgb
-from caco.data.sets.sources import ImageFiles, Source, Splits
+from caco.data.sets.sources import Source, Splits
 from caco.data.views import native
 from caco.data.views.augmentation import Patches, View, Views
 from caco.data.views.operations import Grayscale

@@ -11,8 +11,9 @@ from processes import ranks
 from caco.data.sets import overlap
 from caco.data.sets.beton import BetonImages
 from caco.data.sets.class_folders import class_folders
+from caco.data.sets.memory import ImagesInMemory
 from caco.data.sets.overlap import Overlap, shared_images
-from caco.data.sets.sources import ImagesInMemory, Splits
+from caco.data.sets.sources import Splits
 from caco.write import write_splits
 
 

@@ -7,17 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loaded import assert_same, batches
+from loaded import EVERY_PART, FFCV, assert_same, batches
 from PIL import Image
 from scipy.stats import kstest
-from test_loader import EVERY_PART, FFCV, beton_source  # noqa: F401 # a fixture
 
 from caco.config import composition, validation
 from caco.config.composition import instantiate
 from caco.data.loaders.batches import Batch
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.folders import folder
-from caco.data.sets.sources import ImagesInMemory
+from caco.data.sets.memory import ImagesInMemory
 from caco.data.views.augmentation import Patches, View, Views
 from caco.data.views.draws import stream_of, uniforms
 from caco.data.views.operations import DropChannels, Grayscale, RandAugment
@@ -153,7 +152,7 @@ def everything(request) -> Views:
     )  # fmt: skip
 
 
-def test_all_ways_to_make_batches_make_the_same_bits(noise_source, beton_source, everything, monkeypatch):  # noqa: F811
+def test_all_ways_to_make_batches_make_the_same_bits(noise_source, beton_source, everything, monkeypatch):
     source = noise_source(30)
     expected = batches(source, everything, epochs=(0, 1))
     assert [tuple(view.shape) for view in expected[0].views] == [(8, 3, 8, 8), (8, 3, 8, 8), (8, 3, 6, 6)]
@@ -165,7 +164,7 @@ def test_all_ways_to_make_batches_make_the_same_bits(noise_source, beton_source,
 
 
 @pytest.mark.parametrize("kind", [TorchLoader, FFCV])
-def test_ranks_and_a_run_that_goes_on_see_the_same_patches(noise_source, beton_source, everything, kind):  # noqa: F811
+def test_ranks_and_a_run_that_goes_on_see_the_same_patches(noise_source, beton_source, everything, kind):
     source, file = noise_source(30), beton_source(30)
     for part in EVERY_PART[1:3]:
         assert_same(batches(file, everything, kind=kind, workers=1, **part), batches(source, everything, **part))

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from caco.data.sets.sources import ImageFiles, ImagesInMemory, Splits, choose, read_image
+from caco.data.sets.choosing import choose
+from caco.data.sets.image_files import ImageFiles
+from caco.data.sets.memory import ImagesInMemory
+from caco.data.sets.reading import read_image
+from caco.data.sets.sources import Splits
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from processes import Process
 from caco.data.loaders import workers
 from caco.data.loaders.plain import plain_batches
 from caco.data.loaders.torch_loader import TorchLoader
-from caco.data.sets.sources import ImagesInMemory, Source
+from caco.data.sets.memory import ImagesInMemory
+from caco.data.sets.sources import Source
 from caco.data.views import native
 from caco.data.views.augmentation import View, Views
 from caco.errors import UserError
@@ -64,7 +65,7 @@ import numpy as np, torch
 import caco.data.loaders.workers
 caco.data.loaders.workers._LOOK_S = 1000.0
 from caco.data.loaders.torch_loader import TorchLoader
-from caco.data.sets.sources import ImagesInMemory
+from caco.data.sets.memory import ImagesInMemory
 from caco.data.views.augmentation import View, Views
 views = Views(size=8, views={"both": View(count=2)}, mean=[0.5] * 3, std=[0.5] * 3)
 source = ImagesInMemory(np.zeros((64, 8, 8, 3), np.uint8), name="black")

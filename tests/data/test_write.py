@@ -9,7 +9,8 @@ from PIL import Image
 
 from caco import errors
 from caco.data.sets.folders import folder
-from caco.data.sets.sources import ImagesInMemory, Splits, UnreadableImage
+from caco.data.sets.memory import ImagesInMemory
+from caco.data.sets.sources import Splits, UnreadableImage
 from caco.errors import UserError
 from caco.write import write_splits
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import tiny
 from processes import Process, caco_train, ranks
-from test_trainer import assert_same, final, record
+from recorded import assert_same, final, record
 from tiny import BANK, TINY
 
 from caco.config import composition, continued, validation

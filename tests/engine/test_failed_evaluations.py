@@ -2,7 +2,7 @@
 
 import pytest
 from processes import Process, caco_train
-from test_trainer import assert_same, final, record
+from recorded import assert_same, final, record
 from tiny import BANK, TINY, train
 
 from caco.engine.progress import ending

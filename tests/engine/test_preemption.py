@@ -8,7 +8,7 @@ import time
 import pytest
 from interrupted import signal_in_step, train_told_to_stop, train_with_rank_1_told_to_stop
 from processes import Process, caco_train, ranks
-from test_trainer import assert_same, final, record
+from recorded import assert_same, final, record
 from tiny import BANK, TINY, compose, train
 
 from caco.engine import training

@@ -5,9 +5,10 @@ import signal
 
 import pytest
 import torch
-from interrupted import train_killed
+from interrupted import Cut, cut_after, train_killed
 from processes import Process, caco_train
-from tiny import BANK, TINY, batch_of, compose, now, train
+from recorded import CLOCK, assert_same, final, record
+from tiny import BANK, EVERY, TINY, batch_of, compose, now, train
 
 from caco.banks.kernels import fused
 from caco.config.composition import instantiate
@@ -15,57 +16,6 @@ from caco.engine import assembly, recording, trainer, training
 from caco.engine.losses import NonFiniteLossError
 from caco.methods import diagnostics
 from caco.runs.checkpoint import load
-from caco.tracking.ledger import read_rows
-
-CLOCK = ("time", "images_per_second")  # the only values in a ledger that may differ between equal runs
-
-
-def record(run_dir):
-    rows, _ = read_rows(run_dir / "ledger.jsonl")
-    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
-
-
-def final(run_dir):
-    return load(sorted((run_dir / "checkpoints").glob("*.pt"))[-1])
-
-
-def assert_same(a, b, where="state"):
-    """Assert that two nested structures are equal to the last bit."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            if key not in CLOCK:
-                assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for number, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}.{number}")
-    else:
-        assert a == b, where
-
-
-class Cut(BaseException):
-    """Ends a run abruptly. It is not an Exception, so that no `except Exception` in the run catches it."""
-
-
-def cut_after(monkeypatch, steps):
-    """Let the method make a number of steps, then raise Cut."""
-    made = {"steps": 0}
-    original = trainer.distributed.mean_gradients
-
-    def mean_gradients(parameters):
-        if made["steps"] == steps:
-            raise Cut
-        made["steps"] += 1
-        original(parameters)
-
-    monkeypatch.setattr(trainer.distributed, "mean_gradients", mean_gradients)
-
-
-EVERY = ["checkpoint.every_steps=3"]
 
 
 @pytest.fixture(scope="module")

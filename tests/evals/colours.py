@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from caco.data.sets.sources import ImagesInMemory
+from caco.data.sets.memory import ImagesInMemory
 
 
 def coloured(count: int, name: str, *, labelled: bool = True, seed: int = 0, classes: int = 3) -> ImagesInMemory:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from caco.config.composition import compose, instantiate
-from caco.data.sets.sources import ImagesInMemory, Splits
+from caco.data.sets.memory import ImagesInMemory
+from caco.data.sets.sources import Splits
 from caco.data.views.augmentation import View, Views
 from caco.errors import UserError
 from caco.evals.evaluation import Evaluation

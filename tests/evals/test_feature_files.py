@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from caco import errors
-from caco.data.sets.sources import ImagesInMemory, Splits
+from caco.data.sets.memory import ImagesInMemory
+from caco.data.sets.sources import Splits
 from caco.errors import FileError
 from caco.evals.evaluation import Evaluation
 from caco.evals.extraction import network_digest

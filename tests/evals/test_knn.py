@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from caco.data.sets.sources import ImageFiles, ImagesInMemory
+from caco.data.sets.image_files import ImageFiles
+from caco.data.sets.memory import ImagesInMemory
 from caco.evals.knn import (
     KNN,
     _ordered_keys,

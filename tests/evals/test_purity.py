@@ -9,7 +9,8 @@ import torch
 from processes import ranks
 from purity_worker import Toy, measured
 
-from caco.data.sets.sources import choose, labels_of
+from caco.data.sets.choosing import choose
+from caco.data.sets.sources import labels_of
 from caco.errors import UserError
 from caco.evals.purity import Purity
 

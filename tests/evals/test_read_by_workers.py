@@ -16,7 +16,8 @@ from caco.data.loaders.plain import plain_batches
 from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.loaders.workers import in_order
 from caco.data.sets.folders import folder
-from caco.data.sets.sources import ImagesInMemory, Splits
+from caco.data.sets.memory import ImagesInMemory
+from caco.data.sets.sources import Splits
 from caco.data.views.augmentation import View, Views
 from caco.evals.evaluation import Evaluation
 from caco.evals.finetune import FineTune

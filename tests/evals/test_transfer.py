@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score
 from torch import nn
 
 from caco.config.composition import compose, instantiate
-from caco.data.sets.sources import ImagesInMemory
+from caco.data.sets.memory import ImagesInMemory
 from caco.data.sets.transfer import VOC_CLASSES, TransferSet
 from caco.evals import transfer
 from caco.evals.transfer import Transfer, average_precision_11, score

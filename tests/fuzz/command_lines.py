@@ -42,163 +42,38 @@ PATIENCE_S = 120.0  # after which a process that was told to stop hangs
 MARKS = ("Traceback", "Lexer", " object at 0x", "full_key", "object_type", "u:secret")  # that no message shows
 LONG = "x" * 300
 NUMBERS = [
-    "0",
-    "1",
-    "-1",
-    "2",
-    "3",
-    "64",
-    "1e-3",
-    "0.5",
-    "1.5",
-    "-0.0",
-    "nan",
-    "inf",
-    "-inf",
-    "1e400",
-    "1e-400",
-    "99999999999999999999",
-    "007",
-    "1_000",
-]
-NUMBERS += ["0x10", "4294967296", "2147483648"]
+    "0", "1", "-1", "2", "3", "64", "1e-3", "0.5", "1.5", "-0.0", "nan", "inf", "-inf", "1e400", "1e-400",
+    "99999999999999999999", "007", "1_000", "0x10", "4294967296", "2147483648",
+]  # fmt: skip
 TEXTS = [
-    "a",
-    "null",
-    "true",
-    "false",
-    "''",
-    '""',
-    '" "',
-    "'a b'",
-    "a b",
-    "~",
-    "~/x",
-    "'~nobody/x'",
-    "/dev/null",
-    "/",
-    ".",
-    "..",
-    "é",
-    "'größe'",
-    LONG,
-]
-TEXTS += [
-    "a=b",
-    "'a=b'",
-    "(a)",
-    "'(a)'",
-    "a,b",
-    "1,2",
-    "?",
-    "???",
-    "*",
-    "a:b",
-    "a/b/c",
-    "http://u:secret@h",
-    "'${name}'",
-    "\\",
-    "'",
-    '"',
-    "$",
-    "#",
-    "@",
-    "\t",
-]
-TEXTS += [
-    "caco.nn.backbones.small_resnet",
-    "os.system",
-    "caco.nope.Nope",
-    "'a\\0b'",
-    "None",
-    "[",
-    "]",
-    "{",
-    "}",
-    "<",
-    "%",
-    "&",
-    ";",
-    "\U0001f600",
-    "run_name",
-]
+    "a", "null", "true", "false", "''", '""', '" "', "'a b'", "a b", "~", "~/x", "'~nobody/x'", "/dev/null", "/", ".",
+    "..", "é", "'größe'", LONG, "a=b", "'a=b'", "(a)", "'(a)'", "a,b", "1,2", "?", "???", "*", "a:b", "a/b/c",
+    "http://u:secret@h", "'${name}'", "\\", "'", '"', "$", "#", "@", "\t", "caco.nn.backbones.small_resnet",
+    "os.system", "caco.nope.Nope", "'a\\0b'", "None", "[", "]", "{", "}", "<", "%", "&", ";", "\U0001f600", "run_name",
+]  # fmt: skip
 LISTS = [
-    "[]",
-    "[1]",
-    "[1,2]",
-    "[0,0,0]",
-    "[nan,1,1]",
-    "[null]",
-    "[[1]]",
-    "[a,b]",
-    "[1,1,1,1000000]",
-    "[1,2,3,4,5]",
-    "[-1,-2]",
-    "[{a:1}]",
-    "[knn,knn]",
-]
+    "[]", "[1]", "[1,2]", "[0,0,0]", "[nan,1,1]", "[null]", "[[1]]", "[a,b]", "[1,1,1,1000000]", "[1,2,3,4,5]",
+    "[-1,-2]", "[{a:1}]", "[knn,knn]",
+]  # fmt: skip
 GROUPS = [
-    "{}",
-    "{a:1}",
-    "{a:{b:[1]}}",
-    "{_target_:a}",
-    "{_target_:1}",
-    "{_target_:caco.nn.heads.Projector}",
-    "{_target_:null}",
-    "{size:1}",
-    "{1:2}",
-]
+    "{}", "{a:1}", "{a:{b:[1]}}", "{_target_:a}", "{_target_:1}", "{_target_:caco.nn.heads.Projector}",
+    "{_target_:null}", "{size:1}", "{1:2}",
+]  # fmt: skip
 MADE = [
-    "${batch}",
-    "${name}",
-    "${nope}",
-    "${nope.nope}",
-    "${oc.env:NOPE}",
-    "${oc.env:HOME}",
-    "${oc.env:PATH,1}",
-    "${oc.decode:1}",
-    "${nope:1}",
-    "${bank}",
-]
-MADE += [
-    "${.lr}",
-    "${..seed}",
-    "${run_name:}",
-    "${hydra:job.num}",
-    "${hydra.run.dir}",
-    "${oc.create:{a:1}}",
-    "${oc.decode:'[1'}",
-    "${file_digest:/}",
-    "${",
-    "a${batch}",
-]
+    "${batch}", "${name}", "${nope}", "${nope.nope}", "${oc.env:NOPE}", "${oc.env:HOME}", "${oc.env:PATH,1}",
+    "${oc.decode:1}", "${nope:1}", "${bank}", "${.lr}", "${..seed}", "${run_name:}", "${hydra:job.num}",
+    "${hydra.run.dir}", "${oc.create:{a:1}}", "${oc.decode:'[1'}", "${file_digest:/}", "${", "a${batch}",
+]  # fmt: skip
 SWEPT = [
-    "1,2",
-    "a,b",
-    "range(1,3)",
-    "choice(1,2)",
-    "interval(0,1)",
-    "glob(*)",
-    "range(0)",
-    "shuffle(1,2)",
-    "sort(2,1)",
-    "tag(a,1)",
-    "[1],[2]",
-    "{a:1},{b:2}",
-    "1,1",
-]
-SWEPT += ["int(1.5)", "float(a)", "str(1)", "bool(2)", "json_str({a:1})", "extend_list(1)"]
+    "1,2", "a,b", "range(1,3)", "choice(1,2)", "interval(0,1)", "glob(*)", "range(0)", "shuffle(1,2)", "sort(2,1)",
+    "tag(a,1)", "[1],[2]", "{a:1},{b:2}", "1,1", "int(1.5)", "float(a)", "str(1)", "bool(2)", "json_str({a:1})",
+    "extend_list(1)",
+]  # fmt: skip
 OF_HYDRA = [
-    "hydra.run.dir",
-    "hydra.sweep.dir",
-    "hydra.sweep.subdir",
-    "hydra/launcher",
-    "hydra.job.name",
-    "hydra.mode",
-    "hydra",
-    "hydra.searchpath",
-    "hydra/sweeper",
-]
+    "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra/launcher", "hydra.job.name", "hydra.mode", "hydra",
+    "hydra.searchpath", "hydra/sweeper",
+]  # fmt: skip
+SENSELESS = ["=", "=1", "a", "+", "~", "~bank", "~data.root", "-m", "a.b.c=1", ".a=1", "a.=1", "a..b=1", "[a]=1", "1=1"]
 PREFIXES = ["", "", "", "", "", "", "+", "++", "~"]
 
 
@@ -258,45 +133,11 @@ def line(number: int) -> tuple[str, list[str]]:
         kind = rng.random()
         if kind < 0.2:
             group = rng.choice(list(options))
-            option = rng.choice(
-                [
-                    *options[group],
-                    *options[group],
-                    *options[group],
-                    "nope",
-                    "null",
-                    LONG,
-                    "1",
-                    "[a]",
-                    "a/b",
-                    "",
-                    *rng.sample(TEXTS, 2),
-                ]
-            )
+            existing = 3 * list(options[group])  # three times, so that many of the lines name an option that exists
+            option = rng.choice([*existing, "nope", "null", LONG, "1", "[a]", "a/b", "", *rng.sample(TEXTS, 2)])
             words.append(f"{rng.choice(PREFIXES)}{group}={option}")
         elif kind < 0.25:
-            words.append(
-                rng.choice(
-                    [
-                        *TEXTS,
-                        *OF_HYDRA,
-                        "=",
-                        "=1",
-                        "a",
-                        "+",
-                        "~",
-                        "~bank",
-                        "~data.root",
-                        "-m",
-                        "a.b.c=1",
-                        ".a=1",
-                        "a.=1",
-                        "a..b=1",
-                        "[a]=1",
-                        "1=1",
-                    ]
-                )
-            )
+            words.append(rng.choice([*TEXTS, *OF_HYDRA, *SENSELESS]))
         else:
             key = rng.choice(known) if rng.random() < 0.92 else rng.choice(OF_HYDRA)
             if rng.random() < 0.05:

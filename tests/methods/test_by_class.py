@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from caco.banks.learnable import LearnableBank
-from caco.data.sets.sources import ImagesInMemory
+from caco.data.sets.memory import ImagesInMemory
 from caco.data.sets.unfit import refuse_other_labels
 from caco.errors import UserError
 from caco.methods.base import Now

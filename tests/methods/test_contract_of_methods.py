@@ -10,7 +10,7 @@ import pytest
 import torch
 import toys
 from cases import MULTICROP
-from test_trainer import assert_same, final, record
+from recorded import assert_same, final, record
 from tiny import compose
 
 import caco.train

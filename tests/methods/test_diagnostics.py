@@ -7,8 +7,8 @@ import rank_worker
 import torch
 from cases import CASES, METHODS, has_bank
 from processes import ranks
+from recorded import record
 from test_contracts import batch
-from test_trainer import record
 from tiny import batch_of, compose, now, train
 from torch.nn import functional as F
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from driven import drive, tiny_encoder, views_of
+from recorded import final
 from test_swav import loss_by_hand
-from test_trainer import final
 from tiny import batch_of, compose, now, train
 from torch import nn
 from torch.nn import functional as F

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from fifty import B, D
-from test_trainer import EVERY, Cut, assert_same, final, record
-from tiny import FEW_PROTOTYPES, batch_of, now, train
+from interrupted import Cut
+from recorded import assert_same, final, record
+from tiny import EVERY, FEW_PROTOTYPES, batch_of, now, train
 from torch.nn import functional as F
 
 from caco.banks.fifo import FifoBank

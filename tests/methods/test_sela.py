@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from fifty import B
-from test_trainer import EVERY, Cut, assert_same, final, record
-from tiny import FEW_PROTOTYPES, compose, now, train
+from interrupted import Cut
+from recorded import assert_same, final, record
+from tiny import EVERY, FEW_PROTOTYPES, compose, now, train
 from torch import nn
 from torch.nn import functional as F
 

@@ -20,7 +20,7 @@ from tiny import TINY, compose, train
 from caco.banks.fifo import FifoBank
 from caco.banks.learnable import LearnableBank
 from caco.checking import check_command
-from caco.config import validation
+from caco.config import plain_values
 from caco.config.composition import instantiate
 from caco.engine.assembly import build_method
 from caco.errors import UserError
@@ -313,7 +313,7 @@ def test_weights_and_format_go_together_and_are_checked_before_anything_starts(t
 
 
 def test_the_early_check_knows_the_formats_that_can_be_read():
-    assert set(validation.FORMATS) == set(FORMATS)
+    assert set(plain_values.FORMATS) == set(FORMATS)
 
 
 # Runs.

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from caco.config import refusals, signatures, validation
+from caco.config import components, refusals, signatures
 from caco.config.composition import compose
 from caco.runs import renamed
 from caco.runs.identity import AS_BEFORE, flat, plain, run_hash
@@ -35,7 +35,7 @@ KNN = {"_target_": "caco.evals.knn.KNN", "k": 20, "temperature": 0.2, "fraction"
 @pytest.mark.parametrize("target", THEN)
 def test_every_target_of_then_is_a_target_of_today(target):
     assert signatures.find(renamed.target(target)) is not None
-    assert validation._component({"_target_": target}, "x") == [
+    assert components._component({"_target_": target}, "x") == [
         f"x._target_: {target} is now called {renamed.target(target)}; use that name"
     ]
 

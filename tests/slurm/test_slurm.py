@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE_S, shown, until
 from processes import caco_train, ranks
-from test_trainer import assert_same, final, record
+from recorded import assert_same, final, record
 from tiny import BANK, TINY
 
 from caco.config import composition

@@ -1,5 +1,5 @@
-"""The bank's fused CPU kernel (kernel.cpp), called through ctypes. Where it was not built, caco/banks/scoring.py and
-motion.py stream over the bank in PyTorch.
+"""The bank's fused CPU kernel (kernel.cpp), called through ctypes. Where it was not built, scoring.py, nearest.py
+and motion.py in caco/banks stream over the bank in PyTorch.
 
 The kernel uses the best instruction set of the processor, or the one that CACO_INSTRUCTIONS names
 (caco/instructions.py). Its precision depends on the set:
@@ -13,7 +13,7 @@ Every other set computes loss and motion in float32. Its search for positives us
 (integers.h): 16 bits on AVX2; 8 bits and then 16 bits on AVX-512, if the processor sums their products in one
 instruction (AVX512_VNNI). Float32 then decides among the rows that the bound leaves undecided.
 
-On CUDA, Triton kernels make the same passes (triton_kernels.py) where they work and CACO_INSTRUCTIONS is not "torch".
+On CUDA, Triton kernels make the same passes (triton_passes.py) where they work and CACO_INSTRUCTIONS is not "torch".
 
 Shapes: G queries, R rows, D width, N queries of all terms of a step, T candidates.
 """
@@ -88,9 +88,9 @@ def on_cuda(device: torch.device, width: int) -> ModuleType | None:
     message reports.
     """
     try:
-        from caco.banks.kernels import triton_kernels
+        from caco.banks.kernels import triton_passes
 
-        triton_kernels.trial(device, width)
+        triton_passes.trial(device, width)
     except Exception as error:  # of any type: there may be no Triton, no compiler, or an unknown or too small GPU
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         print(
@@ -99,11 +99,11 @@ def on_cuda(device: torch.device, width: int) -> ModuleType | None:
             file=sys.stderr,
         )
         return None
-    return triton_kernels
+    return triton_passes
 
 
 def or_on_cuda(work: Callable) -> Callable:
-    """Decorate a pass so that tensors on a GPU go to the function of the same name in triton_kernels.py."""
+    """Decorate a pass so that tensors on a GPU go to the function of the same name in triton_passes.py."""
 
     @functools.wraps(work)
     def chosen(x: Tensor, *arguments: Any, **options: Any) -> Any:

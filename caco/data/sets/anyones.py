@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from caco.data.sets.labels import whole_labels
-from caco.data.sets.sources import ImagesInMemory, Source, UnreadableImage
+from caco.data.sets.memory import ImagesInMemory
+from caco.data.sets.sources import Source, UnreadableImage
 from caco.errors import UserError
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from caco.data.sets.sources import EXTENSIONS, ImageFiles
+from caco.data.sets.image_files import ImageFiles
+from caco.data.sets.reading import EXTENSIONS
 from caco.data.sets.stored import EXTENSIONS as STORED
 from caco.data.sets.walking import Walk, folders_in
 from caco.errors import FileError, UserError

@@ -13,7 +13,9 @@ from typing import Literal
 import numpy as np
 
 from caco.data.sets.folders import existing_root, reduced
-from caco.data.sets.sources import ImageFiles, Splits, UnreadableImage, read_image
+from caco.data.sets.image_files import ImageFiles
+from caco.data.sets.reading import read_image
+from caco.data.sets.sources import Splits, UnreadableImage
 from caco.errors import FileError, UserError
 from caco.ranges import Count, Natural, ProperShare, Seed
 from caco.runs.directory import is_first_rank

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from caco.data.sets.folders import limited, reduced
-from caco.data.sets.sources import ImagesInMemory, Splits, holds
+from caco.data.sets.memory import ImagesInMemory
+from caco.data.sets.sources import Splits, holds
 from caco.errors import FileError, UserError
 from caco.ranges import Count, ProperShare, Seed
 from caco.runs.files import locked

@@ -10,8 +10,9 @@ from PIL import Image
 
 from caco import distributed
 from caco.data.sets.content import LOOK_BYTES, digest_of, in_threads, look_at
+from caco.data.sets.memory import all_decoded, decoded_image, picked
 from caco.data.sets.reading import UnreadableImage, rgb
-from caco.data.sets.sources import Arrays, Source, all_decoded, decoded_image, picked
+from caco.data.sets.sources import Arrays, Source
 from caco.data.sets.stored import shown, stored
 from caco.saying import Say, silent
 

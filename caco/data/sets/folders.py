@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from caco.data.sets.choosing import choose
 from caco.data.sets.class_folders import (
     class_folders,
     existing_folder,
@@ -14,8 +15,10 @@ from caco.data.sets.class_folders import (
     require_known,
     unlabelled_images,
 )
+from caco.data.sets.image_files import ImageFiles
 from caco.data.sets.imagenet100 import IMAGENET100_CLASSES
-from caco.data.sets.sources import ImageFiles, ImagesInMemory, Source, Splits, choose, holds
+from caco.data.sets.memory import ImagesInMemory
+from caco.data.sets.sources import Source, Splits, holds
 from caco.data.sets.walking import folders_in
 from caco.errors import FileError, UserError
 from caco.ranges import AboveZero, Count, Finite, Natural, NumChannels, Pixels, ProperShare, Seed

@@ -14,6 +14,8 @@ from PIL import Image, UnidentifiedImageError
 
 from caco.errors import UserError
 
+# Files of these endings are taken for photographs.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = (
     "JPEG",
     "PNG",

@@ -13,9 +13,12 @@ from typing import Literal
 
 import numpy as np
 
+from caco.data.sets.choosing import choose
 from caco.data.sets.class_folders import class_folders
+from caco.data.sets.image_files import ImageFiles
+from caco.data.sets.memory import ImagesInMemory
 from caco.data.sets.published import as_published
-from caco.data.sets.sources import ImageFiles, ImagesInMemory, Source, choose
+from caco.data.sets.sources import Source
 from caco.errors import FileError, UserError
 from caco.runs.paths import read_text
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from caco.data.sets.sources import EXTENSIONS
+from caco.data.sets.reading import EXTENSIONS
 from caco.errors import FileError, UserError
 from caco.runs.directory import is_first_rank
 

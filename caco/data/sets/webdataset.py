@@ -13,7 +13,8 @@ import numpy as np
 from caco.data.sets.encoded import EncodedImages
 from caco.data.sets.folders import existing_root, in_memory, reduced, require_statistics_of
 from caco.data.sets.labels import whole_labels
-from caco.data.sets.sources import EXTENSIONS, Splits
+from caco.data.sets.reading import EXTENSIONS
+from caco.data.sets.sources import Splits
 from caco.data.sets.stored import EXTENSIONS as STORED
 from caco.errors import FileError, UserError
 from caco.installed import is_installed, to_install

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from caco.data.sets.image_files import ImageFiles
 from caco.data.sets.published import as_published
-from caco.data.sets.sources import ImageFiles
 from caco.data.sets.transfer import VOC_CLASSES
 from caco.errors import UserError
 from caco.evals.dense.roots import absent, first_with, refuse_missing

@@ -21,6 +21,7 @@ from caco.evals.base import Evaluator, Work
 from caco.evals.dense import pixel_metric, roots
 from caco.evals.dense.counting import VOC_IMAGE, work_of
 from caco.evals.dense.maps import Maps, dilated_last_stage, require_resnet
+from caco.evals.dense.recipe import Recipe
 from caco.evals.dense.segmentation_sets import (
     CLASSES,
     IGNORED,
@@ -30,7 +31,7 @@ from caco.evals.dense.segmentation_sets import (
     SegmentationSet,
     voc2012,
 )
-from caco.evals.dense.training import Recipe, Task, one_by_one, train
+from caco.evals.dense.training import Task, one_by_one, train
 from caco.evals.features import FeatureStore, Precision
 from caco.evals.pixels import RawPixels
 from caco.ranges import Count, Interval, NonNegative, Share, ShareBelowOne, Side, Width, held

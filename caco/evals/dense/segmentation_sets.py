@@ -13,8 +13,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from caco.data.sets.image_files import ImageFiles
 from caco.data.sets.reading import FORMATS, Refused, check_work
-from caco.data.sets.sources import ImageFiles, UnreadableImage
+from caco.data.sets.sources import UnreadableImage
 from caco.data.sets.transfer import VOC_CLASSES
 from caco.evals.dense import roots
 from caco.runs.paths import read_text

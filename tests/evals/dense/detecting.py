@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from caco import distributed
 from caco.evals.dense.boxes_and_masks import Example
-from caco.evals.dense.detect import on_main
+from caco.evals.dense.detection_rows import on_main
 from caco.evals.dense.detector import Detector, detector
 from caco.nn.backbones import small_resnet
 from caco.nn.norm import over_all_ranks

@@ -16,7 +16,8 @@ from caco.data.loaders.torch_loader import TorchLoader
 from caco.data.sets.sources import Splits, UnreadableImage
 from caco.data.views.augmentation import View, Views
 from caco.errors import UserError
-from caco.evals.dense.training import Recipe, Task, train
+from caco.evals.dense.recipe import Recipe
+from caco.evals.dense.training import Task, train
 from caco.evals.features import FeatureStore
 
 RECIPE = Recipe(steps=7, images=3, rate=0.3, reference_images=3, milestones=[0.6], warmup_steps=2, weight_decay=0.01)

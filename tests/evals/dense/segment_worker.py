@@ -9,9 +9,10 @@ from processes import PATIENCE_S
 
 from caco import distributed
 from caco.evals.dense.dense_linear import DenseLinear
+from caco.evals.dense.recipe import Recipe
 from caco.evals.dense.segment import FCN16, Crops, scored
 from caco.evals.dense.segmentation_sets import voc2012
-from caco.evals.dense.training import Recipe, train
+from caco.evals.dense.training import train
 from caco.nn.backbones import small_resnet
 
 FEW = {"train": "train", "images": 3, "steps": 2, "rate": 0.1, "crop": 65, "channels": 16}

@@ -16,7 +16,8 @@ from torch import nn
 from caco.data.sets.sources import Splits
 from caco.errors import UserError
 from caco.evals.dense import detect
-from caco.evals.dense.detect import Detect, Training, coco_row, rows_of, take_statistics
+from caco.evals.dense.detect import Detect, Training, take_statistics
+from caco.evals.dense.detection_rows import coco_row, rows_of
 from caco.evals.dense.detector import Detection
 from caco.evals.features import network_digest
 from caco.installed import command_to_install

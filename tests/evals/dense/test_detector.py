@@ -15,8 +15,8 @@ from torchvision.ops import roi_align
 from caco.errors import UserError
 from caco.evals.dense.detector import detector, stages_of
 from caco.evals.dense.proposals import Anchors, SeededSampler
+from caco.evals.dense.recipe import Recipe
 from caco.evals.dense.regions import AlignedPool, box_losses, level_of, mask_loss
-from caco.evals.dense.training import Recipe
 from caco.nn.backbones import small_resnet, timm_backbone
 
 

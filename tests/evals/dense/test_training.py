@@ -15,7 +15,8 @@ from torch import nn
 from caco.data.sets.sources import UnreadableImage
 from caco.errors import UserError
 from caco.evals.dense import roots
-from caco.evals.dense.training import Recipe, batches, one_by_one
+from caco.evals.dense.recipe import Recipe
+from caco.evals.dense.training import batches, one_by_one
 from caco.runs.checkpoint import Checkpoints
 
 
