@@ -38,14 +38,23 @@ def main() -> None:
         arguments = parser.parse_args(folders.take(sys.argv[1:]))
         if arguments.than:
             made = compared(arguments.runs, arguments.than, arguments.data_root)
-            if arguments.to is not None:
-                write_json(arguments.to, made)
         else:
-            (file,) = arguments.runs if len(arguments.runs) == 1 else (None,)
-            made = None if file is None or file.is_dir() else read_json(file)
-            if not made or "first" not in made:
-                raise UserError("expected RUNS --than RUNS, or one file that --to has written")
+            made = kept(arguments.runs)
+        if arguments.to is not None:
+            write_json(arguments.to, made)
         print("\n".join(told(made)))
+
+
+def kept(files: Sequence[Path]) -> dict[str, Any]:
+    """What `--to` has written to a file.
+
+    Raises:
+        UserError: there is no such file, or there are several.
+    """
+    found = read_json(files[0]) if len(files) == 1 and not files[0].is_dir() else {}
+    if "first" not in found:
+        raise UserError("expected RUNS --than RUNS, or one file that --to has written")
+    return found
 
 
 def compared(runs: Sequence[Path], than: Sequence[Path], data_root: str | None = None) -> dict[str, Any]:
