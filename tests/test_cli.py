@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from caco import checking, evaluate, train
-from caco.config import composition, validation
+from caco.config import components, composition, validation
 from caco.engine import fitting
 from caco.errors import UserError
 from caco.installed import command_to_install, version
@@ -194,7 +194,7 @@ def test_a_preset_that_names_mlflow_insists_on_it(no_mlflow, tmp_path):
 
 
 def test_with_mlflow_runs_go_there_by_default(here, monkeypatch, tmp_path):
-    for module in (train, composition, validation):
+    for module in (train, composition, components):
         monkeypatch.setattr(module, "is_installed", lambda name: True)
     monkeypatch.setattr(train, "run", lambda cfg, run_dir: None)
     assert here("preset=demo") == 0

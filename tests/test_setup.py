@@ -69,7 +69,7 @@ def test_the_demo_gets_what_it_needs_and_everything_else_comes_later_and_nothing
     installed, told = made("demo")
     assert installed == [TORCH, NEEDS, CACO]
     assert "setup 2 of 4: PyTorch" in told and "setup 4 of 4: caco itself" in told
-    assert made("demo") == ([], "")
+    assert made("demo") == ([], "") == made("study")
     assert made("dashboard")[0] == [MLFLOW]
     installed, told = made("setup")
     assert len(installed) == 2 and installed[0].startswith("@docs ") and installed[1].endswith(REST)
