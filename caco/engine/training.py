@@ -38,6 +38,7 @@ from caco.runs.paths import expanded
 from caco.saying import Sometimes, doing
 from caco.schedules import RunShape
 from caco.tracking.base import Tracker
+from caco.tracking.ledger import close_left_open
 
 Saved = tuple[dict[str, Any], Path]  # a checkpoint's state, and its file
 
@@ -281,6 +282,7 @@ def _go_on(
     if main:
         message = f"caco: going on from {path}, step {trainer.step} of {total}"
         if is_done:
+            close_left_open(run_dir)
             when = path.stat().st_mtime
             message = ended_before(
                 known,

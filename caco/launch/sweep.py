@@ -82,7 +82,7 @@ def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
     waiting, active, begun = [], {}, []
     for job in jobs:
         submitted = read_json(job.run_dir / "job.json")
-        if not _lacks(job):
+        if not _lacks(job) and not _is_open(job):
             _say(job, "is finished already")
         elif submitted and _is_active(launcher, submitted["id"]):
             active[submitted["id"]] = job
@@ -145,6 +145,13 @@ def _lacks(job: Job) -> str | None:
     """What a job's run lacks: its end, or evaluations at its end; None if it is complete."""
     summary = read_json(job.run_dir / "summary.json")
     return "; ".join(metrics.missing_at_the_end(summary)) or None if summary else "its end"
+
+
+def _is_open(job: Job) -> bool:
+    """Whether the record of a finished run was never closed: its process still writes it, or was killed before that.
+    Such a job is followed, or submitted once more to close the record.
+    """
+    return read_json(job.run_dir / "tracking.json").get("status") == "RUNNING"
 
 
 def _is_active(launcher: Slurm | Local, id: str) -> bool:

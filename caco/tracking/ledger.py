@@ -262,6 +262,15 @@ class LedgerTracker(Tracker):
             _log.warning("the run's end is not recorded: %s", error)
 
 
+def close_left_open(run_dir: Path) -> None:
+    """Note in tracking.json that a finished run has ended, if its process was killed before it could. Only for the
+    holder of the run's lock.
+    """
+    about = read_json(run_dir / "tracking.json")
+    if about.get("status") == "RUNNING":
+        write_json(run_dir / "tracking.json", {**about, "status": "FINISHED"})
+
+
 def _text(value: Any) -> str:
     """A parameter as it is typed on the command line: true and null, not True and None."""
     if value is None:

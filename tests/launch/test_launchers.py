@@ -66,6 +66,15 @@ def test_a_local_sweep_goes_on_after_a_failure_names_it_and_is_not_done_twice(tm
     assert "caco/b64: is finished already" in again.stderr and again.returncode == 1
     assert (run / "ledger.jsonl").stat().st_mtime_ns == written
 
+    # As if the job had been killed after it wrote its results and while it closed its record.
+    (run / ".tracking.json.4711").touch()
+    (run / "tracking.json").write_text(json.dumps(about | {"status": "RUNNING"}))
+    closed = caco(*sweep[:-2], "batch=64", sweep[-1], cwd=tmp_path)
+    assert closed.returncode == 0 and "finished already" not in closed.stderr.split("caco/b64: job ")[0], closed.stderr
+    assert json.loads((run / "tracking.json").read_text())["status"] == "FINISHED"
+    assert not (run / ".tracking.json.4711").exists()
+    assert (run / "ledger.jsonl").stat().st_mtime_ns == written
+
 
 def test_without_submitit_the_launcher_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
