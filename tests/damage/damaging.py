@@ -41,7 +41,8 @@ def outcomes(kind: str, count: int, *, first: int = 0) -> tuple[collections.Coun
             process.start()
             ours.close()
             try:
-                assert theirs.recv() == "ready"
+                told = theirs.recv()
+                assert told == "ready", told
                 while number < end:
                     if not theirs.poll(PATIENCE_S):
                         word, detail = "hang", f"not ended after {PATIENCE_S} s"
@@ -73,9 +74,13 @@ def _work(kind: str, first: int, end: int, folder: Path, pipe) -> None:
     module = importlib.import_module(name)
     own = Path(tempfile.mkdtemp(dir=folder))
     with contextlib.ExitStack() as stack:
-        prepared = module.prepare(own, *what)
-        if isinstance(prepared, contextlib.AbstractContextManager):
-            prepared = stack.enter_context(prepared)  # servers, say, which end with the cases
+        try:
+            prepared = module.prepare(own, *what)
+            if isinstance(prepared, contextlib.AbstractContextManager):
+                prepared = stack.enter_context(prepared)  # servers, say, which end with the cases
+        except BaseException:
+            pipe.send(f"{kind} could not be prepared: {traceback.format_exc()}")
+            raise
         pipe.send("ready")
         for number in range(first, end):
             try:
