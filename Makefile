@@ -30,7 +30,7 @@ demo-check:
 study:
 	$(SET_UP) demo
 	.venv/bin/python -m experiments.run study_bank scale=fashion rows=none,mocov2,caco seed=0 tracking=ledger --here --retry $(ARGS)
-	.venv/bin/python -m analysis.table study_bank --scale fashion
+	.venv/bin/python -m analysis.table study_bank --scale fashion --rows none,mocov2,caco
 
 # On a GPU for the first time: stages with time limits, results in gpu-check/. ARGS="pack FOLDER" before; benchmarks/gpu_check.py --help.
 gpu-check:
