@@ -25,7 +25,7 @@ demo-check:
 	$(SET_UP) demo
 	.venv/bin/python -m experiments.demo --check $(ARGS)
 
-# CaCo beside None and MoCo v2 on Fashion-MNIST (apt install dataset-fashion-mnist), one seed: twenty minutes on two cores at most.
+# CaCo beside None and MoCo v2 on Fashion-MNIST (apt install dataset-fashion-mnist), one seed.
 # The whole study has more rows and seeds: experiments/study_bank.yaml.
 study:
 	$(SET_UP) demo

@@ -25,6 +25,7 @@ from caco.launch.snapshot import snapshot
 from caco.runs.files import last_line, read_json, write_json
 from caco.saying import amount
 from caco.tracking import recorded
+from caco.tracking.sync import last_status
 
 
 class SubmititLauncher(Launcher):
@@ -82,7 +83,7 @@ def follow(launcher: Slurm | Local, jobs: list[Job], folder: Path) -> None:
     waiting, active, begun = [], {}, []
     for job in jobs:
         submitted = read_json(job.run_dir / "job.json")
-        if not _lacks(job) and not _is_open(job):
+        if not _lacks(job) and not _was_cut(job):
             _say(job, "is finished already")
         elif submitted and _is_active(launcher, submitted["id"]):
             active[submitted["id"]] = job
@@ -147,11 +148,12 @@ def _lacks(job: Job) -> str | None:
     return "; ".join(metrics.missing_at_the_end(summary)) or None if summary else "its end"
 
 
-def _is_open(job: Job) -> bool:
-    """Whether the record of a finished run was never closed: its process still writes it, or was killed before that.
-    Such a job is followed, or submitted once more to close the record.
+def _was_cut(job: Job) -> bool:
+    """Whether the process of a finished run was killed before it closed its record. Such a job is submitted once more,
+    which closes the record. A record may also be open because the run is being evaluated now.
     """
-    return read_json(job.run_dir / "tracking.json").get("status") == "RUNNING"
+    about = read_json(job.run_dir / "tracking.json")
+    return about.get("status") == "RUNNING" and last_status(job.run_dir)[0] != "RUNNING"
 
 
 def _is_active(launcher: Slurm | Local, id: str) -> bool:

@@ -19,6 +19,7 @@ from caco.launch.local import Local
 from caco.launch.slurm import _hours
 from caco.launch.snapshot import snapshot
 from caco.runs.environment import environment
+from caco.runs.files import process_start
 
 ROOT = Path(train.__file__).parents[1]
 LOCAL: dict[str, Any] = {"gpus_per_job": 0, "tasks_per_job": None, "parallel": 1, "setup": []}
@@ -62,6 +63,9 @@ def test_a_local_sweep_goes_on_after_a_failure_names_it_and_is_not_done_twice(tm
     about = json.loads((run / "tracking.json").read_text())
     assert (about["run_name"], about["sweep"]["jobs"], about["sweep"]["keys"]) == ("batch=64", 2, ["batch"])
     written = (run / "ledger.jsonl").stat().st_mtime_ns
+    # As if the run were being evaluated, by this process: its record is open, and the job is finished all the same.
+    here = {"status": "RUNNING", "pid": os.getpid(), "process_start": process_start(os.getpid())}
+    (run / "tracking.json").write_text(json.dumps(about | here))
     again = caco(*sweep, cwd=tmp_path)
     assert "caco/b64: is finished already" in again.stderr and again.returncode == 1
     assert (run / "ledger.jsonl").stat().st_mtime_ns == written
