@@ -35,7 +35,9 @@ FIGURES = ("3", "4", "5", "bank", "size", "compute")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.figure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("figure", help=", ".join(FIGURES))
     parser.add_argument("--scale", help="the scale whose results are shown")
     parser.add_argument(

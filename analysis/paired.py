@@ -29,7 +29,9 @@ DRAWS = 10_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.paired", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=expanded, help="directories of finished runs, or a file from --to")
     parser.add_argument("--than", nargs="+", type=expanded, default=[], metavar="RUN", help="the runs to compare with")
     parser.add_argument("--data-root", metavar="PATH", help="where the runs' images are now")

@@ -45,7 +45,9 @@ SUMMARY = ("loss", "steps", "images_per_second")  # shown after the accuracies
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--scale", help="show all results at this scale")
     what.add_argument("--sweep", type=expanded, metavar="DIR", help="show the runs in this folder")

@@ -352,7 +352,9 @@ def found_for(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", help="1 ... 7, or the name of another table, as rivals or negatives")
     parser.add_argument("--scale", help=f"one of {', '.join(scales())}; default: every scale that has results")
     parser.add_argument("--rows", help="show only these rows of the table, as none,both")

@@ -274,6 +274,7 @@ def show(runs: Sequence[Run], world: int) -> None:
 def main() -> None:
     words = folders.take(sys.argv[1:])
     parser = argparse.ArgumentParser(
+        prog="python -m experiments.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
@@ -299,7 +300,7 @@ def main() -> None:
     parser.add_argument(
         "--here", action="store_true", help="also train runs whose results are already in experiments/records"
     )
-    sys.exit(_main(parser.parse_args(words)))
+    sys.exit(_main(parser.parse_intermixed_args(words)))
 
 
 def _main(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import time
 import pytest
 from processes import caco_embed, caco_train
 
-from caco.engine import trainer
+from caco.engine import trainer, training
 from caco.evals.feature_files import FeatureFiles
 from caco.runs.checkpoint import Checkpoints
 from caco.tracking.ledger import LedgerTracker
@@ -75,9 +75,10 @@ def train_killed(seconds, *overrides):
     """Train, and be killed after a number of seconds of processor time, counted from the start of the first checkpoint.
 
     The process does not handle SIGPROF, which therefore ends it as abruptly as SIGKILL; and the timer of SIGPROF stops
-    while other processes compute.
+    while other processes compute. A run that is finished earlier, on a fast processor, is killed as it begins to write
+    summary.json, so that each call kills.
     """
-    original = Checkpoints.save
+    original, write = Checkpoints.save, training.write_json
     begun = []
 
     def save(self, *arguments, **options):
@@ -86,7 +87,12 @@ def train_killed(seconds, *overrides):
             signal.setitimer(signal.ITIMER_PROF, seconds)
         original(self, *arguments, **options)
 
-    Checkpoints.save = save
+    def write_json(path, content):
+        if path.name == "summary.json":
+            signal.raise_signal(signal.SIGPROF)
+        write(path, content)
+
+    Checkpoints.save, training.write_json = save, write_json
     caco_train(*overrides)
 
 

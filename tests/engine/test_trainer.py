@@ -41,7 +41,7 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_bits(tmp_path, monkeypatch, whol
 # Seconds after the start of a checkpoint at which the process is killed: while it saves, just after, a few steps later.
 @pytest.mark.parametrize(
     ("precision", "kills"),
-    [("fp32", [0.02]), pytest.param("bf16", [0.001, 0.004, 0.016, 0.032, 0.064], marks=pytest.mark.long)],
+    [("fp32", [0.02]), pytest.param("bf16", [0.001, 0.004, 0.016, 0.032, 0.064, 9.0], marks=pytest.mark.long)],
 )
 def test_so_does_a_process_killed_at_whatever_instant(tmp_path, precision, kills):
     """The process and its workers are killed from outside, several times, at moments that the run cannot choose."""

@@ -119,7 +119,7 @@ def test_an_interruption_ends_it_all(here, monkeypatch):
 
 
 def test_a_dry_run_lists_commands_that_caco_train_accepts_and_starts_nothing(here, trainings, capsys, tmp_path):
-    assert here("table7", "scale=mini", "rows=both", "seed=0", "data.root=/images", "--dry-run") == 0
+    assert here("table7", "scale=mini", "--dry-run", "rows=both", "seed=0", "data.root=/images") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "# table7/both seed 0: to do" and lines[1].startswith(("# no estimate", "# estimate: "))
     words = shlex.split(lines[2])
