@@ -29,8 +29,8 @@ demo-check:
 # The whole study has more rows and seeds: experiments/study_bank.yaml.
 study:
 	$(SET_UP) demo
-	.venv/bin/python -m experiments.run study_bank scale=fashion rows=none,mocov2,caco seed=0 tracking=ledger --here --retry $(ARGS)
-	.venv/bin/python -m analysis.table study_bank --scale fashion --rows none,mocov2,caco
+	.venv/bin/python -m experiments.run study_bank scale=fashion rows=none_cold,mocov2,small_weighted seed=0 tracking=ledger --here --retry $(ARGS)
+	.venv/bin/python -m analysis.table study_bank --scale fashion --rows none_cold,mocov2,small_weighted
 
 # On a GPU for the first time: stages with time limits, results in gpu-check/. ARGS="pack FOLDER" before; benchmarks/gpu_check.py --help.
 gpu-check:
