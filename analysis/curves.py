@@ -179,7 +179,9 @@ def bank(table: Table, scale: Scale, found: Sequence[Found], *, chosen: bool) ->
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     labels = [row.experiment.row.label for row in rows if row.experiment.row.label in handles]
-    figure.legend([handles[label] for label in labels], labels, loc="outside upper center", ncols=len(labels))
+    # A page is about 128 letters wide, and a line and its marker take six.
+    columns = max(1, min(len(labels), 128 // (max(map(len, labels)) + 6)))
+    figure.legend([handles[label] for label in labels], labels, loc="outside upper center", ncols=columns)
     _footnote(figure, scale, rows)
     return figure, data
 
