@@ -60,6 +60,17 @@ def test_a_line_is_the_mean_and_its_band_the_range_over_seeds(found):
     assert f"chance, 1 / {512:,}" in [text.get_text() for text in drawn.axes[0].get_legend().get_texts()]
 
 
+@pytest.mark.parametrize("letters", [4, 30, 60])
+def test_the_names_of_the_banks_figure_stay_on_the_page(found, monkeypatch, letters):
+    for number, one in enumerate(found):
+        monkeypatch.setattr(one.experiment.row, "label", f"{number}" * letters)
+    drawn, _ = curves.bank(load_table("7"), SMOKE, found, chosen=False)
+    drawn.canvas.draw()
+    (legend,) = drawn.legends
+    names = legend.get_window_extent()
+    assert len(legend.get_texts()) == len(found) and drawn.bbox.x0 <= names.x0 and names.x1 <= drawn.bbox.x1
+
+
 def test_the_banks_figure_shows_the_rows_that_have_one_and_what_all_learn(found, tmp_path):
     figure.draw("bank", found, tmp_path)
     data = kept(tmp_path, "smoke-table7-figure-bank")

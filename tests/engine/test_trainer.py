@@ -38,8 +38,8 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_bits(tmp_path, monkeypatch, whol
     assert record(whole) == record(tmp_path / "cut")
 
 
-# Seconds after the start of a checkpoint at which the process is killed: while it saves, just after, a few steps later; 9
-# are longer than the run, which is then killed at its end.
+# Seconds after the start of a checkpoint at which the process is killed: while it saves, just after, a few steps later.
+# Nine are longer than the run, which is then killed at its end.
 @pytest.mark.parametrize(
     ("precision", "kills"),
     [("fp32", [0.02]), pytest.param("bf16", [0.001, 0.004, 0.016, 0.032, 0.064, 9.0], marks=pytest.mark.long)],
